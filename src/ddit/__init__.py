@@ -1,0 +1,37 @@
+"""Dynamic patch scheduling for diffusion transformers (arXiv 2602.16968).
+
+Public names are resolved on first use, so `import ddit` and `ddit --help` stay quick and never import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddit.api import Handle, apply
+    from ddit.config import ScheduleConfig
+    from ddit.models import supported_models
+    from ddit.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = ["Handle", "Report", "ScheduleConfig", "__version__", "apply", "supported_models"]
+
+_HOME = {
+    "apply": "ddit.api",
+    "Handle": "ddit.api",
+    "ScheduleConfig": "ddit.config",
+    "Report": "ddit.report",
+    "supported_models": "ddit.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access no longer comes here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,348 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that ``ddit --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from ddit import __version__
+from ddit.config import Detail, Difference, PolicyName, Positions, ScheduleConfig, Start
+
+DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 for bad input."""
+    args = parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        args.command(args)
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"ddit: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ddit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="ddit", description="Dynamic patch sizes for diffusion transformers.")
+    top.add_argument("--version", action="version", version=f"ddit {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = _add(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
+    generate.add_argument("prompt")
+    _model_options(generate)
+    _schedule_options(generate)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num-images", "--batch", type=_count, default=1, help="pictures of seed, seed + 1, ...")
+    generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
+    generate.add_argument("--repeats", type=_count, default=1, help="with --compare: times the median of this many")
+    generate.add_argument("--out", type=Path, default=Path("out/ddit.png"), help="PNG (default: %(default)s)")
+    generate.add_argument("--json", type=Path, help="write a report")
+    generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
+
+    demo = _add(commands, "demo", _demo, "watch it work on the embedded model: plain and dynamic side by side")
+    demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
+
+    evaluate = _add(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
+    _model_options(evaluate)
+    evaluate.add_argument("--suite", choices=("quality", "velocity", "cost"), default="quality")
+    evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
+    evaluate.add_argument("--prompts", type=_count, default=200)
+    evaluate.add_argument("--split", choices=("judge", "tune"), default="judge")
+    evaluate.add_argument("--batch", type=_count, default=8)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
+
+    embedded = _add(commands, "embedded", None, "train the embedded model and its judge")
+    stages = embedded.add_subparsers(title="stages", required=True, metavar="STAGE")
+    train = _add(stages, "train", _train_embedded, "autoencoder, text encoders and flow; resumes where it stopped")
+    train.add_argument("--folder", type=Path, default=Path("runs/embedded"))
+    train.add_argument("--flow-steps", type=_count)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cpu")
+    finish = _add(stages, "install", _install_embedded, "measure a trained model's preset and ship it with the package")
+    finish.add_argument("--folder", type=Path, default=Path("runs/embedded"))
+    judge = _add(stages, "detector", _train_detector, "train the judge on drawn pictures")
+    judge.add_argument("--folder", type=Path, default=Path("runs/detector"))
+    check = _add(stages, "check-detector", _check_detector, "the judge's accuracy on held-out drawings")
+    check.add_argument("--count", type=_count, default=2000)
+    check.add_argument("--out", type=Path, default=Path("docs/results/detector.json"))
+
+    _add(commands, "info", _info, "versions, devices and supported models")
+    return top
+
+
+def _add(commands: Any, name: str, run: Callable[..., None] | None, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    if run is not None:
+        command.set_defaults(command=run)
+    return command
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
+    command.add_argument("--adapter", help="folder or hub id of an adapter")
+    command.add_argument("--steps", type=int, help="denoising steps")
+    command.add_argument("--height", type=int)
+    command.add_argument("--width", type=int)
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+def _schedule_options(command: argparse.ArgumentParser) -> None:
+    """One flag for each field of `ScheduleConfig`; unset ones are left to the model's preset."""
+    choices = {
+        "policy": PolicyName,
+        "start": Start,
+        "positions": Positions,
+        "difference": Difference,
+        "detail": Detail,
+    }
+    for field in fields(ScheduleConfig):
+        flag = "--schedule" if field.name == "steps" else f"--{field.name.replace('_', '-')}"
+        if field.name in ("scales", "steps"):
+            text = "scales to choose from" if field.name == "scales" else "scale of each step, for --policy fixed"
+            command.add_argument(flag, dest=f"schedule_{field.name}", type=int, nargs="+", help=text)
+        elif field.name in choices:
+            command.add_argument(flag, dest=f"schedule_{field.name}", choices=get_args(choices[field.name]))
+        else:
+            assert field.default is not MISSING
+            command.add_argument(flag, dest=f"schedule_{field.name}", type=type(field.default))
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def _schedule(args: argparse.Namespace, preset: dict[str, Any]) -> ScheduleConfig:
+    chosen = {f.name: getattr(args, f"schedule_{f.name}", None) for f in fields(ScheduleConfig)}
+    return ScheduleConfig.from_dict({**preset, **{k: v for k, v in chosen.items() if v is not None}})
+
+
+def _check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
+    """Refuse what can be refused before anything heavy is loaded or written."""
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"steps is {args.steps}; it must be at least 1")
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        if size is not None and (size < 1 or size % 8):
+            raise ValueError(
+                f"{name} is {size}; the nearest that work are multiples of 8, such as {max(8, size // 8 * 8)}"
+            )
+    if args.adapter is not None:
+        what = "is not an adapter that this version can load" if Path(args.adapter).exists() else "can't be found"
+        raise ValueError(f"adapter {args.adapter!r} {what}; this version runs without training: leave --adapter out")
+    for path in outputs:
+        if path is not None:
+            _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{path} can't be written; name a file in a folder that can")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    _schedule(args, {})
+    _check_run(args, (args.out, args.json, args.plot))
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"{args.out} must end in .png")
+    _draw(args)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    stem = args.out.with_suffix("")
+    flags = [
+        "--compare",
+        "--repeats",
+        "3",
+        "--out",
+        str(args.out),
+        "--json",
+        f"{stem}.json",
+        "--plot",
+        f"{stem}-plot.png",
+    ]
+    print(f"{DEMO_PROMPT!r}, plain and with dynamic patches, by turns", flush=True)
+    _draw(parser().parse_args(["generate", DEMO_PROMPT, *flags]))
+
+
+def _draw(args: argparse.Namespace) -> None:
+    from ddit import generate as lib
+
+    lib.check_prompt(args.prompt, args.model)
+    pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    config = _schedule(args, dict(preset.schedule))
+    settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
+    prompts = [args.prompt] * args.num_images
+    seeds = [args.seed + i for i in range(args.num_images)]
+    with _step_bar() as on_step:
+        if args.compare:
+            plain, dynamic = lib.race(
+                pipe, prompts, seeds, settings, config, preset=preset, repeats=args.repeats, on_step=on_step
+            )
+        else:
+            plain = None
+            dynamic = lib.run(pipe, prompts, seeds, settings, config=config, preset=preset, on_step=on_step)
+    report = dynamic.report
+    assert report is not None
+    result = {"prompt": args.prompt, "seeds": seeds, "model": args.model, **report.to_dict()}
+    result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=_environment(args.device))
+    for i in range(len(prompts)):
+        print(f"scales: {report.strip(i)}")
+    print(f"tokens {report.tokens_fraction:.1%}, FLOPs {report.flops_fraction:.1%} of a plain run")
+    if plain is not None:
+        from ddit.eval.metrics import similarity
+
+        result.update(similarity(plain.pictures, dynamic.pictures))
+        result.update(baseline_seconds=plain.seconds, speedup=plain.seconds / dynamic.seconds)
+        print(f"speed {result['speedup']:.2f}x of plain, PSNR {result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}")
+    written = lib.save_pictures(args.out, plain, dynamic)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        written.append(args.json)
+    if args.plot is not None:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        report.plot(args.plot, threshold=config.threshold if config.policy == "dynamic" else None)
+        written.append(args.plot)
+    print("wrote " + ", ".join(map(str, written)))
+
+
+class _step_bar:
+    """Progress bar of one run after another, with the scale of the current step."""
+
+    def __enter__(self) -> Callable[[int, int, list[int]], None]:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("scale {task.fields[scale]}"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self.task = self.bar.add_task("", total=None, scale="1")
+        self.bar.start()
+        return self.advance
+
+    def advance(self, step: int, total: int, scales: list[int]) -> None:
+        shown = " ".join(map(str, scales)) if len(scales) <= 8 else f"{min(scales)} to {max(scales)}"
+        self.bar.update(self.task, completed=step, total=total, scale=shown)
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _check_run(args, (args.out.with_suffix(".json"),))
+    if args.model != "embedded" and not Path(args.model).is_dir():
+        raise ValueError("evaluate judges pictures of the project's own grammar; name a folder with such a model")
+    from ddit.eval.suites import SuiteConfig, run_suite
+
+    chosen = {"num_inference_steps": args.steps, "height": args.height, "width": args.width}
+    config = SuiteConfig(
+        model=args.model,
+        methods=tuple(args.methods or ()),
+        prompts=args.prompts,
+        split=args.split,
+        batch=args.batch,
+        seed=args.seed,
+        settings={k: v for k, v in chosen.items() if v is not None},
+        device=args.device,
+        dtype=args.dtype,
+        out=args.out,
+    )
+    run_suite(args.suite, config, {"command": _command(), "environment": _environment(args.device)})
+    print(f"wrote {args.out.with_suffix('.json')}")
+
+
+def _train_embedded(args: argparse.Namespace) -> None:
+    from ddit.embedded.training import TrainingConfig, train
+
+    chosen = {"flow_steps": args.flow_steps} if args.flow_steps else {}
+    train(args.folder, TrainingConfig(seed=args.seed, **chosen), args.device)
+
+
+def _install_embedded(args: argparse.Namespace) -> None:
+    from ddit.embedded.install import install
+
+    print(f"wrote {install(args.folder)}")
+
+
+def _train_detector(args: argparse.Namespace) -> None:
+    from ddit.embedded.detector import train_detector
+
+    train_detector(args.folder)
+
+
+def _check_detector(args: argparse.Namespace) -> None:
+    from ddit.embedded.detector import evaluate_detector, load_detector
+
+    figures = evaluate_detector(load_detector(), args.count, seed=1)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"command": _command(), "environment": _environment("cpu"), **figures}
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(figures))
+
+
+def _info(args: argparse.Namespace) -> None:
+    from ddit.models import supported_models
+
+    for name, value in _environment("cpu").items():
+        print(f"{name}: {value}")
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPUs: {', '.join(gpus) or 'none'}")
+    print(f"supported models: {', '.join(supported_models())}")
+
+
+def _environment(device: str) -> dict[str, Any]:
+    """Date, versions and hardware, as every result carries them."""
+    import datetime
+    import platform
+    from importlib.metadata import version
+
+    packages = ("torch", "diffusers", "transformers")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "ddit": __version__,
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": device,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _command() -> str:
+    return " ".join(["ddit", *sys.argv[1:]])
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"ddit: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Compare a scheduled pipeline with the plain one: how close its pictures stay, and how sure that is."""

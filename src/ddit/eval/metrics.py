@@ -1,0 +1,146 @@
+"""How alike pictures or sets of pictures are, and how sure a figure is. Pure functions on tensors.
+
+Letters: B pictures, C channels, H and W pixels; N values or pictures, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+Statistic = Callable[[Tensor], Tensor]
+"""``[N, ...]`` -> one number; must not depend on the order of the N."""
+
+SSIM_WINDOW = 11
+"""Side in pixels of the Gaussian window (sigma 1.5) that SSIM compares."""
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio ``[B]`` in dB of pictures ``[B, C, H, W]`` in [0, 1]; infinite if equal."""
+    _check_pictures(a, b)
+    value = peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0, dim=(1, 2, 3), reduction="none")
+    return value.float()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity ``[B]``, at most 1, of pictures ``[B, C, H, W]`` in [0, 1] (Wang et al. 2004)."""
+    _check_pictures(a, b)
+    if min(a.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"pictures are {a.shape[2]}x{a.shape[3]} pixels; SSIM needs {SSIM_WINDOW} a side or more")
+    # In double precision: the variances are differences of nearly equal numbers.
+    value = structural_similarity_index_measure(
+        a.double(), b.double(), data_range=1.0, kernel_size=SSIM_WINDOW, reduction="none"
+    )
+    assert isinstance(value, Tensor)
+    return value.float()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features ``[N, D]`` (Heusel et al. 2017, FID).
+
+    ``|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``. The trace of the root comes from
+    the eigenvalues of ``cov_a^(1/2) cov_b cov_a^(1/2)``, which is symmetric and has those of ``cov_a cov_b``.
+    Biased upwards for few pictures: compare only distances from the same N, and keep N well above D.
+    """
+    for name, features in (("a", a), ("b", b)):
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features {name} are {tuple(features.shape)}, expected [N, D] with N of 2 or more")
+        _check_finite(f"features {name}", features)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features differ in width: {a.shape[1]} and {b.shape[1]}")
+    a, b = a.double(), b.double()
+    cov_a, cov_b = (torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    mean = (a.mean(0) - b.mean(0)).square().sum()
+    return float(mean + cov_a.trace() + cov_b.trace() - 2 * root)
+
+
+def bootstrap_interval(
+    values: Tensor,
+    statistic: Statistic = torch.mean,
+    *,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron 1979) of ``statistic(values)``.
+
+    Args:
+        values: ``[N, ...]``, one entry per prompt; drawn N at a time with replacement.
+        statistic: What is computed from each draw.
+        confidence: Share of the draws inside the interval.
+        samples: Number of draws.
+        seed: Decides the draws; the same seed and N draw the same prompts.
+
+    Returns:
+        Lower and upper end.
+    """
+    picks = _resamples(values, confidence, samples, seed)
+    return _percentiles(torch.stack([statistic(values[pick]) for pick in picks]), confidence)
+
+
+def bootstrap_difference(
+    a: Tensor,
+    b: Tensor,
+    statistic: Statistic = torch.mean,
+    *,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of ``statistic(a) - statistic(b)``; ``a[i]`` and ``b[i]`` are two methods on the same prompt.
+
+    Each draw takes the same prompts from both, so what makes a prompt hard for both cancels out. If the
+    interval leaves out 0, the methods differ. Arguments as in `bootstrap_interval`.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"paired values differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+    _check_finite("values b", b)
+    picks = _resamples(a, confidence, samples, seed)
+    return _percentiles(torch.stack([statistic(a[pick]) - statistic(b[pick]) for pick in picks]), confidence)
+
+
+def _resamples(values: Tensor, confidence: float, samples: int, seed: int) -> Tensor:
+    """Indices ``[samples, N]`` with repeats, after checking everything."""
+    if values.ndim == 0 or len(values) == 0:
+        raise ValueError(f"values are {tuple(values.shape)}, expected [N, ...] with N of 1 or more")
+    _check_finite("values", values)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, must lie between 0 and 1")
+    if samples < 1:
+        raise ValueError(f"samples is {samples}, must be 1 or more")
+    return torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(seed))
+
+
+def _percentiles(drawn: Tensor, confidence: float) -> tuple[float, float]:
+    """The ends that cut off the same share of ``drawn [samples]`` on either side."""
+    if drawn.ndim != 1:
+        raise ValueError(f"the statistic gave {tuple(drawn.shape[1:])}, must give one number")
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(drawn.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _check_pictures(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape or a.ndim != 4:
+        raise ValueError(f"pictures are {tuple(a.shape)} and {tuple(b.shape)}, both must be the same [B, C, H, W]")
+    for x in (a, b):
+        if not x.is_floating_point() or x.min() < 0 or x.max() > 1:
+            raise ValueError(f"pictures are {x.dtype} from {x.min():.3g} to {x.max():.3g}, must be floats in [0, 1]")
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not values.is_floating_point() or not values.isfinite().all():
+        raise ValueError(f"{name} must be finite floats; leave out pictures without a finite figure")
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of two sets of pictures ``[N, H, W, C]`` in [0, 1]."""
+    x, y = (torch.from_numpy(p).permute(0, 3, 1, 2).float() for p in (a, b))
+    return {"psnr": float(psnr(x, y).mean()), "ssim": float(ssim(x, y).mean())}

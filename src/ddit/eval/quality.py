@@ -1,0 +1,267 @@
+"""Methods side by side on held-out prompts: adherence, likeness to drawings and to plain, work and time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddit.config import ScheduleConfig
+from ddit.embedded.data import drawings
+from ddit.embedded.detector import Detector, judge
+from ddit.embedded.scenes import Scene, Split, scenes
+from ddit.embedded.training import progress
+from ddit.eval.metrics import bootstrap_difference, bootstrap_interval, frechet_distance, psnr, ssim
+from ddit.generate import Run, run
+from ddit.preset import Preset
+from ddit.report import Report
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to draw a prompt, as named on the command line."""
+
+    name: str
+    run_steps: int
+    config: ScheduleConfig | None
+    """``None`` is the untouched pipeline."""
+
+
+def parse_method(text: str, run_steps: int, preset: Preset) -> Method:
+    """Read ``POLICY:field=value,...``: ``plain``, ``plain:run_steps=20``, ``dynamic:threshold=0.01,scales=1/2``.
+
+    Fields are those of `ScheduleConfig`, and ``run_steps``, the number of denoising steps. Lists are joined by ``/``.
+    """
+    policy, _, rest = text.partition(":")
+    values: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"{item!r} in method {text!r} is not field=value")
+        values[key] = _value(value)
+    run_steps = values.pop("run_steps", run_steps)
+    if not isinstance(run_steps, int) or run_steps < 1:
+        raise ValueError(f"run_steps is {run_steps!r} in method {text!r}; it must be a whole number above 0")
+    if policy == "plain":
+        if values:
+            raise ValueError(f"method {text!r}: plain takes run_steps only")
+        return Method(text, run_steps, None)
+    lists = {f.name for f in fields(ScheduleConfig) if f.name in ("scales", "steps")}
+    values = {k: [v] if k in lists and isinstance(v, int) else v for k, v in values.items()}
+    return Method(text, run_steps, ScheduleConfig.from_dict({**preset.schedule, "policy": policy, **values}))
+
+
+def _value(text: str) -> Any:
+    if "/" in text:
+        return [_value(part) for part in text.split("/")]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+@dataclass
+class Results:
+    """Everything one method drew."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Wall-clock time of each batch."""
+    pictures: list[np.ndarray] = field(default_factory=list)
+    """uint8 ``[B, H, W, 3]`` of each batch."""
+    reports: list[Report] = field(default_factory=list)
+
+    def add(self, outcome: Run) -> None:
+        self.seconds.append(outcome.seconds)
+        self.pictures.append((outcome.pictures * 255).round().astype(np.uint8))
+        if outcome.report is not None:
+            self.reports.append(outcome.report)
+
+    @property
+    def stacked(self) -> Tensor:
+        """All pictures ``[N, 3, H, W]`` in [0, 1]."""
+        return torch.from_numpy(np.concatenate(self.pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def draw_all(
+    pipe: Any,
+    preset: Preset,
+    methods: Sequence[Method],
+    asked: Sequence[Scene],
+    settings: dict[str, Any],
+    *,
+    batch: int,
+    seed: int,
+) -> list[Results]:
+    """Run every method on every prompt; for each batch of prompts the methods take turns in rotating order."""
+    results = [Results() for _ in methods]
+    prompts = [scene.prompt for scene in asked]
+    seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
+
+    def call(method: Method, part: slice, steps: int) -> Run:
+        chosen = {**settings, "num_inference_steps": steps}
+        return run(pipe, prompts[part], seeds[part], chosen, config=method.config, preset=preset)
+
+    for method in methods:
+        call(method, slice(0, batch), 5)  # warm-up
+    starts = range(0, len(prompts), batch)
+    with progress("evaluate", len(starts) * len(methods)) as advance:
+        for turn, start in enumerate(starts):
+            for k in range(len(methods)):
+                i = (k + turn) % len(methods)
+                results[i].add(call(methods[i], slice(start, start + batch), methods[i].run_steps))
+                advance()
+    return results
+
+
+def summarise(
+    methods: Sequence[Method],
+    results: Sequence[Results],
+    asked: Sequence[Scene],
+    detector: Detector,
+    split: Split,
+) -> list[dict[str, Any]]:
+    """One row of figures per method; the first method is the one others are compared with.
+
+    Adherence is the mean over a prompt's attributes of what the judge finds right, then over prompts, with bootstrap
+    intervals over prompts. The Fréchet distance is to ten drawings per prompt, from the judge's features.
+    """
+    drawn = torch.cat([_features(detector, x) for x in _drawings(10 * len(asked), split)])
+    reference = results[0].stacked
+    base = _verdicts(detector, reference, asked)
+    rows = []
+    for method, result in zip(methods, results, strict=True):
+        pictures = result.stacked
+        verdicts = base if result is results[0] else _verdicts(detector, pictures, asked)
+        overall = torch.tensor([statistics.fmean(v.values()) for v in verdicts])
+        plain = torch.tensor([statistics.fmean(v.values()) for v in base])
+        features = _features(detector, pictures)
+        ratios = [a / b for a, b in zip(results[0].seconds, result.seconds, strict=True)]
+        row: dict[str, Any] = {
+            "method": method.name,
+            "run_steps": method.run_steps,
+            "speedup": statistics.median(ratios),
+            "speedup_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
+            "seconds_per_picture": sum(result.seconds) / len(asked),
+            "adherence": float(overall.mean()),
+            "adherence_interval": bootstrap_interval(overall),
+            "adherence_change": float((overall - plain).mean()),
+            "adherence_change_interval": bootstrap_difference(overall, plain),
+            "attributes": _by_attribute(verdicts),
+            "frechet": frechet_distance(features, drawn),
+            "frechet_interval": bootstrap_interval(
+                features, statistic=lambda f: torch.tensor(frechet_distance(f, drawn)), samples=200
+            ),
+            "psnr": float(psnr(pictures, reference).median()),
+            "ssim": float(ssim(pictures, reference).mean()),
+            "tokens_fraction": _mean([r.tokens_fraction for r in result.reports]),
+            "flops_fraction": _mean([r.flops_fraction for r in result.reports]),
+        }
+        if result.reports:
+            row["steps_per_scale"] = _steps_per_scale(result.reports)
+            row["fine_steps_by_texture"] = _fine_steps(result.reports, asked)
+        rows.append(row)
+    return rows
+
+
+def _drawings(count: int, split: Split) -> list[Tensor]:
+    """Reference drawings in batches ``[B, 3, H, W]`` in [0, 1]."""
+    pictures = np.stack([picture for *_, picture in islice(drawings(99, split), count)])
+    return list((torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255).split(100))
+
+
+@torch.no_grad()
+def _features(detector: Detector, pictures: Tensor) -> Tensor:
+    return torch.cat([detector.features(part * 2 - 1) for part in pictures.split(100)])
+
+
+@torch.no_grad()
+def _verdicts(detector: Detector, pictures: Tensor, asked: Sequence[Scene]) -> list[dict[str, float]]:
+    parts = range(0, len(asked), 100)
+    return [v for i in parts for v in judge(detector, pictures[i : i + 100] * 2 - 1, list(asked[i : i + 100]))]
+
+
+def _by_attribute(verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for verdict in verdicts:
+        for name, value in verdict.items():
+            values[name].append(value)
+    return {name: statistics.fmean(v) for name, v in values.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 1.0
+
+
+def _steps_per_scale(reports: Sequence[Report]) -> dict[int, float]:
+    """Scale -> mean number of steps of a picture."""
+    samples = [sample for report in reports for sample in report.scales]
+    scales = sorted({s for sample in samples for s in sample})
+    return {s: statistics.fmean(sample.count(s) for sample in samples) for s in scales}
+
+
+def _fine_steps(reports: Sequence[Report], asked: Sequence[Scene]) -> dict[str, dict[str, Any]]:
+    """Texture and background -> number of steps at scale 1 of the prompts that name it, with its interval."""
+    counts: dict[str, list[float]] = defaultdict(list)
+    samples = [sample for report in reports for sample in report.scales]
+    for scene, sample in zip(asked, samples, strict=True):
+        for name in {f"{t.texture} objects" for t in scene.things if t.texture} | {f"{scene.background} background"}:
+            counts[name].append(sample.count(1))
+    return {
+        name: {
+            "prompts": len(v),
+            "mean": statistics.fmean(v),
+            "interval": bootstrap_interval(torch.tensor(v)),
+        }
+        for name, v in sorted(counts.items())
+        if len(v) > 1
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]], prompts: int) -> str:
+    """The rows as a table."""
+    lines = [
+        f"{prompts} held-out prompts. Speed is wall-clock, relative to the first row, in the same run.",
+        "",
+        "| method | steps | speed | FLOPs | adherence (95 %) | change, points (95 %) | Fréchet | PSNR dB | SSIM |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["adherence_interval"]
+        worse, better = row["adherence_change_interval"]
+        steps = row["run_steps"] / rows[0]["run_steps"]
+        lines.append(
+            f"| {row['method']} | {row['run_steps']} | {row['speedup']:.2f}x | {row['flops_fraction'] * steps:.0%} "
+            f"| {row['adherence']:.1%} ({low:.1%} to {high:.1%}) "
+            f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) "
+            f"| {row['frechet']:.3f} | {row['psnr']:.1f} | {row['ssim']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results], count: int = 8) -> None:
+    """PNG: a row of pictures per method, a column per prompt."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, len(results[0].stacked))
+    figure = Figure(figsize=(1.4 * columns + 2.4, 1.4 * len(methods)), layout="constrained")
+    axes = figure.subplots(len(methods), columns, squeeze=False)
+    for row, method, result in zip(axes, methods, results, strict=True):
+        for axis, picture in zip(row, np.concatenate(result.pictures), strict=False):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(method.name.replace(":", "\n").replace(",", "\n"), fontsize=6, rotation=0, ha="right")
+    figure.savefig(path, dpi=110)
+
+
+def held_out(split: Split, count: int, seed: int = 0) -> list[Scene]:
+    """The prompts that methods are tuned or judged on."""
+    return list(islice(scenes(1_000 + seed, split), count))

@@ -1,0 +1,169 @@
+"""Single steps: how far a coarse step is from the plain one, and what it costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit.config import ScheduleConfig
+from ddit.generate import run
+from ddit.models import architecture_for
+from ddit.models.base import Inputs, first
+from ddit.preset import Preset
+from ddit.schedule import make_policy
+from ddit.state import Generation
+
+STARTS: dict[str, ScheduleConfig] = {
+    "bilinear, interpolated positions": ScheduleConfig(start="bilinear", positions="interpolated"),
+    "bilinear, grid positions": ScheduleConfig(start="bilinear", positions="grid"),
+    "noise-consistent, interpolated positions": ScheduleConfig(positions="interpolated", detail="wiener"),
+    "noise-consistent, grid positions": ScheduleConfig(positions="grid", detail="wiener"),
+    "noise-consistent, grid positions, carried detail": ScheduleConfig(positions="grid", detail="carried"),
+}
+"""The forms of a coarse step that are compared."""
+
+
+def record_calls(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+) -> list[tuple[Inputs, Tensor]]:
+    """Inputs of the transformer at every step of a plain run, and its answers."""
+    transformer = pipe.transformer
+    architecture, forward = architecture_for(transformer), transformer.forward
+    calls: list[tuple[Inputs, Tensor]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        answer = forward(*args, **kwargs)
+        calls.append((architecture.bind(args, kwargs), first(answer)))
+        return answer
+
+    transformer.forward = spy
+    try:
+        run(pipe, list(prompts), list(seeds), settings)
+    finally:
+        del transformer.forward
+    return calls
+
+
+@torch.no_grad()
+def velocity_errors(
+    pipe: Any, preset: Preset, prompts: Sequence[str], settings: dict[str, Any], *, every: int = 4
+) -> list[dict[str, Any]]:
+    """Mean squared error of coarse velocities to the plain one, along plain trajectories.
+
+    ``carried`` gets the clean latents of the plain step five steps earlier, about as old as they are in use.
+
+    Returns:
+        Rows with sigma, scale, form, error, and the variance of the plain velocity.
+    """
+    architecture = architecture_for(pipe.transformer)
+    calls = record_calls(pipe, prompts, range(len(prompts)), settings)
+    clean: list[Tensor] = []
+    rows: list[dict[str, Any]] = []
+    for index, (inputs, tokens) in enumerate(calls):
+        z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
+        height, width = z.shape[-2:]
+        plain = architecture.velocity(tokens, (height, width))
+        clean.append(z - sigma.reshape(-1, 1, 1, 1) * plain)
+        if index < 5 or index % every:
+            continue
+        for scale in (2, 4):
+            for name, config in STARTS.items():
+                variance = preset.detail_variance.get(scale)
+                coarse = architecture.coarse_step(
+                    pipe.transformer.forward,
+                    inputs,
+                    scale,
+                    config,
+                    clean[index - 5] if config.detail == "carried" else torch.zeros_like(z),
+                    None if variance is None else torch.tensor(variance),
+                )
+                rows.append(
+                    {
+                        "sigma": float(sigma[0]),
+                        "scale": scale,
+                        "form": name,
+                        "error": float((coarse - plain).square().mean()),
+                        "velocity_variance": float(plain.var()),
+                    }
+                )
+    return rows
+
+
+@torch.no_grad()
+def step_costs(pipe: Any, prompt: str, settings: dict[str, Any], *, batch: int, repeats: int = 30) -> dict[str, Any]:
+    """Time of a step at each scale next to its FLOPs, and of the scheduler alone; scales by turns, medians."""
+    architecture = architecture_for(pipe.transformer)
+    config = ScheduleConfig()
+    calls = record_calls(pipe, [prompt] * batch, range(batch), {**settings, "num_inference_steps": 8})
+    inputs, tokens = calls[-1]
+    forward = pipe.transformer.forward
+    one = architecture.rows(inputs, [0])
+    forms: dict[int, Callable[[], Any]] = {1: lambda: forward(**inputs)}
+    flops = {1: architecture.count_flops(_meta(one))}
+    clean = torch.zeros_like(architecture.latents(inputs))
+    for scale in (2, 4):
+        forms[scale] = lambda s=scale: architecture.coarse_step(forward, inputs, s, config, clean)
+        flops[scale] = architecture.count_flops(_meta(architecture.coarse_inputs(one, scale, config)[0]))
+    times: dict[int, list[float]] = {s: [] for s in forms}
+    for turn in range(repeats + 3):
+        for scale, form in forms.items():
+            started = time.perf_counter()
+            form()
+            if turn >= 3:
+                times[scale].append(time.perf_counter() - started)
+    medians = {s: statistics.median(t) for s, t in times.items()}
+    latents = [architecture.latents(c) for c, _ in calls]
+    height, width = latents[0].shape[-2:]
+    velocity = architecture.velocity(tokens, (height, width))
+    spent = [_scheduler_time(latents, [float(architecture.sigma(c)[0]) for c, _ in calls], velocity) for _ in range(9)]
+    return {
+        "batch": batch,
+        "flop_ratio": {s: flops[1] / flops[s] for s in forms},
+        "time_ratio": {s: medians[1] / medians[s] for s in forms},
+        "efficiency": {s: medians[1] / medians[s] / (flops[1] / flops[s]) for s in forms},
+        "scheduler_share_of_a_plain_step": statistics.median(spent) / medians[1],
+        "repeats": repeats,
+    }
+
+
+def _scheduler_time(latents: Sequence[Tensor], sigmas: Sequence[float], velocity: Tensor) -> float:
+    """Seconds that deciding and recording take per step, past the warm-up."""
+    config = ScheduleConfig()
+    generation, policy = Generation(config), make_policy(config)
+    marks = []
+    for z, sigma in zip(latents, sigmas, strict=True):
+        marks.append(time.perf_counter())
+        generation.repeats(z, sigma)
+        generation.decide(z, sigma, policy, 2, None)
+        generation.record(velocity, 0.0)
+    marks.append(time.perf_counter())
+    return statistics.median(b - a for a, b in list(pairwise(marks))[config.order :])
+
+
+def _meta(inputs: Inputs) -> Inputs:
+    from ddit.models.base import to_meta
+
+    return to_meta(inputs)
+
+
+def velocity_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `velocity_errors` as Markdown: a line per scale and noise level, a column per form."""
+    lines = [
+        "Mean squared error of a coarse step's velocity to the plain one.",
+        "",
+        "| scale | sigma | " + " | ".join(STARTS) + " | variance of the plain velocity |",
+        "|---" * (len(STARTS) + 3) + "|",
+    ]
+    for scale in sorted({row["scale"] for row in rows}):
+        for sigma in sorted({row["sigma"] for row in rows}, reverse=True):
+            cells = {r["form"]: r for r in rows if r["scale"] == scale and r["sigma"] == sigma}
+            errors = " | ".join(f"{cells[name]['error']:.3f}" for name in STARTS)
+            variance = next(iter(cells.values()))["velocity_variance"]
+            lines.append(f"| {scale} | {sigma:.2f} | {errors} | {variance:.2f} |")
+    return "\n".join(lines) + "\n"

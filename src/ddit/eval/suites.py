@@ -1,0 +1,95 @@
+"""The suites of ``ddit evaluate``: run, print a table, write JSON, Markdown and a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddit.embedded.detector import load_detector
+from ddit.embedded.scenes import Split
+from ddit.eval import quality, steps
+from ddit.generate import call_settings, load_pipeline
+
+DEFAULT_METHODS = (
+    "plain",
+    "plain:run_steps=25",
+    "plain:run_steps=16",
+    "plain:run_steps=10",
+    "dynamic",
+    "first:fraction=0.5,scales=1/2",
+    "first:fraction=0.7,scales=1/2",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig:
+    """What to run; see ``ddit evaluate --help``."""
+
+    model: str
+    methods: tuple[str, ...]
+    prompts: int
+    split: Split
+    batch: int
+    seed: int
+    settings: dict[str, Any]
+    """Arguments of the pipeline's call that override the model's own."""
+    device: str
+    dtype: str
+    out: Path
+    """Stem of the files to write."""
+
+
+def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
+    figures = {"quality": _quality, "velocity": _velocity, "cost": _cost}[suite](config)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {**about, "suite": suite, **figures}
+    config.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _quality(config: SuiteConfig) -> dict[str, Any]:
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
+    settings = call_settings(preset, **config.settings)
+    run_steps = settings.pop("num_inference_steps")
+    methods = [quality.parse_method(text, run_steps, preset) for text in config.methods or DEFAULT_METHODS]
+    asked = quality.held_out(config.split, config.prompts, config.seed)
+    detector = load_detector()
+    results = quality.draw_all(pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed)
+    rows = quality.summarise(methods, results, asked, detector, config.split)
+    table = quality.markdown(rows, len(asked))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.with_suffix(".md").write_text(table)
+    quality.save_grid(config.out.with_suffix(".png"), methods, results)
+    print(table)
+    return {
+        "prompts": len(asked),
+        "split": config.split,
+        "batch": config.batch,
+        "seed": config.seed,
+        "methods": rows,
+    }
+
+
+def _velocity(config: SuiteConfig) -> dict[str, Any]:
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
+    asked = quality.held_out(config.split, config.prompts, config.seed)
+    settings = call_settings(preset, **config.settings)
+    rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings)
+    table = steps.velocity_table(rows)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.with_suffix(".md").write_text(table)
+    print(table)
+    return {"prompts": len(asked), "split": config.split, "rows": rows}
+
+
+def _cost(config: SuiteConfig) -> dict[str, Any]:
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
+    prompt = quality.held_out(config.split, 1, config.seed)[0].prompt
+    settings = call_settings(preset, **config.settings)
+    rows = [steps.step_costs(pipe, prompt, settings, batch=batch) for batch in sorted({1, config.batch})]
+    for row in rows:
+        print(json.dumps(row))
+    return {"rows": rows}

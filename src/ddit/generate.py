@@ -1,0 +1,166 @@
+"""From a prompt to pictures, plain and with dynamic patches: what the command line and the evaluation share."""
+
+from __future__ import annotations
+
+import difflib
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddit.api import Handle, apply
+from ddit.config import ScheduleConfig
+from ddit.embedded import MODEL_FOLDER
+from ddit.preset import Preset
+from ddit.report import Report
+
+EMBEDDED = "embedded"
+"""Name of the model that ships with ddit."""
+
+OnStep = Callable[[int, int, list[int]], None]
+"""Called after each step with its number from 1, the number of steps, and the scales of the step's samples."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pictures of one call of a pipeline."""
+
+    pictures: np.ndarray
+    """``[N, H, W, 3]`` in [0, 1]."""
+    seconds: float
+    """Wall-clock time of the whole call, text encoders and decoder included."""
+    report: Report | None
+    """``None`` for a plain run."""
+
+
+def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Preset]:
+    """A pipeline from a folder, a hub id or the embedded model, with its preset.
+
+    Raises:
+        ValueError: When there is no such model, or this is no pipeline's folder.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(MODEL_FOLDER if model == EMBEDDED else model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
+    if not folder.exists() and model.count("/") != 1:
+        raise ValueError(f"there is no folder {model!r}, and it is no hub id (owner/name) either")
+    source = str(folder) if folder.exists() else model
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+    except OSError as error:
+        raise ValueError(f"model {model!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device), Preset.load(folder)
+
+
+def check_prompt(prompt: str, model: str) -> None:
+    """Refuse an empty prompt; warn of words that the embedded model never learnt."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what to draw")
+    if model != EMBEDDED:
+        return
+    from ddit.embedded.scenes import vocabulary
+
+    words = vocabulary()
+    for word in prompt.split():
+        if word not in words:
+            near = difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words[8:14]
+            warnings.warn(f"the embedded model doesn't know {word!r}; near are {', '.join(near)}", stacklevel=2)
+
+
+def call_settings(preset: Preset, **chosen: Any) -> dict[str, Any]:
+    """Arguments of a pipeline's call: the preset's, overridden by those chosen that are not ``None``."""
+    return {**preset.call, **{k: v for k, v in chosen.items() if v is not None}}
+
+
+def run(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    settings: dict[str, Any],
+    *,
+    config: ScheduleConfig | None = None,
+    preset: Preset | None = None,
+    on_step: OnStep | None = None,
+) -> Run:
+    """Call a pipeline once, plain (``config=None``) or with dynamic patches.
+
+    Args:
+        prompts: One per picture.
+        seeds: One per picture, so that a picture does not depend on its batch.
+        settings: Arguments of the pipeline's call, such as ``num_inference_steps``.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    handle: Handle | None = None
+    if config is not None:
+        handle = apply(pipe, config=config, detail_variance=preset.detail_variance if preset else None)
+
+    def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            scales = handle.scales if handle is not None else [1] * len(prompts)
+            on_step(index + 1, pipe.num_timesteps, scales)
+        return tensors
+
+    try:
+        started = time.perf_counter()
+        pictures = pipe(
+            prompts, generator=generators, output_type="np", callback_on_step_end=callback, **settings
+        ).images
+        seconds = time.perf_counter() - started
+        return Run(np.asarray(pictures), seconds, handle.report if handle else None)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def race(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    settings: dict[str, Any],
+    config: ScheduleConfig,
+    *,
+    preset: Preset | None = None,
+    repeats: int = 1,
+    on_step: OnStep | None = None,
+) -> tuple[Run, Run]:
+    """Plain and dynamic by turns after a short warm-up; each with the median of its times.
+
+    Raises:
+        ValueError: For fewer than one repeat.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; it must be at least 1")
+    warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
+    scales = (1, *sorted(config.scales, reverse=True))
+    run(pipe, prompts, seeds, warm, config=ScheduleConfig(policy="fixed", steps=scales, scales=config.scales))
+    plain, dynamic = [], []
+    for _ in range(repeats):
+        plain.append(run(pipe, prompts, seeds, settings, on_step=on_step))
+        dynamic.append(run(pipe, prompts, seeds, settings, config=config, preset=preset, on_step=on_step))
+    return _median(plain), _median(dynamic)
+
+
+def _median(runs: list[Run]) -> Run:
+    return Run(runs[-1].pictures, statistics.median(r.seconds for r in runs), runs[-1].report)
+
+
+def save_pictures(path: Path, plain: Run | None, dynamic: Run) -> list[Path]:
+    """Write a PNG per picture; with a plain run, plain on the left and dynamic on the right."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = dynamic.pictures if plain is None else np.concatenate([plain.pictures, dynamic.pictures], axis=2)
+    many = len(pictures) > 1
+    paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") if many else path for i in range(len(pictures))]
+    for target, picture in zip(paths, pictures, strict=True):
+        Image.fromarray((picture * 255).round().astype(np.uint8)).save(target)
+    return paths

@@ -1,0 +1,34 @@
+"""Registry of the supported transformers, by the exact path of their class."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddit.models.base import Architecture
+
+REGISTRY = {"FluxTransformer2DModel": ("ddit.models.flux", "Flux")}
+"""Class of diffusers -> module and class of its `Architecture`. A new architecture is one file and one line here."""
+
+
+def supported_models() -> list[str]:
+    """Names of the diffusers classes that `ddit.apply` accepts."""
+    return sorted(REGISTRY)
+
+
+def architecture_for(transformer: Any) -> Architecture:
+    """The architecture that describes a transformer; ``torch.compile``'s wrapper is looked through.
+
+    Raises:
+        ValueError: For a class not in the registry.
+    """
+    model = getattr(transformer, "_orig_mod", transformer)
+    for cls in type(model).__mro__:
+        if cls.__name__ in REGISTRY and cls.__module__.startswith("diffusers."):
+            module, name = REGISTRY[cls.__name__]
+            return getattr(import_module(module), name)(model)
+    raise ValueError(
+        f"{type(model).__name__} is not supported; supported are {', '.join(supported_models())}. "
+        "To add an architecture, write a file like ddit/models/flux.py and a line in ddit.models.REGISTRY"
+    )

@@ -1,0 +1,172 @@
+"""What an architecture must supply, and the coarse step that is the same for all of them.
+
+Letters: B samples, C channels, H and W latent height and width, s the scale, sigma the noise level in (0, 1].
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddit.config import ScheduleConfig
+from ddit.patches import coarse_input, coarse_velocity, crop, detail, pad_to_multiple
+
+Inputs = dict[str, Any]
+"""Arguments of one call of a transformer, by name."""
+
+_COUNTED: dict[tuple[Any, ...], int] = {}
+"""FLOPs by model class, configuration and shapes: counting takes a run of all layers in Python, seconds for FLUX.1."""
+
+
+class Architecture(ABC):
+    """Facts about one family of transformers. An instance serves one transformer and may cache what it reads.
+
+    The model must predict the velocity ``v = eps - x`` of ``z = (1 - sigma) x + sigma eps``.
+    """
+
+    patch_size: ClassVar[int]
+    """Height and width of the model's own patches, in latent pixels."""
+    batched: ClassVar[tuple[str, ...]]
+    """Names of the inputs, the latents first, whose first axis is the batch (nested lists, tuples and dictionaries are followed)."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self._signature = inspect.signature(type(transformer).forward)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+        """Name every argument of a call of ``transformer.forward``."""
+        bound = self._signature.bind(self.transformer, *args, **kwargs).arguments
+        return dict(list(bound.items())[1:])
+
+    @abstractmethod
+    def obstacle(self, inputs: Inputs) -> str | None:
+        """Why this call can't run with large patches, or ``None``."""
+
+    @abstractmethod
+    def latents(self, inputs: Inputs) -> Tensor:
+        """The noisy latents ``[B, C, ..., H, W]`` of a call, a view where possible."""
+
+    @abstractmethod
+    def sigma(self, inputs: Inputs) -> Tensor:
+        """The noise level ``[B]`` of a call, float32."""
+
+    @abstractmethod
+    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
+        """Inputs of the same call on a coarse grid: ``latents [B, C, ..., H/s, W/s]`` at noise level ``sigma [B]``."""
+
+    @abstractmethod
+    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        """The model's output as a velocity ``[B, C, ..., H, W]``; ``size`` is (H, W)."""
+
+    @abstractmethod
+    def output(self, velocity: Tensor) -> Tensor:
+        """The inverse of `velocity`."""
+
+    @abstractmethod
+    def tokens(self, inputs: Inputs) -> int:
+        """Number of picture tokens of one sample."""
+
+    def answer(self, velocity: Tensor, inputs: Inputs) -> Any:
+        """A velocity ``[B, C, ..., H, W]`` in the form that the caller of the transformer expects."""
+        tokens = self.output(velocity)
+        return Transformer2DModelOutput(sample=tokens) if inputs.get("return_dict", True) else (tokens,)
+
+    def rows(self, inputs: Inputs, index: list[int]) -> Inputs:
+        """The call for some samples of the batch only."""
+        rows = torch.tensor(index)
+        return {k: _take(v, rows) if k in self.batched else v for k, v in inputs.items()}
+
+    def coarse_inputs(self, inputs: Inputs, scale: int, config: ScheduleConfig) -> tuple[Inputs, Tensor]:
+        """Inputs of a call at ``scale``, and the shrunk latents among them in float32."""
+        z, sigma = self.latents(inputs), self.sigma(inputs)
+        padded = pad_to_multiple(z.float(), scale * self.patch_size)
+        small, level = coarse_input(padded, sigma, scale, self.patch_size, config.start)
+        return self.coarse(inputs, small.to(z.dtype), level, scale, config), small
+
+    def coarse_step(
+        self,
+        forward: Callable[..., Any],
+        inputs: Inputs,
+        scale: int,
+        config: ScheduleConfig,
+        clean: Tensor | None = None,
+        variance: Tensor | None = None,
+    ) -> Tensor:
+        """The model's answer to a call, computed with patches ``scale`` times as large.
+
+        Args:
+            forward: The transformer's own forward.
+            clean: Clean latents as the last step at scale 1 predicted them, shape of the latents; zero where
+                there was none.
+            variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
+
+        Returns:
+            Velocity ``[B, C, ..., H, W]``, float32.
+        """
+        z, sigma = self.latents(inputs), self.sigma(inputs)
+        coarse, small = self.coarse_inputs(inputs, scale, config)
+        height, width = small.shape[-2:]
+        answer = self.velocity(first(forward(**coarse)), (height, width)).float()
+        multiple = scale * self.patch_size
+        expected = None
+        if clean is not None and config.start == "noise-consistent":
+            expected = detail(pad_to_multiple(clean.float(), multiple), scale)
+            explained = expected.square().flatten(2).mean(-1)
+            if config.detail == "wiener":
+                expected, variance = None, explained if variance is None else variance
+            elif variance is not None:
+                # Law of total variance: what the prediction does not explain is left to be estimated.
+                variance = (variance.to(explained) - explained).clamp_min(0)
+        padded = pad_to_multiple(z.float(), multiple)
+        velocity = coarse_velocity(
+            padded, sigma, small, answer, scale, self.patch_size, config.start, expected, variance
+        )
+        return crop(velocity, *z.shape[-2:])
+
+    def count_flops(self, inputs: Inputs) -> int:
+        """Floating-point operations of one call, counted by PyTorch on the meta device (adapters not included)."""
+        model: Any = self.transformer
+        shapes = tuple((name, tuple(v.shape)) for name, v in inputs.items() if isinstance(v, Tensor))
+        key = (type(model), str(model.config), shapes)
+        if key not in _COUNTED:
+            with torch.device("meta"):
+                twin = type(model).from_config(model.config)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                twin(**{k: to_meta(v) for k, v in inputs.items()})
+            _COUNTED[key] = counter.get_total_flops()
+        return _COUNTED[key]
+
+
+def first(output: Any) -> Tensor:
+    """The tensor in a model's answer, a tuple or an output class."""
+    return output[0]
+
+
+def to_meta(value: Any) -> Any:
+    """The same nest of tensors without data, in float32 where it was floating-point."""
+
+    def empty(t: Tensor) -> Tensor:
+        return torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
+
+    return _walk(value, empty)
+
+
+def _take(value: Any, rows: Tensor) -> Any:
+    return _walk(value, lambda t: t[rows.to(t.device)])
+
+
+def _walk(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_walk(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _walk(v, change) for k, v in value.items()}
+    return value

@@ -1,0 +1,115 @@
+"""FLUX.1: `diffusers.FluxTransformer2DModel`.
+
+The pipeline packs 2 x 2 latent pixels into a token of 4 C features in the order (c, dy, dx), and tells the grid
+through ``img_ids [N, 3] = (0, row, column)`` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ddit.config import ScheduleConfig
+from ddit.models.base import Architecture, Inputs
+from ddit.patches import coarse_positions
+
+_HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
+"""Attention arguments that know nothing of picture tokens."""
+
+
+class Flux(Architecture):
+    patch_size = 2
+    batched = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "guidance",
+        "joint_attention_kwargs",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+    )
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__(transformer)
+        self._ids: Tensor | None = None
+        self._grid: tuple[int, int] | None = None
+        self._origin = (0.0, 0.0)
+
+    def obstacle(self, inputs: Inputs) -> str | None:
+        if any(inputs.get(f"controlnet_{kind}samples") is not None for kind in ("block_", "single_block_")):
+            return "ControlNet residuals are made for the model's own tokens"
+        model: Any = self.transformer
+        if model.config.in_channels != inputs["hidden_states"].shape[-1] or model.x_embedder.in_features != (
+            model.proj_out.out_features
+        ):
+            return "the model takes condition channels beside the latents (Fill, Control)"
+        unknown = sorted(set(inputs.get("joint_attention_kwargs") or {}) - _HARMLESS)
+        if unknown:
+            return f"the attention arguments {unknown} may depend on the model's own tokens"
+        if self._read_grid(inputs) is None:
+            return "img_ids are not one full grid of rows and columns (reference tokens, as in Kontext)"
+        return None
+
+    def latents(self, inputs: Inputs) -> Tensor:
+        grid = self._read_grid(inputs)
+        assert grid is not None, "obstacle() has refused this call"
+        return self.velocity(inputs["hidden_states"], (grid[0] * self.patch_size, grid[1] * self.patch_size))
+
+    def sigma(self, inputs: Inputs) -> Tensor:
+        return inputs["timestep"].float()
+
+    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
+        rows, columns = (n // self.patch_size for n in latents.shape[-2:])
+        ids = inputs["img_ids"]
+        ids = ids[0] if ids.ndim == 3 else ids
+        self._read_grid(inputs)
+        positions = coarse_positions(self._origin, (rows, columns), scale, config.positions).flatten(0, 1)
+        # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
+        coarse_ids = torch.cat([ids[:1, :1].float().expand(rows * columns, 1), positions.to(ids.device)], dim=1)
+        return {
+            **inputs,
+            "hidden_states": self.output(latents),
+            "timestep": sigma.to(inputs["timestep"].dtype),
+            "img_ids": coarse_ids,
+            "joint_attention_kwargs": _copy(inputs.get("joint_attention_kwargs")),
+            "return_dict": False,
+        }
+
+    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        p = self.patch_size
+        return rearrange(output, "b (h w) (c y x) -> b c (h y) (w x)", h=size[0] // p, w=size[1] // p, y=p, x=p)
+
+    def output(self, velocity: Tensor) -> Tensor:
+        return rearrange(velocity, "b c (h y) (w x) -> b (h w) (c y x)", y=self.patch_size, x=self.patch_size)
+
+    def tokens(self, inputs: Inputs) -> int:
+        return inputs["hidden_states"].shape[1]
+
+    def _read_grid(self, inputs: Inputs) -> tuple[int, int] | None:
+        """Rows and columns from ``img_ids``, read by the host once per generation (the tensor stays the same)."""
+        ids = inputs["img_ids"]
+        if ids is not self._ids:
+            self._ids, self._grid = ids, _grid(ids)
+            row, column = (ids[0] if ids.ndim == 3 else ids)[0, 1:].tolist()
+            self._origin = (row, column)
+        return self._grid
+
+
+def _grid(ids: Tensor) -> tuple[int, int] | None:
+    """(rows, columns) if the positions ``[N, 3]`` count through one grid row by row, else ``None``."""
+    ids = ids[0] if ids.ndim == 3 else ids
+    rows, columns = (len(ids[:, axis].unique()) for axis in (1, 2))
+    if rows * columns != len(ids) or len(ids[:, 0].unique()) != 1:
+        return None
+    table = ids[:, 1:].reshape(rows, columns, 2)
+    even = (table[..., 0] == table[:, :1, 0]).all() and (table[..., 1] == table[:1, :, 1]).all()
+    return (rows, columns) if bool(even) else None
+
+
+def _copy(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """diffusers pops entries from this dictionary during the call."""
+    return None if kwargs is None else dict(kwargs)

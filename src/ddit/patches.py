@@ -1,0 +1,177 @@
+"""Large patches on a model that knows small ones: geometry, resizing and the noise-consistent step. Pure tensors.
+
+Letters: B samples, C channels, H and W latent height and width, p the model's own patch size in latent pixels,
+s the scale. A patch of size ``s p`` is a patch of size p after resizing it to ``p x p`` latent pixels by a matrix
+``M [p p, s p s p]``; its output comes back through ``U [s p s p, p p]``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from ddit.config import Positions, Start
+
+
+def space_to_depth(z: Tensor, scale: int) -> Tensor:
+    """``[B, C, ..., H, W] -> [B, s s C, ..., H/s, W/s]``, neighbours first: channel order (dy, dx, c)."""
+    return rearrange(z, "b c ... (h y) (w x) -> b (y x c) ... h w", y=scale, x=scale)
+
+
+def depth_to_space(z: Tensor, scale: int) -> Tensor:
+    """The inverse of `space_to_depth`."""
+    return rearrange(z, "b (y x c) ... h w -> b c ... (h y) (w x)", y=scale, x=scale)
+
+
+def pad_to_multiple(z: Tensor, multiple: int) -> Tensor:
+    """Continue the last row and column until H and W are multiples of ``multiple``; `crop` undoes it."""
+    height, width = z.shape[-2:]
+    pad = (0, -width % multiple, 0, -height % multiple)
+    if not any(pad):
+        return z
+    flat = F.pad(z.reshape(-1, 1, height, width), pad, mode="replicate")
+    return flat.reshape(*z.shape[:-2], *flat.shape[-2:])
+
+
+def crop(z: Tensor, height: int, width: int) -> Tensor:
+    """The first ``height`` rows and ``width`` columns."""
+    return z[..., :height, :width]
+
+
+def coarse_positions(origin: tuple[float, float], grid: tuple[int, int], scale: int, mode: Positions) -> Tensor:
+    """Rows and columns of the large patches.
+
+    Args:
+        origin: Position (row, column) of the grid's first token.
+        grid: Tokens (rows, columns) of the large patches' grid.
+        mode: ``grid`` counts on from the origin by one; ``interpolated`` gives the patches' centres.
+
+    Returns:
+        ``[rows, columns, 2]`` float32.
+    """
+    step, offset = (scale, (scale - 1) / 2) if mode == "interpolated" else (1, 0.0)
+    rows, columns = (first + offset + step * torch.arange(n) for first, n in zip(origin, grid, strict=True))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).float()
+
+
+@cache
+@torch.inference_mode(False)  # Autograd refuses tensors made in inference mode, and these are kept.
+def resize_matrices(patch_size: int, scale: int, start: Start) -> tuple[Tensor, Tensor]:
+    """Matrices that shrink a large patch to a small one and grow it back.
+
+    ``noise-consistent``: average pooling and repetition. ``bilinear``: U is bilinear resizing and M its
+    pseudo-inverse, so that ``M U = 1``; applied to the latents this equals resizing the embedding's weights
+    (PI-resize, FlexiViT, arXiv 2212.08013, section 3.4).
+
+    Returns:
+        ``M [p p, s p s p]`` and ``U [s p s p, p p]``, float32.
+    """
+    pixels = patch_size * patch_size
+    basis = torch.eye(pixels).reshape(pixels, 1, patch_size, patch_size)
+    if start == "noise-consistent":
+        up = F.interpolate(basis, scale_factor=float(scale), mode="nearest").reshape(pixels, -1).T
+        return (up.T / scale**2).contiguous(), up.contiguous()
+    up = F.interpolate(basis, scale_factor=float(scale), mode="bilinear", align_corners=False).reshape(pixels, -1).T
+    return torch.linalg.pinv(up).contiguous(), up.contiguous()
+
+
+def resize(z: Tensor, matrix: Tensor) -> Tensor:
+    """Resize every patch of a latent by a matrix of `resize_matrices`; the grid must divide."""
+    out, into = (round(n**0.5) for n in matrix.shape)
+    patches = rearrange(z, "b c ... (h y) (w x) -> b c ... h w (y x)", y=into, x=into)
+    return rearrange(patches @ matrix.T.to(z), "b c ... h w (y x) -> b c ... (h y) (w x)", y=out, x=out)
+
+
+def shrink(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
+    """``[B, C, ..., H, W] -> [B, C, ..., H/s, W/s]``."""
+    return resize(z, resize_matrices(patch_size, scale, start)[0])
+
+
+def grow(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
+    """``[B, C, ..., H/s, W/s] -> [B, C, ..., H, W]``."""
+    return resize(z, resize_matrices(patch_size, scale, start)[1])
+
+
+def detail(z: Tensor, scale: int) -> Tensor:
+    """What average pooling by ``scale`` loses: ``z - U D z``; the grid must divide."""
+    return z - grow(shrink(z, scale, 1, "noise-consistent"), scale, 1, "noise-consistent")
+
+
+def consistent_level(sigma: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """Factor ``a`` and noise level ``sigma'`` that make pooled latents a noisy latent again.
+
+    Pooling divides the noise's deviation by ``s``: ``D z = (1 - sigma) D x + (sigma / s) eps``. Times
+    ``a = 1 / ((1 - sigma) + sigma / s)`` the weights add up to one again, at ``sigma' = a sigma / s``.
+    """
+    factor = 1 / ((1 - sigma) + sigma / scale)
+    return factor, factor * sigma / scale
+
+
+def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: Start) -> tuple[Tensor, Tensor]:
+    """Latents and noise level that the model is called with on the coarse grid.
+
+    Args:
+        z: Noisy latents ``[B, C, ..., H, W]``; H and W are multiples of ``s p``.
+        sigma: Noise level ``[B]``.
+
+    Returns:
+        Latents ``[B, C, ..., H/s, W/s]`` and noise level ``[B]``.
+    """
+    small = shrink(z, scale, patch_size, start)
+    if start == "bilinear":
+        return small, sigma
+    factor, level = consistent_level(sigma, scale)
+    return small * expand(factor, z), level
+
+
+def coarse_velocity(
+    z: Tensor,
+    sigma: Tensor,
+    small: Tensor,
+    output: Tensor,
+    scale: int,
+    patch_size: int,
+    start: Start,
+    expected: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> Tensor:
+    """Velocity on the fine grid from the model's output on the coarse one.
+
+    ``bilinear`` grows the output. ``noise-consistent`` splits the clean picture into what pooling keeps and the
+    detail inside the patches. The first part comes from the model: with ``x_lo = z' - sigma' v'`` and
+    ``e_lo = (z' + (1 - sigma') v') / s`` it is ``U (e_lo - x_lo)``. The detail ``x_d`` is a Wiener estimate from
+    ``P z = (1 - sigma) x_d + sigma e_d`` (``P = 1 - U D``) with the prior mean ``expected`` and ``variance`` around it,
+    and its velocity is ``(P z - x_d) / sigma``.
+
+    Args:
+        z: Noisy latents ``[B, C, ..., H, W]``; sigma: their noise level ``[B]``, above 0.
+        small, output: The model's input and output on the coarse grid ``[B, C, ..., H/s, W/s]``.
+        expected: Expected detail, shape of ``z``; ``None`` is zero.
+        variance: Variance of the detail around it, ``[B, C]`` or ``[C]``; ``None`` is zero: trust ``expected``.
+
+    Returns:
+        Velocity, shape of ``z``.
+    """
+    if start == "bilinear":
+        return grow(output, scale, patch_size, start)
+    _, level = (expand(t, z) for t in consistent_level(sigma, scale))
+    level_noise = expand(sigma, z)
+    x_lo = small - level * output
+    e_lo = (small + (1 - level) * output) / scale
+    seen = detail(z, scale)
+    x_d = torch.zeros_like(seen) if expected is None else expected
+    if variance is not None:
+        h = variance.to(z).reshape(*variance.shape, *[1] * (z.ndim - 2))
+        noise = 1 - 1 / scale**2
+        gain = (1 - level_noise) * h / ((1 - level_noise) ** 2 * h + level_noise**2 * noise)
+        x_d = x_d + gain * (seen - (1 - level_noise) * x_d)
+    return grow(e_lo - x_lo, scale, patch_size, start) + (seen - x_d) / level_noise
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """``[B] -> [B, 1, ..., 1]`` with as many axes as ``like``, in its dtype."""
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))

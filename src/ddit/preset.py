@@ -1,0 +1,49 @@
+"""`ddit.json`, a file in a model's folder: how to call the model, and what was measured on its own samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "ddit.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What a model's folder says to ddit."""
+
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for the pipeline's call, such as ``height`` or ``max_sequence_length``."""
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `ddit.ScheduleConfig` that suit the model."""
+    detail_variance: Mapping[int, list[float]] = field(default_factory=dict)
+    """Scale -> variance per latent channel of what pooling by the scale loses (see `ddit.patches.detail`)."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Preset:
+        """Read a folder's preset; an empty one where there is no such file.
+
+        Raises:
+            ValueError: When the file is not a preset of this version.
+        """
+        path = Path(folder) / FILE
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text())
+            version = values.pop("version")
+            values["detail_variance"] = {int(s): list(v) for s, v in values["detail_variance"].items()}
+            preset = cls(**values)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is not a preset of ddit ({error!r}); write it anew or delete it") from error
+        if version != VERSION:
+            raise ValueError(f"{path} has version {version}, this ddit reads version {VERSION}")
+        return preset
+
+    def save(self, folder: str | Path) -> None:
+        """Write the preset into a folder."""
+        (Path(folder) / FILE).write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")

@@ -1,0 +1,120 @@
+"""What ran: the scale of every step and sample, and what that saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of a batch."""
+
+    sigma: float
+    """Noise level, from 1 (noise) to 0 (picture)."""
+    scales: tuple[int, ...]
+    """Scale of each sample."""
+    statistics: tuple[Mapping[int, float], ...]
+    """Per sample, scale -> statistic of the rule; empty where there were too few latents."""
+    seconds: float
+    """Host time inside the transformer's calls of this step, all guidance passes together."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One generation, finished or under way. Costs are counted by PyTorch, per forward of one sample."""
+
+    steps: tuple[Step, ...]
+    tokens: Mapping[int, int]
+    """Picture tokens of one sample at each scale that ran, and at scale 1."""
+    flops: Mapping[int, int]
+    """Floating-point operations of one forward of one sample at each of these scales."""
+    forced: str | None = None
+    """Why some steps had to stay at scale 1, or ``None``."""
+
+    @property
+    def scales(self) -> list[list[int]]:
+        """Scales per sample: ``scales[sample][step]``."""
+        return [list(column) for column in zip(*(step.scales for step in self.steps), strict=True)]
+
+    @property
+    def tokens_fraction(self) -> float:
+        """Picture tokens processed, as a fraction of those of a run at scale 1."""
+        return self._fraction(self.tokens)
+
+    @property
+    def flops_fraction(self) -> float:
+        """Floating-point operations, as a fraction of those of a run at scale 1."""
+        return self._fraction(self.flops)
+
+    @property
+    def seconds(self) -> float:
+        """Host time inside the transformer's calls."""
+        return sum(step.seconds for step in self.steps)
+
+    def _fraction(self, costs: Mapping[int, int]) -> float:
+        used = [costs[s] for step in self.steps for s in step.scales]
+        return sum(used) / (len(used) * costs[1])
+
+    def strip(self, sample: int = 0) -> str:
+        """The schedule of one sample on a line, such as ``1 1 1 4 4 2 1``."""
+        return " ".join(map(str, self.scales[sample]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "scales": self.scales,
+            "sigmas": [step.sigma for step in self.steps],
+            "statistics": [[dict(sample) for sample in step.statistics] for step in self.steps],
+            "step_seconds": [step.seconds for step in self.steps],
+            "tokens": dict(self.tokens),
+            "flops": dict(self.flops),
+            "tokens_fraction": self.tokens_fraction,
+            "flops_fraction": self.flops_fraction,
+            "seconds": self.seconds,
+            "forced": self.forced,
+        }
+
+    def __repr__(self) -> str:
+        samples = self.scales
+        shown = [f"  {i}: {self.strip(i)}" for i in range(min(len(samples), 8))]
+        if len(samples) > 8:
+            shown.append(f"  ... {len(samples) - 8} more")
+        lines = [
+            f"Report({len(self.steps)} steps, {len(samples)} samples, {self.seconds:.2f} s in the transformer)",
+            f"  tokens {self.tokens_fraction:.1%}, FLOPs {self.flops_fraction:.1%} of a run at scale 1",
+            *([f"  held at scale 1: {self.forced}"] if self.forced else []),
+            *shown,
+        ]
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path, *, threshold: float | None = None, sample: int = 0) -> None:
+        """Plot scale and statistic against the step (needs matplotlib, extra ``plot``).
+
+        Args:
+            path: Picture file; its ending names the format.
+            threshold: Drawn as a line if given.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        curves = [dict(step.statistics[sample]) for step in self.steps]
+        for scale in sorted({s for curve in curves for s in curve}):
+            points = [(i, curve[scale]) for i, curve in enumerate(curves) if scale in curve]
+            top.plot(*zip(*points, strict=True), marker=".", label=f"statistic at scale {scale}")
+        if threshold:
+            top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
+        if top.lines:
+            top.set_yscale("log")
+            top.legend()
+        top.set_ylabel("deviation of the difference")
+        scales = self.scales[sample]
+        bottom.step(range(len(scales)), scales, where="mid")
+        bottom.set_yscale("log", base=2)
+        bottom.set_yticks(sorted({1, *scales}), [str(s) for s in sorted({1, *scales})])
+        bottom.set_ylabel("scale")
+        bottom.set_xlabel("step")
+        figure.savefig(path, dpi=120)

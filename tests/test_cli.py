@@ -1,0 +1,131 @@
+"""The command line: quick help, clear refusals with exit code 2 and nothing written, and one real run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tiny
+from ddit.cli import main
+from ddit.preset import Preset
+
+PROMPT = tiny.PROMPT
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A shrunken FLUX saved as any pipeline is, with a preset."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.pipeline().save_pretrained(folder)
+    call = {"height": 32, "width": 32, "num_inference_steps": 6, "max_sequence_length": 20}
+    Preset(call=call, schedule={"threshold": 1e6}).save(folder)
+    return str(folder)
+
+
+def refused(capsys, tmp_path: Path, *flags: str, prompt: str = PROMPT) -> str:
+    """Run ``ddit generate``, expect exit code 2 and no file; returns what it said."""
+    out = tmp_path / "out" / "x.png"
+    try:
+        code = main(["generate", prompt, "--out", str(out), *flags])
+    except SystemExit as stop:  # argparse's own refusals
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in said and said.strip()
+    assert not out.parent.exists()
+    return said
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = "import sys; from ddit.cli import parser; parser().format_help(); assert 'torch' not in sys.modules"
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert time.perf_counter() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--threshold", "-1"], "threshold"),
+        (["--threshold", "nan"], "threshold"),
+        (["--threshold", "inf"], "threshold"),
+        (["--percentile", "1.5"], "percentile"),
+        (["--scales", "2", "4"], "hold 1"),
+        (["--scales", "1", "3"], "powers of two"),
+        (["--order", "4"], "order"),
+        (["--steps", "0"], "steps"),
+        (["--height", "100"], "multiples of 8"),
+        (["--adapter", "nowhere"], "can't be found"),
+        (["--adapter", "."], "not an adapter"),
+        (["--model", "."], "model_index.json"),
+        (["--model", "nowhere"], "no folder"),
+        (["--policy", "fixed"], "needs steps"),
+        (["--policy", "magic"], "invalid choice"),
+        (["--num-images", "0"], "above 0"),
+        (["--json", "/proc/nope/x.json"], "can't be written"),
+    ],
+)
+def test_bad_flags_are_refused(capsys, tmp_path, flags, words):
+    assert words in refused(capsys, tmp_path, *flags)
+
+
+def test_empty_prompt_is_refused(capsys, tmp_path):
+    assert "empty" in refused(capsys, tmp_path, prompt="  ")
+
+
+def test_out_must_be_a_png_in_a_writable_folder(capsys):
+    assert main(["generate", PROMPT, "--out", "picture.jpg"]) == 2
+    assert main(["generate", PROMPT, "--out", "/proc/nope/x.png"]) == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_unsupported_model_lists_the_supported(capsys, tmp_path, model):
+    index = json.loads((Path(model) / "model_index.json").read_text())
+    index["_class_name"] = "NoSuchPipeline"
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model_index.json").write_text(json.dumps(index))
+    assert refused(capsys, tmp_path, "--model", str(tmp_path / "m"))
+
+
+def test_generate_writes_picture_and_report(capsys, tmp_path, model):
+    out, report, plot = tmp_path / "a.png", tmp_path / "a.json", tmp_path / "p.png"
+    flags = ["--model", model, "--out", str(out), "--json", str(report), "--plot", str(plot), "--num-images", "2"]
+    assert main(["generate", PROMPT, *flags]) == 0
+    assert "scales: 1 1 1 4 4 4" in capsys.readouterr().out
+    values = json.loads(report.read_text())
+    assert values["scales"] == [[1, 1, 1, 4, 4, 4]] * 2
+    assert 0 < values["flops_fraction"] < 1 and 0 < values["tokens_fraction"] < 1 and values["seconds"] > 0
+    assert (tmp_path / "a-0.png").exists() and (tmp_path / "a-1.png").exists() and plot.exists()
+
+
+def test_compare_reports_speed_and_likeness(tmp_path, model):
+    out, report = tmp_path / "a.png", tmp_path / "a.json"
+    flags = ["--model", model, "--out", str(out), "--json", str(report), "--compare", "--threshold", "0"]
+    assert main(["generate", PROMPT, *flags]) == 0
+    values = json.loads(report.read_text())
+    assert {"baseline_seconds", "speedup", "psnr", "ssim"} <= set(values)
+    assert values["ssim"] == pytest.approx(1.0) and values["flops_fraction"] == 1.0
+
+
+def test_info_names_versions_and_models(capsys):
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert "torch" in said and "FluxTransformer2DModel" in said
+
+
+def test_unknown_words_warn_with_near_ones(recwarn):
+    from ddit.generate import check_prompt
+
+    check_prompt("a blu circle on a smooth background", "embedded")
+    assert any("'blu'" in str(w.message) and "blue" in str(w.message) for w in recwarn.list)
+
+
+def test_a_broken_preset_is_refused(tmp_path):
+    (tmp_path / "ddit.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a preset"):
+        Preset.load(tmp_path)

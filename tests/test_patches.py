@@ -1,0 +1,282 @@
+"""Geometry of large patches and the noise-consistent step."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddit.patches import (
+    coarse_input,
+    coarse_positions,
+    coarse_velocity,
+    consistent_level,
+    crop,
+    depth_to_space,
+    detail,
+    grow,
+    pad_to_multiple,
+    resize_matrices,
+    shrink,
+    space_to_depth,
+)
+
+STARTS = ["noise-consistent", "bilinear"]
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- geometry ---
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_pad_and_crop_are_inverse_on_every_grid(scale):
+    """1 x 1 to 9 x 9 tokens of 2 x 2 latent pixels; padding is the least that divides, and repeats the edge."""
+    for rows, columns in itertools.product(range(1, 10), repeat=2):
+        z = noise(1, 2, 2 * rows, 2 * columns)
+        padded = pad_to_multiple(z, 2 * scale)
+        height, width = padded.shape[-2:]
+        assert height % (2 * scale) == width % (2 * scale) == 0
+        assert 0 <= height - 2 * rows < 2 * scale and 0 <= width - 2 * columns < 2 * scale
+        assert torch.equal(crop(padded, 2 * rows, 2 * columns), z)
+        assert torch.equal(padded[..., -1, -1], z[..., -1, -1])
+        assert torch.equal(padded[..., 2 * rows :, : 2 * columns], z[..., -1:, :].expand(1, 2, height - 2 * rows, -1))
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_space_to_depth_and_back_on_every_grid(scale):
+    for rows, columns in itertools.product(range(1, 10), repeat=2):
+        z = noise(2, 3, scale * rows, scale * columns)
+        deep = space_to_depth(z, scale)
+        assert deep.shape == (2, 3 * scale**2, rows, columns)
+        assert torch.equal(depth_to_space(deep, scale), z)
+
+
+def test_space_to_depth_orders_neighbours_before_channels():
+    z = torch.arange(8.0).reshape(1, 2, 2, 2)  # channel 0: 0 1 / 2 3, channel 1: 4 5 / 6 7
+    assert space_to_depth(z, 2).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_frames_of_a_video_stay_apart():
+    z = noise(2, 3, 5, 6, 10)
+    per_frame = torch.stack([space_to_depth(pad_to_multiple(z[:, :, f], 4), 4) for f in range(5)], dim=2)
+    assert torch.equal(space_to_depth(pad_to_multiple(z, 4), 4), per_frame)
+    for start in STARTS:
+        per_frame = torch.stack([shrink(pad_to_multiple(z[:, :, f], 4), 2, 2, start) for f in range(5)], dim=2)
+        torch.testing.assert_close(shrink(pad_to_multiple(z, 4), 2, 2, start), per_frame)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("origin", [(0.0, 0.0), (3.0, 5.0)])
+def test_interpolated_positions_are_the_centres(scale, origin):
+    """The mean of the positions of the tokens a large patch covers."""
+    rows, columns = 3, 2
+    fine = coarse_positions(origin, (rows * scale, columns * scale), 1, "grid").double()
+    centres = F.avg_pool2d(fine.permute(2, 0, 1), scale).permute(1, 2, 0)
+    torch.testing.assert_close(coarse_positions(origin, (rows, columns), scale, "interpolated").double(), centres)
+
+
+def test_grid_positions_count_on_from_the_origin():
+    positions = coarse_positions((3.0, 5.0), (2, 3), 4, "grid")
+    assert positions.tolist() == [[[3, 5], [3, 6], [3, 7]], [[4, 5], [4, 6], [4, 7]]]
+    assert positions.dtype == torch.float32
+
+
+# --- resizing ---
+
+SIZES = [(p, s) for p in (1, 2, 3) for s in (2, 4)]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("patch", "scale"), SIZES)
+def test_shrinking_undoes_growing(patch, scale, start):
+    """M U = 1, rows of M and U sum to one."""
+    down, up = resize_matrices(patch, scale, start)
+    assert down.shape == (patch**2, (scale * patch) ** 2) and up.shape == (down.shape[1], down.shape[0])
+    torch.testing.assert_close(down @ up, torch.eye(patch**2), atol=1e-5, rtol=0)
+    for matrix in (down, up):
+        torch.testing.assert_close(matrix.sum(1), torch.ones(len(matrix)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("patch", "scale"), SIZES)
+def test_constants_are_preserved(patch, scale, start):
+    z = torch.tensor([2.5, -1.0]).reshape(1, 2, 1, 1)
+    fine = z.expand(1, 2, 2 * scale * patch, 3 * scale * patch)
+    coarse = z.expand(1, 2, 2 * patch, 3 * patch)
+    torch.testing.assert_close(shrink(fine, scale, patch, start), coarse, atol=1e-5, rtol=0)
+    torch.testing.assert_close(grow(coarse, scale, patch, start), fine, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("patch", "scale"), SIZES)
+def test_noise_consistent_resizing_is_pooling_and_repetition(patch, scale):
+    """Whatever the patch, so D and U of the noise-consistent step don't know of patches."""
+    z = noise(2, 3, 2 * patch * scale, 3 * patch * scale)
+    pooled = F.avg_pool2d(z, scale)
+    torch.testing.assert_close(shrink(z, scale, patch, "noise-consistent"), pooled, atol=1e-6, rtol=1e-6)
+    repeated = pooled.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    torch.testing.assert_close(grow(pooled, scale, patch, "noise-consistent"), repeated, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(detail(z, scale), z - repeated, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("patch", "scale"), SIZES)
+def test_bilinear_growing_is_interpolation_of_each_patch(patch, scale):
+    """On a single patch, and patch by patch on a grid: neighbours don't mix."""
+    z = noise(2, 3, patch, patch)
+    expected = F.interpolate(z, scale_factor=scale, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(grow(z, scale, patch, "bilinear"), expected, atol=1e-6, rtol=1e-6)
+    two = torch.cat([z, noise(2, 3, patch, patch, seed=1)], dim=-1)
+    torch.testing.assert_close(
+        grow(two, scale, patch, "bilinear")[..., : scale * patch], expected, atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_pi_resize_identity(scale):
+    """FlexiViT: a small patch grown by U meets the resized weights M' w as it met w itself, <w, x> = <M' w, U x>;
+    and resizing the weights equals shrinking the latents, <M' w, y> = <w, M y>."""
+    down, up = (m.double() for m in resize_matrices(2, scale, "bilinear"))
+    w, x, y = noise(4), noise(4, seed=1), noise(4 * scale**2, seed=2)
+    resized = down.T @ w
+    torch.testing.assert_close(resized @ (up @ x), w @ x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(resized @ y, w @ (down @ y), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(down, torch.linalg.pinv(up), atol=1e-5, rtol=0)  # the least-squares solution
+
+
+def test_matrices_made_during_inference_serve_training():
+    """They are cached; a tensor made in inference mode would be refused by autograd later."""
+    resize_matrices.cache_clear()
+    with torch.inference_mode():
+        shrink(torch.ones(1, 1, 4, 4), 2, 2, "bilinear")
+    z = torch.ones(1, 1, 4, 4, requires_grad=True)
+    shrink(z, 2, 2, "bilinear").sum().backward()
+    assert z.grad is not None
+
+
+# --- the noise-consistent step ---
+
+SIGMAS = torch.tensor([0.05, 0.3, 0.7, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_pooled_noise_has_the_deviation_that_its_level_says(scale):
+    """Pure noise at level sigma becomes noise of deviation sigma', white: neighbours are uncorrelated."""
+    eps = noise(4, 4, 128, 128)
+    z = SIGMAS.reshape(-1, 1, 1, 1) * eps
+    small, level = coarse_input(z, SIGMAS, scale, 2, "noise-consistent")
+    torch.testing.assert_close(small.flatten(1).std(1), level, rtol=0.03, atol=0)
+    neighbours = (small[..., 1:] * small[..., :-1]).flatten(1).mean(1) / level**2
+    assert neighbours.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_pooled_latents_are_a_noisy_latent_again(scale):
+    """z' = (1 - sigma') D x + sigma' s D eps."""
+    x, eps = noise(4, 3, 8, 16), noise(4, 3, 8, 16, seed=1)
+    sigma = SIGMAS.reshape(-1, 1, 1, 1)
+    small, level = coarse_input((1 - sigma) * x + sigma * eps, SIGMAS, scale, 2, "noise-consistent")
+    level = level.reshape(-1, 1, 1, 1)
+    expected = (1 - level) * F.avg_pool2d(x, scale) + level * scale * F.avg_pool2d(eps, scale)
+    torch.testing.assert_close(small, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_limits_of_the_level(scale):
+    """sigma' is 1 at 1, sigma / s near 0, below sigma between; scale 1 changes nothing."""
+    sigma = torch.tensor([1.0, 1e-6, 0.5], dtype=torch.float64)
+    factor, level = consistent_level(sigma, scale)
+    assert level[0] == 1 and factor[0] == scale
+    assert level[1] == pytest.approx(1e-6 / scale, rel=1e-5)
+    if scale == 1:
+        assert torch.equal(level, sigma)
+    else:
+        assert level[2] < 0.5
+
+
+def test_bilinear_start_leaves_the_level():
+    small, level = coarse_input(noise(4, 3, 8, 8), SIGMAS, 2, 2, "bilinear")
+    assert level is SIGMAS and small.shape == (4, 3, 4, 4)
+
+
+def blocky(scale, dtype=torch.float64):
+    """A picture constant inside large patches, its noise, latents, and an ideal model's call on the coarse grid."""
+    lo, eps = noise(4, 3, 6, 4).to(dtype), noise(4, 3, 6 * scale, 4 * scale, seed=1).to(dtype)
+    x = lo.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    sigma = SIGMAS.to(dtype)
+    z = (1 - sigma.reshape(-1, 1, 1, 1)) * x + sigma.reshape(-1, 1, 1, 1) * eps
+    small, _ = coarse_input(z, sigma, scale, 2, "noise-consistent")
+    ideal = scale * F.avg_pool2d(eps, scale) - F.avg_pool2d(x, scale)
+    return x, eps, z, sigma, small, ideal
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_velocity_is_exact_without_detail(scale, dtype, tolerance):
+    """Nothing lies inside the patches: with an ideal model the coarse step returns eps - x itself."""
+    x, eps, z, sigma, small, ideal = blocky(scale, dtype)
+    velocity = coarse_velocity(z, sigma, small, ideal, scale, 2, "noise-consistent")
+    assert velocity.dtype == dtype
+    torch.testing.assert_close(velocity, eps - x, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_velocity_is_exact_when_the_detail_is_known(scale):
+    """``expected`` equal to the picture's detail, trusted: eps - x again, for any picture."""
+    x, eps, sigma = noise(4, 3, 8, 16), noise(4, 3, 8, 16, seed=1), SIGMAS.reshape(-1, 1, 1, 1)
+    z = (1 - sigma) * x + sigma * eps
+    small, _ = coarse_input(z, SIGMAS, scale, 2, "noise-consistent")
+    ideal = scale * F.avg_pool2d(eps, scale) - F.avg_pool2d(x, scale)
+    velocity = coarse_velocity(z, SIGMAS, small, ideal, scale, 2, "noise-consistent", expected=detail(x, scale))
+    torch.testing.assert_close(velocity, eps - x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_wiener_gain_is_the_design_formula(scale, per_sample):
+    """v = U v_lo + k_s (z - U D z), k_s = (sigma n - (1 - sigma) h) / ((1 - sigma)^2 h + sigma^2 n)."""
+    z, output = noise(4, 3, 8, 16), noise(4, 3, 8 // scale, 16 // scale, seed=1)
+    h = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
+    h = h * torch.arange(1, 5, dtype=torch.float64)[:, None] if per_sample else h
+    small, level = coarse_input(z, SIGMAS, scale, 2, "noise-consistent")
+    level, sigma = level.reshape(-1, 1, 1, 1), SIGMAS.reshape(-1, 1, 1, 1)
+    n, H = 1 - 1 / scale**2, h.reshape(-1, 3, 1, 1)
+    k = (sigma * n - (1 - sigma) * H) / ((1 - sigma) ** 2 * H + sigma**2 * n)
+    v_lo = (small + (1 - level) * output) / scale - (small - level * output)
+    expected = v_lo.repeat_interleave(scale, -1).repeat_interleave(scale, -2) + k * detail(z, scale)
+    ours = coarse_velocity(z, SIGMAS, small, output, scale, 2, "noise-consistent", variance=h)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_wiener_estimate_is_the_best_linear_one(scale):
+    """On random pictures a smaller or larger variance than the true one raises the error of the velocity."""
+    h = 0.3
+    x, eps, sigma = h**0.5 * noise(1, 1, 256, 256), noise(1, 1, 256, 256, seed=1), torch.tensor([0.5]).double()
+    z = 0.5 * x + 0.5 * eps
+    small, _ = coarse_input(z, sigma, scale, 2, "noise-consistent")
+    ideal = scale * F.avg_pool2d(eps, scale) - F.avg_pool2d(x, scale)
+    true = detail(x, scale).square().mean().reshape(1)
+
+    def error(variance):
+        velocity = coarse_velocity(z, sigma, small, ideal, scale, 2, "noise-consistent", variance=variance)
+        return (velocity - (eps - x)).square().mean().item()
+
+    # h of the formula is the variance of the detail; noise of the pixels leaves n of it there as well.
+    assert error(true) < min(error(true * 0.7), error(true * 1.4), error(true * 0))
+
+
+def test_an_expected_detail_with_no_variance_equals_none():
+    """Variance zero and no variance mean the same: trust what is expected."""
+    z, output, expected = noise(4, 3, 8, 8), noise(4, 3, 4, 4, seed=1), noise(4, 3, 8, 8, seed=2)
+    small, _ = coarse_input(z, SIGMAS, 2, 2, "noise-consistent")
+    arguments = (z, SIGMAS, small, output, 2, 2, "noise-consistent")
+    zero = coarse_velocity(*arguments, expected=expected, variance=torch.zeros(3))
+    torch.testing.assert_close(zero, coarse_velocity(*arguments, expected=expected))
+
+
+def test_bilinear_velocity_is_the_grown_output():
+    output = noise(2, 3, 4, 4)
+    velocity = coarse_velocity(noise(2, 3, 8, 8), SIGMAS[:2], output, output, 2, 2, "bilinear")
+    assert torch.equal(velocity, grow(output, 2, 2, "bilinear"))
