@@ -6,6 +6,8 @@ import itertools
 import json
 import warnings
 import weakref
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,12 @@ import ddit
 import tiny
 from ddit import ScheduleConfig
 from ddit.api import Handle
-from ddit.config import Detail, Positions, Start
+from ddit.config import Detail, Difference, Positions, Start
 
 PLAIN = ScheduleConfig(threshold=0.0)
 COARSE = ScheduleConfig(threshold=1e9)
 STEPS = 8
+GUIDED: dict[str, Any] = dict(negative_prompt="", true_cfg_scale=2.0)
 
 
 def fixed(*steps: int, **kwargs) -> ScheduleConfig:
@@ -383,7 +386,7 @@ def test_a_shorter_run_after_a_broken_one_starts_anew():
     config = fixed(1, 2, 4, 1)
     pipes = [tiny.pipeline(FluxImg2ImgPipeline) for _ in range(2)]
     handles = [ddit.apply(p, config=config) for p in pipes]
-    picture = dict(image=torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    picture: dict[str, Any] = dict(image=torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(Stop):
         tiny.sample(pipes[0], strength=1.0, callback_on_step_end=stop_after(2), **picture)
     results = [tiny.sample(p, strength=0.5, **picture) for p in pipes]
@@ -452,7 +455,8 @@ def test_a_bare_transformer_starts_over_when_the_shape_changes():
     """Even at a lower noise level: another grid, another batch."""
     transformer = tiny.transformer()
     handle = ddit.apply(transformer, config=fixed(1, 2))
-    for kwargs in (dict(), dict(grid=(4, 6)), dict(batch=2), dict(batch=1)):
+    changes: list[dict[str, Any]] = [dict(), dict(grid=(4, 6)), dict(batch=2), dict(batch=1)]
+    for kwargs in changes:
         with torch.no_grad():
             transformer(**call_inputs(sigma=0.9, **kwargs))
             transformer(**call_inputs(sigma=0.8, seed=1, **kwargs))
@@ -529,20 +533,18 @@ def test_num_images_per_prompt(pipe):
 
 @pytest.mark.parametrize("config", [COARSE, fixed(1, 2, 4, 2)], ids=["dynamic", "fixed"])
 def test_both_guidance_passes_take_one_decision(pipe, config):
-    guided = dict(negative_prompt="", true_cfg_scale=2.0)
     record = Record(pipe.transformer)
     handle = ddit.apply(pipe, config=config)
-    tiny.sample(pipe, **guided)
+    tiny.sample(pipe, **GUIDED)
     assert len(handle.report.steps) == STEPS
     assert len(record.calls) == 2 * STEPS
     assert record.tokens == [64 // s**2 for s in handle.report.scales[0] for _ in range(2)]
 
 
 def test_guidance_is_bit_equal_at_threshold_zero(pipe):
-    guided = dict(negative_prompt="", true_cfg_scale=2.0)
-    plain = tiny.sample(pipe, **guided)
+    plain = tiny.sample(pipe, **GUIDED)
     handle = ddit.apply(pipe, config=PLAIN)
-    assert torch.equal(tiny.sample(pipe, **guided), plain)
+    assert torch.equal(tiny.sample(pipe, **GUIDED), plain)
     assert len(handle.report.steps) == STEPS
 
 
@@ -576,7 +578,7 @@ def picture(seed=0):
 def test_img2img_and_inpaint(cls):
     """Bit-equal at threshold 0; coarse at a large one; the report has the steps that ran."""
     pipe = tiny.pipeline(cls)
-    kwargs: dict = dict(image=picture(), strength=0.6, steps=10)
+    kwargs: dict[str, Any] = dict(image=picture(), strength=0.6, steps=10)
     if cls is FluxInpaintPipeline:
         mask = Image.new("L", (32, 32), 0)
         mask.paste(255, (8, 8, 24, 32))
@@ -611,12 +613,13 @@ def test_bfloat16_pipeline(pipe):
     assert record.calls[1]["img_ids"].dtype == torch.float32  # half positions need it
 
 
-def test_bfloat16_statistics_agree_with_float32(pipe):
-    """Same weights and noise, 50 steps: the rule sees the same in both."""
+@pytest.mark.parametrize("kind", ["plain", "per-sigma"])
+def test_bfloat16_statistics_agree_with_float32(pipe, kind: Difference):
+    """Same weights and noise, 50 steps: the rule sees the same in both, though timesteps are rounded in one."""
     tables = []
     for dtype in (torch.float32, torch.bfloat16):
         pipe.to(dtype)
-        handle = ddit.apply(pipe, config=PLAIN)
+        handle = ddit.apply(pipe, config=replace(PLAIN, difference=kind))
         tiny.sample(pipe, steps=50, latents=noise(1).bfloat16().to(dtype))
         tables.append(torch.tensor([step.statistics[0][2] for step in handle.report.steps[3:]]))
     wide, narrow = tables
@@ -888,6 +891,19 @@ def test_repr_of_a_large_batch_is_short(pipe):
     tiny.sample(pipe, num_images_per_prompt=20, size=(8, 8))
     lines = repr(handle.report).splitlines()
     assert len(lines) < 25 and "... 12 more" in lines[-1]
+
+
+def test_scales_of_the_current_step(pipe):
+    """For those who watch a run; empty between runs, and a copy."""
+    handle, seen = ddit.apply(pipe, config=fixed(1, 2, 4)), []
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(handle.scales)
+        return kwargs
+
+    tiny.sample(pipe, steps=4, num_images_per_prompt=2, callback_on_step_end=callback)
+    assert seen == [[1, 1], [2, 2], [4, 4], [4, 4]]
+    assert handle.scales == []
 
 
 def test_report_is_a_snapshot(pipe):

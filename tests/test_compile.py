@@ -8,7 +8,7 @@ import tiny
 from ddit import ScheduleConfig
 
 SCALES = ScheduleConfig(policy="fixed", steps=(1, 2, 4, 2, 1, 4))
-RUN = dict(steps=6)
+STEPS = 6
 TWO = ScheduleConfig(policy="fixed", steps=(1, 2, 1, 2))
 """For the whole transformer, which takes longer to compile."""
 
@@ -36,15 +36,15 @@ def test_repeated_blocks_compile_once_per_scale(pipe, dynamic):
     """The way diffusers recommends, without graph breaks: a second run, another size of the batch's mix of scales
     and the dynamic rule make no graph that the first run has not made."""
     ddit.apply(pipe, config=SCALES)
-    expected = tiny.sample(pipe, **RUN)
+    expected = tiny.sample(pipe, steps=STEPS)
     backend = Counter()
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend=backend)
-    compiled = tiny.sample(pipe, **RUN)
+    compiled = tiny.sample(pipe, steps=STEPS)
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
     first = backend.graphs
     # One block of each of the two classes; by default the second shape makes a graph for all further ones.
     assert first == 2 * 3 if dynamic is False else 2 * 2 <= first <= 2 * 3
-    assert torch.equal(tiny.sample(pipe, **RUN), compiled)
+    assert torch.equal(tiny.sample(pipe, steps=STEPS), compiled)
     ddit.apply(pipe, config=ScheduleConfig(threshold=1e9))
     tiny.sample(pipe, seed=1)
     assert backend.graphs == first
@@ -65,7 +65,7 @@ def test_a_compiled_transformer_is_accepted_and_given_back(pipe):
     """``torch.compile`` wraps the model in another module, and ddit goes around that."""
     plain = tiny.sample(pipe)
     with ddit.apply(pipe, config=TWO) as handle:
-        coarse = tiny.sample(pipe, **RUN)
+        coarse = tiny.sample(pipe, steps=STEPS)
         costs = handle.report.flops
     backend = Counter()
     pipe.transformer = torch.compile(pipe.transformer, backend=backend, dynamic=False)
@@ -73,9 +73,9 @@ def test_a_compiled_transformer_is_accepted_and_given_back(pipe):
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
     wrapper, model = dict(vars(pipe.transformer)), dict(vars(pipe.transformer._orig_mod))
     with ddit.apply(pipe, config=TWO) as handle:
-        torch.testing.assert_close(tiny.sample(pipe, **RUN), coarse, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
         graphs = backend.graphs
-        tiny.sample(pipe, **RUN)
+        tiny.sample(pipe, steps=STEPS)
         assert backend.graphs == graphs
         assert handle.report.strip() == "1 2 1 2 2 2" and handle.report.flops == costs
     assert dict(vars(pipe.transformer)) == wrapper and dict(vars(pipe.transformer._orig_mod)) == model
@@ -85,15 +85,15 @@ def test_a_compiled_transformer_is_accepted_and_given_back(pipe):
 def test_a_transformer_compiled_in_place_stays_compiled(pipe):
     """``transformer.compile()`` keeps the module: large patches run compiled as well, a graph for each scale."""
     with ddit.apply(pipe, config=TWO):
-        coarse = tiny.sample(pipe, **RUN)
+        coarse = tiny.sample(pipe, steps=STEPS)
     backend = Counter()
     pipe.transformer.compile(backend=backend, dynamic=False)
     compiled, graphs = tiny.sample(pipe), backend.graphs
     before = dict(vars(pipe.transformer))
     with ddit.apply(pipe, config=TWO) as handle:
-        torch.testing.assert_close(tiny.sample(pipe, **RUN), coarse, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
         assert backend.graphs == 2 * graphs
-        tiny.sample(pipe, **RUN)
+        tiny.sample(pipe, steps=STEPS)
         assert backend.graphs == 2 * graphs
         assert handle.report.strip() == "1 2 1 2 2 2"
     assert dict(vars(pipe.transformer)) == before
@@ -104,10 +104,10 @@ def test_a_transformer_compiled_in_place_stays_compiled(pipe):
 def test_compiling_after_apply(pipe, in_place):
     """ddit sits inside: decisions are left out of compiled code, and the result is the same."""
     handle = ddit.apply(pipe, config=TWO)
-    coarse = tiny.sample(pipe, **RUN)
+    coarse = tiny.sample(pipe, steps=STEPS)
     if in_place:
         pipe.transformer.compile(backend="eager")
     else:
         pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    torch.testing.assert_close(tiny.sample(pipe, **RUN), coarse, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
     assert handle.report.strip() == "1 2 1 2 2 2"

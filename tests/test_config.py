@@ -36,7 +36,7 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
 @pytest.mark.parametrize("name", ["threshold", "percentile", "fraction"])
 def test_the_message_gives_the_range(name):
     with pytest.raises(ValueError, match=r"-3.*(in \[0, 1\]|at least 0)"):
-        ScheduleConfig(**{name: -3})
+        ScheduleConfig(**{name: -3})  # type: ignore[arg-type]
 
 
 def test_bounds_of_a_range_are_allowed():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddit.config import Start
 from ddit.patches import (
     coarse_input,
     coarse_positions,
@@ -21,7 +22,7 @@ from ddit.patches import (
     space_to_depth,
 )
 
-STARTS = ["noise-consistent", "bilinear"]
+STARTS: tuple[Start, ...] = ("noise-consistent", "bilinear")
 
 
 def noise(*shape, seed=0, dtype=torch.float64):

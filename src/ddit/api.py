@@ -193,7 +193,7 @@ class Handle:
         inputs = arch.bind(args, kwargs)
         if self._run_begins():
             self._start_over()
-        sigma = float(arch.sigma(inputs)[0])
+        sigma = self._sigma(inputs)
         obstacle = arch.obstacle(inputs)
         if obstacle is not None:
             return self._plain_step(inputs, sigma, obstacle, args, kwargs)
@@ -213,6 +213,17 @@ class Handle:
         velocity = self._mixed_step(inputs, scales, (height, width))
         self._generation.record(velocity.detach(), time.perf_counter() - started)
         return arch.answer(velocity.to(z.dtype), inputs)
+
+    def _sigma(self, inputs: Inputs) -> float:
+        """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be bfloat16."""
+        rounded = float(self._architecture.sigma(inputs)[0])
+        scheduler = getattr(self._pipe, "scheduler", None)
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is None:
+            return rounded
+        index = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
+        exact = float(sigmas[min(index, len(sigmas) - 1)])
+        return exact if abs(exact - rounded) <= 2**-8 else rounded
 
     def _run_begins(self) -> bool:
         """Whether the pipeline has set its timesteps anew: a new run, even where the last one broke half-way."""

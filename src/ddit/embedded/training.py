@@ -38,10 +38,10 @@ class TrainingConfig:
     """Number of drawings."""
     vae_steps: int = 3_000
     text_steps: int = 1_000
-    flow_steps: int = 3_300
+    flow_steps: int = 8_000
     batch: dict[int, int] | None = None
     """Batch size of each resolution; ``None`` is 24 at 128, 48 at 64 and 64 at 32 pixels."""
-    early_mix: tuple[float, float, float] = (0.15, 0.7, 0.15)
+    early_mix: tuple[float, float, float] = (0.1, 0.7, 0.2)
     """Share of steps at 128, 64 and 32 pixels while words and layout are learnt."""
     late_mix: tuple[float, float, float] = (0.7, 0.22, 0.08)
     """The same, later on, while detail is learnt."""
@@ -49,8 +49,10 @@ class TrainingConfig:
     """Fraction of ``flow_steps`` after which ``late_mix`` holds."""
     lr: float = 1e-3
     """Learning rate of the flow (AdamW) after its warm-up."""
-    decay_from: float = 0.75
+    decay_from: float = 0.8
     """Fraction of ``flow_steps`` after which the learning rate falls linearly to zero."""
+    noise_mean: float = 0.4
+    """Noise levels are ``sigmoid(n)`` with ``n`` normal of this mean: above 0, layout is learnt more than grain."""
     ema: float = 0.998
     unconditional: float = 0.1
     """Chance that a prompt is replaced by the empty one, which makes classifier-free guidance possible."""
@@ -288,7 +290,7 @@ def train_flow(
             words[torch.from_numpy(rng.random(len(pick)) < config.unconditional)] = empty
             set_lr(optimizer, config.lr * trapezoid(step, config.flow_steps, config.decay_from))
             optimizer.zero_grad()
-            loss = flow_loss(model, x, words.to(device), rng)
+            loss = flow_loss(model, x, words.to(device), config.noise_mean, rng)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -308,11 +310,11 @@ def train_flow(
     return export(folder / "model", model, average, vae)
 
 
-def flow_loss(model: nn.ModuleDict, x: Tensor, words: Tensor, rng: np.random.Generator) -> Tensor:
+def flow_loss(model: nn.ModuleDict, x: Tensor, words: Tensor, noise_mean: float, rng: np.random.Generator) -> Tensor:
     """Mean squared error to the velocity ``eps - x`` at logit-normal noise levels (SD3, arXiv 2403.03206)."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     eps = torch.randn(x.shape, generator=generator).to(x.device)
-    sigma = torch.sigmoid(torch.randn(len(x), generator=generator)).to(x.device)
+    sigma = torch.sigmoid(noise_mean + torch.randn(len(x), generator=generator)).to(x.device)
     noisy = torch.lerp(x, eps, sigma[:, None, None])
     pooled, tokens = model["text"](words)
     output = model["transformer"](

@@ -34,7 +34,7 @@ class Architecture(ABC):
     patch_size: ClassVar[int]
     """Height and width of the model's own patches, in latent pixels."""
     batched: ClassVar[tuple[str, ...]]
-    """Names of the inputs, the latents first, whose first axis is the batch (nested lists, tuples and dictionaries are followed)."""
+    """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
