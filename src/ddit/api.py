@@ -217,7 +217,7 @@ class Handle:
     def _sigma(self, inputs: Inputs) -> float:
         """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be bfloat16."""
         rounded = float(self._architecture.sigma(inputs)[0])
-        scheduler = getattr(self._pipe, "scheduler", None)
+        scheduler: Any = getattr(self._pipe, "scheduler", None)
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None:
             return rounded

@@ -156,11 +156,19 @@ def _check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None
 
 
 def _check_writable(path: Path) -> None:
+    """Try the nearest folder that exists; permissions alone don't tell (read-only file systems)."""
+    import tempfile
+
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{path} can't be written; name a file in a folder that can")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} can't be written; name a file in a folder that can") from error
 
 
 def _generate(args: argparse.Namespace) -> None:

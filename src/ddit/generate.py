@@ -54,9 +54,9 @@ def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str 
         raise ValueError(f"there is no folder {model!r}, and it is no hub id (owner/name) either")
     source = str(folder) if folder.exists() else model
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
-    except OSError as error:
-        raise ValueError(f"model {model!r} can't be loaded: {str(error).splitlines()[0]}") from error
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
+    except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
+        raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device), Preset.load(folder)
 

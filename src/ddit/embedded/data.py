@@ -36,6 +36,7 @@ def cached_drawings(
 ) -> tuple[list[str], np.ndarray]:
     """Prompts and pictures ``[count, 128, 128, 3]`` for training; shards already on disk are kept."""
     folder.mkdir(parents=True, exist_ok=True)
+    shard = min(shard, count)
     paths = [folder / f"drawings-{i:03d}.npz" for i in range(-(-count // shard))]
     missing = [(path, seed * 1_000_003 + i, shard) for i, path in enumerate(paths) if not path.exists()]
     if missing:

@@ -36,7 +36,7 @@ def install(folder: Path, *, schedule: dict[str, Any] | None = None) -> Path:
 
     if not (folder / "model" / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no trained model; run 'ddit embedded train --folder {folder}' first")
-    pipe = FluxPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(folder / "model", dtype=torch.float32)
     preset = Preset(
         call=CALL,
         schedule=Preset.load(MODEL_FOLDER).schedule if schedule is None else schedule,

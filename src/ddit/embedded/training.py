@@ -54,6 +54,8 @@ class TrainingConfig:
     noise_mean: float = 0.4
     """Noise levels are ``sigmoid(n)`` with ``n`` normal of this mean: above 0, layout is learnt more than grain."""
     ema: float = 0.998
+    checkpoint_every: int = 200
+    """Steps of the flow between two checkpoints."""
     unconditional: float = 0.1
     """Chance that a prompt is replaced by the empty one, which makes classifier-free guidance possible."""
     seed: int = 0
@@ -84,9 +86,11 @@ def train_vae(folder: Path, pictures: np.ndarray, config: TrainingConfig, device
     to scale, as in EQ-VAE (arXiv 2502.09509), so that a small picture and a pooled large one look alike to the flow.
     """
     if (folder / "config.json").exists():
-        return AutoencoderKL.from_pretrained(folder).to(device)  # type: ignore[return-value]
+        vae: Any = AutoencoderKL.from_pretrained(folder)
+        return vae.to(device)
     torch.manual_seed(config.seed)
-    vae = components.make_vae().to(device)
+    vae = components.make_vae()
+    vae.to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     rng = np.random.default_rng([config.seed, 2])
     with progress("autoencoder", config.vae_steps) as advance:
@@ -304,7 +308,7 @@ def train_flow(
             advance(loss=value, size=size)
             with log.open("a") as file:
                 file.write(json.dumps({"step": step, "size": size, "loss": round(value, 5)}) + "\n")
-            if (step + 1) % 200 == 0 or step + 1 == config.flow_steps:
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.flow_steps:
                 save_checkpoint(checkpoint, model, average, optimizer, step + 1)
     print(f"flow: {config.flow_steps - first} steps in {(time.time() - started) / 60:.1f} minutes")
     return export(folder / "model", model, average, vae)

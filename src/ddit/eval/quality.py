@@ -214,7 +214,7 @@ def _fine_steps(reports: Sequence[Report], asked: Sequence[Scene]) -> dict[str, 
     samples = [sample for report in reports for sample in report.scales]
     for scene, sample in zip(asked, samples, strict=True):
         for name in {f"{t.texture} objects" for t in scene.things if t.texture} | {f"{scene.background} background"}:
-            counts[name].append(sample.count(1))
+            counts[name].append(float(sample.count(1)))
     return {
         name: {
             "prompts": len(v),

@@ -1,0 +1,112 @@
+"""The grammar, the drawings, and the training of the embedded model (a few steps of the real thing)."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from ddit.embedded import training
+from ddit.embedded.components import TEXT_TOKENS, make_tokenizer
+from ddit.embedded.data import drawings
+from ddit.embedded.scenes import Scene, Thing, complete, draw, random_scene, scenes, vocabulary
+from ddit.embedded.training import TrainingConfig
+
+
+def test_prompts_of_the_splits_never_meet():
+    prompts = {split: {s.prompt for s in islice(scenes(0, split), 300)} for split in ("train", "tune", "judge")}
+    assert not prompts["train"] & prompts["tune"] | prompts["train"] & prompts["judge"]
+    assert not prompts["tune"] & prompts["judge"]
+
+
+def test_every_prompt_fits_the_tokenizer():
+    tokenizer, rng, words = make_tokenizer(), np.random.default_rng(0), set(vocabulary())
+    for _ in range(500):
+        prompt = random_scene(rng).prompt
+        assert set(prompt.split()) <= words
+        ids = tokenizer(prompt).input_ids
+        assert len(ids) <= TEXT_TOKENS and tokenizer.unk_token_id not in ids
+
+
+def test_prompts_read_as_written():
+    red = Thing("circle", "red", "small", "striped", "left")
+    blue = Thing("star", "blue", None, "hatched", "right")
+    assert Scene((red,), "brick").prompt == "a small striped red circle on the left on a brick background"
+    assert Scene((red, blue), "wavy").prompt == (
+        "a small striped red circle left of a hatched blue star on a wavy background"
+    )
+
+
+def test_drawings_follow_from_the_seed_and_leave_room():
+    scene = complete(next(scenes(1, "train")), np.random.default_rng(0))
+    one, again, other = (draw(scene, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert one.shape == (128, 128, 3) and one.dtype == np.uint8
+    assert (one == again).all() and (one != other).any()
+
+
+def test_an_object_is_where_and_what_it_should_be():
+    thing = Thing("circle", "red", "large", "plain", "left")
+    picture = draw(Scene((thing,), "smooth"), np.random.default_rng(0)).astype(float)
+    red, green, _ = picture[64, 34]
+    assert red > 2 * green
+    assert abs(picture[64, 100, 0] - picture[64, 100, 1]) < 60
+
+
+def test_drawings_repeat():
+    first, second = (list(islice(drawings(5, "tune"), 3)) for _ in range(2))
+    assert [a[0] for a in first] == [b[0] for b in second]
+    assert all((a[2] == b[2]).all() for a, b in zip(first, second, strict=True))
+
+
+SMALL = TrainingConfig(
+    pictures=6, vae_steps=2, text_steps=2, flow_steps=4, checkpoint_every=2, batch={128: 2, 64: 2, 32: 2}
+)
+
+
+def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch):
+    """Stop right after the first checkpoint, run again: bit-equal to a run that was never stopped."""
+    whole = training.train(tmp_path / "whole", SMALL)
+
+    save = training.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tmp_path / "stopped", SMALL)
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    resumed = training.train(tmp_path / "stopped", SMALL)
+
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        one, two = (next((folder / part).glob("*.safetensors")).read_bytes() for folder in (whole, resumed))
+        assert one == two
+
+
+def test_parse_loss_sees_the_binding():
+    """The right answers at the nouns cost less than the two objects' answers swapped."""
+    scene = Scene(
+        (Thing("circle", "red", "small", "plain", "left"), Thing("star", "blue", "large", "striped", "right")),
+        "brick",
+    )
+    words = scene.prompt.split()
+    width = sum(map(len, training.ATTRIBUTES.values()))
+
+    def logits(things):
+        nouns, whole = torch.zeros(1, len(words), width), torch.zeros(1, 2 * width + 4)
+        for i, (asked, told) in enumerate(zip(scene.things, things, strict=True)):
+            start = 0
+            for name, options in training.ATTRIBUTES.items():
+                column = start + options.index(getattr(told, name))
+                nouns[0, words.index(asked.shape), column] = 9.0
+                whole[0, i * width + column] = 9.0
+                start += len(options)
+        whole[0, 2 * width + 1] = 9.0
+        return nouns, whole
+
+    right = training.parse_loss([scene], *logits(scene.things))
+    wrong = training.parse_loss([scene], *logits(scene.things[::-1]))
+    assert right < 0.01 < wrong

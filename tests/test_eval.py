@@ -1,0 +1,87 @@
+"""`ddit evaluate` on a shrunken model: the whole path, and the pieces with values known by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import tiny
+from ddit.cli import main
+from ddit.eval import steps
+from ddit.eval.quality import held_out, parse_method
+from ddit.preset import Preset
+
+PRESET = Preset(schedule={"threshold": 0.5})
+
+
+def test_methods_are_read():
+    assert parse_method("plain", 50, PRESET).config is None
+    assert parse_method("plain:run_steps=20", 50, PRESET).run_steps == 20
+    method = parse_method("dynamic:scales=1/2,percentile=0.8", 50, PRESET)
+    assert method.config is not None and method.run_steps == 50
+    assert (method.config.scales, method.config.percentile, method.config.threshold) == ((1, 2), 0.8, 0.5)
+    fixed = parse_method("fixed:steps=2", 50, PRESET).config
+    assert fixed is not None and fixed.steps == (2,)
+
+
+@pytest.mark.parametrize(
+    "text", ["plain:threshold=1", "dynamic:thresold=1", "dynamic:threshold", "magic", "plain:run_steps=0"]
+)
+def test_bad_methods_are_refused(text):
+    with pytest.raises(ValueError):
+        parse_method(text, 50, PRESET)
+
+
+def test_held_out_prompts_are_fixed_and_of_their_split():
+    judged = held_out("judge", 20)
+    assert judged == held_out("judge", 20) and all(s.split == "judge" for s in judged)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A shrunken FLUX that draws pictures of the size the judge knows."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.pipeline().save_pretrained(folder)
+    call = {"height": 128, "width": 128, "num_inference_steps": 5, "max_sequence_length": 20}
+    Preset(call=call, schedule={"threshold": 1e6}).save(folder)
+    return str(folder)
+
+
+def test_quality_suite(model, tmp_path, capsys):
+    out = tmp_path / "race"
+    methods = ["plain", "dynamic", "dynamic:threshold=0", "plain:run_steps=2"]
+    flags = ["--model", model, "--methods", *methods, "--prompts", "3", "--batch", "2", "--out", str(out)]
+    assert main(["evaluate", *flags]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["methods"]
+    plain, dynamic, exact, fewer = rows
+    assert [r["method"] for r in rows] == methods
+    assert plain["flops_fraction"] == exact["flops_fraction"] == 1 and dynamic["flops_fraction"] < 1
+    assert dynamic["steps_per_scale"] == {"1": 3, "4": 2}
+    assert exact["ssim"] == pytest.approx(1) and exact["adherence_change"] == 0
+    assert fewer["run_steps"] == 2 and fewer["speedup"] > 0
+    assert all(0 <= r["adherence"] <= 1 and r["frechet"] >= 0 for r in rows)
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert "| plain:run_steps=2 | 2 |" in out.with_suffix(".md").read_text()
+
+
+def test_cost_and_velocity_suites(model, tmp_path, capsys):
+    for suite in ("cost", "velocity"):
+        out = tmp_path / suite
+        flags = ["--suite", suite, "--model", model, "--prompts", "1", "--batch", "1", "--steps", "10"]
+        assert main(["evaluate", *flags, "--out", str(out)]) == 0
+        rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+        assert rows
+    assert {row["form"] for row in rows} == set(steps.STARTS)
+    assert all(row["error"] > 0 and 0 < row["sigma"] < 1 for row in rows)
+
+
+def test_recorded_calls_leave_the_pipeline_alone():
+    pipe = tiny.pipeline()
+    settings = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 20}
+    calls = steps.record_calls(pipe, [tiny.PROMPT], [0], settings)
+    assert len(calls) == 3 and "forward" not in vars(pipe.transformer)
+    inputs, answer = calls[0]
+    with torch.no_grad():
+        assert torch.equal(pipe.transformer(**{**inputs, "return_dict": False})[0], answer)
