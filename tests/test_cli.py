@@ -59,7 +59,7 @@ def test_help_is_quick_and_loads_no_torch():
         (["--scales", "1", "3"], "powers of two"),
         (["--order", "4"], "order"),
         (["--steps", "0"], "steps"),
-        (["--height", "100"], "multiples of 8"),
+        (["--height", "0"], "height"),
         (["--adapter", "nowhere"], "can't be found"),
         (["--adapter", "."], "not an adapter"),
         (["--model", "."], "model_index.json"),
@@ -110,6 +110,11 @@ def test_compare_reports_speed_and_likeness(tmp_path, model):
     values = json.loads(report.read_text())
     assert {"baseline_seconds", "speedup", "psnr", "ssim"} <= set(values)
     assert values["ssim"] == pytest.approx(1.0) and values["flops_fraction"] == 1.0
+
+
+def test_sizes_the_pipeline_would_round_are_refused(capsys, tmp_path, model):
+    said = refused(capsys, tmp_path, "--model", model, "--height", "33")
+    assert "multiples of 4, such as 32" in said
 
 
 def test_info_names_versions_and_models(capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ddit.embedded import training
 from ddit.embedded.components import TEXT_TOKENS, make_tokenizer
@@ -84,6 +86,17 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch):
     for part in ("transformer", "text_encoder", "text_encoder_2"):
         one, two = (next((folder / part).glob("*.safetensors")).read_bytes() for folder in (whole, resumed))
         assert one == two
+
+
+def test_training_starts_from_a_finished_model(tmp_path):
+    """No step taken: what comes out is what went in."""
+    first = training.train(tmp_path / "first", SMALL)
+    on = replace(SMALL, flow_steps=1, start_from=str(first), lr=0.0)
+    second = training.train(tmp_path / "second", on)
+    for part in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        one, two = (load_file(next((folder / part).glob("*.safetensors"))) for folder in (first, second))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[k], two[k], atol=1e-3) for k in one)
 
 
 def test_parse_loss_sees_the_binding():

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     train = _add(stages, "train", _train_embedded, "autoencoder, text encoders and flow; resumes where it stopped")
     train.add_argument("--folder", type=Path, default=Path("runs/embedded"))
     train.add_argument("--flow-steps", type=_count)
+    train.add_argument("--start-from", help="folder of a finished model to train on, instead of from nothing")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu")
     finish = _add(stages, "install", _install_embedded, "measure a trained model's preset and ship it with the package")
@@ -143,10 +144,8 @@ def _check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None
         raise ValueError(f"steps is {args.steps}; it must be at least 1")
     for name in ("height", "width"):
         size = getattr(args, name)
-        if size is not None and (size < 1 or size % 8):
-            raise ValueError(
-                f"{name} is {size}; the nearest that work are multiples of 8, such as {max(8, size // 8 * 8)}"
-            )
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
     if args.adapter is not None:
         what = "is not an adapter that this version can load" if Path(args.adapter).exists() else "can't be found"
         raise ValueError(f"adapter {args.adapter!r} {what}; this version runs without training: leave --adapter out")
@@ -203,6 +202,7 @@ def _draw(args: argparse.Namespace) -> None:
     pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device)
     config = _schedule(args, dict(preset.schedule))
     settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
+    lib.check_size(pipe, settings)
     prompts = [args.prompt] * args.num_images
     seeds = [args.seed + i for i in range(args.num_images)]
     with _step_bar() as on_step:
@@ -290,7 +290,10 @@ def _train_embedded(args: argparse.Namespace) -> None:
     from ddit.embedded.training import TrainingConfig, train
 
     chosen = {"flow_steps": args.flow_steps} if args.flow_steps else {}
-    train(args.folder, TrainingConfig(seed=args.seed, **chosen), args.device)
+    if args.start_from and not (Path(args.start_from) / "model_index.json").is_file():
+        raise ValueError(f"{args.start_from} holds no pipeline; name the folder of a trained embedded model")
+    config = TrainingConfig(seed=args.seed, start_from=args.start_from, **chosen)
+    train(args.folder, config, args.device)
 
 
 def _install_embedded(args: argparse.Namespace) -> None:

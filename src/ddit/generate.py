@@ -76,6 +76,16 @@ def check_prompt(prompt: str, model: str) -> None:
             warnings.warn(f"the embedded model doesn't know {word!r}; near are {', '.join(near)}", stacklevel=2)
 
 
+def check_size(pipe: Any, settings: dict[str, Any]) -> None:
+    """Refuse a height or width that the pipeline would silently round."""
+    multiple = 2 * getattr(pipe, "vae_scale_factor", 8)
+    for name in ("height", "width"):
+        size = settings.get(name)
+        if size is not None and size % multiple:
+            below = max(size // multiple, 1) * multiple
+            raise ValueError(f"{name} is {size}; this model takes multiples of {multiple}, such as {below}")
+
+
 def call_settings(preset: Preset, **chosen: Any) -> dict[str, Any]:
     """Arguments of a pipeline's call: the preset's, overridden by those chosen that are not ``None``."""
     return {**preset.call, **{k: v for k, v in chosen.items() if v is not None}}

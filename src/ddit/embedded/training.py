@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,8 @@ class TrainingConfig:
     unconditional: float = 0.1
     """Chance that a prompt is replaced by the empty one, which makes classifier-free guidance possible."""
     seed: int = 0
+    start_from: str | None = None
+    """Folder of a finished pipeline whose autoencoder is kept and whose weights the flow starts from."""
 
     @property
     def batches(self) -> dict[int, int]:
@@ -69,10 +72,12 @@ def train(folder: Path, config: TrainingConfig, device: str = "cpu") -> Path:
     """Run every stage that is not done yet; returns the folder of the finished pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(asdict(config), indent=2))
+    if config.start_from and not (folder / "vae").exists():
+        shutil.copytree(Path(config.start_from) / "vae", folder / "vae")
     prompts, pictures = cached_drawings(folder / "drawings", count=config.pictures, seed=config.seed)
     vae = train_vae(folder / "vae", pictures, config, device)
     latents = encode_pictures(folder, vae, pictures, device)
-    encoders = pretrain_text(folder / "text.pt", config, device)
+    encoders = TextEncoders() if config.start_from else pretrain_text(folder / "text.pt", config, device)
     return train_flow(folder, prompts, latents, encoders, vae, config, device)
 
 
@@ -270,6 +275,8 @@ def train_flow(
     """Flow matching on the latents, transformer and text encoders together; resumes from ``flow.pt``."""
     torch.manual_seed(config.seed + 3)
     model = nn.ModuleDict({"transformer": components.make_transformer(), "text": encoders}).to(device)
+    if config.start_from:
+        load_weights(model, config.start_from)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     ids = encoders.ids(prompts)
@@ -349,6 +356,18 @@ def save_checkpoint(
     state = {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "step": step}
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+def load_weights(model: nn.ModuleDict, source: str) -> None:
+    """Weights of a pipeline that `export` saved."""
+    pipe: Any = FluxPipeline.from_pretrained(source, dtype=torch.float32)
+    text: Any = model["text"]
+    for part, saved in (
+        (model["transformer"], pipe.transformer),
+        (text.clip, pipe.text_encoder),
+        (text.t5, pipe.text_encoder_2),
+    ):
+        part.load_state_dict(saved.state_dict())
 
 
 def export(folder: Path, model: nn.ModuleDict, average: dict[str, Tensor], vae: AutoencoderKL) -> Path:
