@@ -309,9 +309,14 @@ def _train_detector(args: argparse.Namespace) -> None:
 
 
 def _check_detector(args: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
+    from ddit.embedded import MODEL_FOLDER
     from ddit.embedded.detector import evaluate_detector, load_detector
 
-    figures = evaluate_detector(load_detector(), args.count, seed=1)
+    _check_writable(args.out)
+    vae: Any = AutoencoderKL.from_pretrained(MODEL_FOLDER / "vae")
+    figures = evaluate_detector(load_detector(), args.count, seed=500, vae=vae)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"command": _command(), "environment": _environment("cpu"), **figures}
     args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -46,7 +46,7 @@ class TrainingConfig:
     """Share of steps at 128, 64 and 32 pixels while words and layout are learnt."""
     late_mix: tuple[float, float, float] = (0.7, 0.22, 0.08)
     """The same, later on, while detail is learnt."""
-    late_from: float = 0.5
+    late_from: float = 0.3
     """Fraction of ``flow_steps`` after which ``late_mix`` holds."""
     lr: float = 1e-3
     """Learning rate of the flow (AdamW) after its warm-up."""
