@@ -21,7 +21,7 @@ import ddit
 import tiny
 from ddit import ScheduleConfig
 from ddit.api import Handle
-from ddit.config import Detail, Difference, Positions, Start
+from ddit.config import Detail, Difference, Positions, Start, Switch
 
 PLAIN = ScheduleConfig(threshold=0.0)
 COARSE = ScheduleConfig(threshold=1e9)
@@ -313,6 +313,17 @@ def test_first_policy_is_refused_on_a_bare_transformer(pipe):
         tiny.sample(pipe)
 
 
+@pytest.mark.parametrize("switch", ["hold", "measure"])
+def test_the_statistic_is_held_across_a_change_of_scale(pipe, switch: Switch):
+    """For `order` steps after the change at step 4 the rule sees the last statistic; then it measures again."""
+    handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, switch=switch))
+    tiny.sample(pipe, steps=10)
+    stats = [step.statistics[0].get(2) for step in handle.report.steps]
+    assert stats[:3] == [None] * 3
+    assert (stats[4] == stats[5] == stats[6]) == (switch == "hold")
+    assert len({stats[3], stats[4], *stats[7:]}) == 5
+
+
 def test_custom_policy_sees_step_total_and_statistics(pipe):
     seen = []
 
@@ -321,7 +332,7 @@ def test_custom_policy_sees_step_total_and_statistics(pipe):
             seen.append((step, total, len(stats), len(stats[0])))
             return [2 if step % 2 else 1 for _ in stats]
 
-    handle = ddit.apply(pipe, policy=Mine())
+    handle = ddit.apply(pipe, policy=Mine(), config=ScheduleConfig(switch="measure"))
     tiny.sample(pipe, num_images_per_prompt=2)
     assert handle.report.scales == [[1, 2] * 4] * 2
     assert seen == [(i, STEPS, 2, 0 if i < 3 else 2) for i in range(STEPS)]

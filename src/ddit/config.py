@@ -12,6 +12,7 @@ Start = Literal["noise-consistent", "bilinear"]
 Positions = Literal["grid", "interpolated"]
 Difference = Literal["plain", "per-sigma"]
 Detail = Literal["carried", "wiener"]
+Switch = Literal["hold", "measure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class ScheduleConfig:
     difference: Difference = "plain"
     """``plain``: from step to step, as in the paper. ``per-sigma``: per unit of noise level, times ``(1/50)**order``,
     which does not depend on the number of steps and equals ``plain`` for 50 even steps."""
+    switch: Switch = "hold"
+    """What is compared with ``threshold`` in the ``order`` steps after a change of scale, whose own bend the
+    difference would see: ``hold`` keeps the last statistic from before, ``measure`` takes the new one (the paper)."""
 
     steps: tuple[int, ...] = ()
     """Scales of policy ``fixed``, one per step; the last one holds for further steps."""
@@ -65,6 +69,7 @@ class ScheduleConfig:
             ("positions", Positions),
             ("difference", Difference),
             ("detail", Detail),
+            ("switch", Switch),
         ):
             value, allowed = getattr(self, name), get_args(options)
             if value not in allowed:

@@ -72,12 +72,19 @@ class Generation:
             d = difference(self.path, self.sigmas, order=self.config.order, kind=self.config.difference)
             table = statistics(d, patch_size, self.config.scales, self.config.percentile)
             stats = [{s: values[b] for s, values in table.items()} for b in range(len(z))]
+            if self.config.switch == "hold" and self.steps:
+                held = self.steps[-1].statistics
+                stats = [now if self._steady(b) else dict(held[b]) for b, now in enumerate(stats)]
         chosen, allowed = policy.choose(len(self.steps), total, stats), self.config.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         self.scales = list(chosen)
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
         return self.scales
+
+    def _steady(self, sample: int) -> bool:
+        """Whether the steps between the latents of the path all ran at one scale."""
+        return len({step.scales[sample] for step in self.steps[-self.config.order :]}) == 1
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to run at scale 1 and whose latents can't be read; the path starts anew after it."""
