@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ddit import __version__
-from ddit.config import Detail, Difference, PolicyName, Positions, ScheduleConfig, Start
+from ddit.config import Detail, Difference, PolicyName, Positions, ScheduleConfig, Start, Switch
 
 DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
 
@@ -110,6 +110,7 @@ def _schedule_options(command: argparse.ArgumentParser) -> None:
         "positions": Positions,
         "difference": Difference,
         "detail": Detail,
+        "switch": Switch,
     }
     for field in fields(ScheduleConfig):
         flag = "--schedule" if field.name == "steps" else f"--{field.name.replace('_', '-')}"
