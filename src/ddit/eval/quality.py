@@ -148,7 +148,7 @@ def summarise(
         verdicts = base if result is results[0] else _verdicts(detector, pictures, asked)
         overall = torch.tensor([statistics.fmean(v.values()) for v in verdicts])
         plain = torch.tensor([statistics.fmean(v.values()) for v in base])
-        features = _features(detector, pictures)
+        features = base_features if result is results[0] else _features(detector, pictures)
         ratios = [a / b for a, b in zip(results[0].seconds, result.seconds, strict=True)]
         row: dict[str, Any] = {
             "method": method.name,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddit.config import ScheduleConfig
 from ddit.generate import run
 from ddit.models import architecture_for
-from ddit.models.base import Inputs, first
+from ddit.models.base import Inputs, first, to_meta
 from ddit.preset import Preset
 from ddit.schedule import make_policy
 from ddit.state import Generation
@@ -105,11 +105,11 @@ def step_costs(pipe: Any, prompt: str, settings: dict[str, Any], *, batch: int, 
     forward = pipe.transformer.forward
     one = architecture.rows(inputs, [0])
     forms: dict[int, Callable[[], Any]] = {1: lambda: forward(**inputs)}
-    flops = {1: architecture.count_flops(_meta(one))}
+    flops = {1: architecture.count_flops(to_meta(one))}
     clean = torch.zeros_like(architecture.latents(inputs))
     for scale in (2, 4):
         forms[scale] = lambda s=scale: architecture.coarse_step(forward, inputs, s, config, clean)
-        flops[scale] = architecture.count_flops(_meta(architecture.coarse_inputs(one, scale, config)[0]))
+        flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, config)[0]))
     times: dict[int, list[float]] = {s: [] for s in forms}
     for turn in range(repeats + 3):
         for scale, form in forms.items():
@@ -144,12 +144,6 @@ def _scheduler_time(latents: Sequence[Tensor], sigmas: Sequence[float], velocity
         generation.record(velocity, 0.0)
     marks.append(time.perf_counter())
     return statistics.median(b - a for a, b in list(pairwise(marks))[config.order :])
-
-
-def _meta(inputs: Inputs) -> Inputs:
-    from ddit.models.base import to_meta
-
-    return to_meta(inputs)
 
 
 def velocity_table(rows: Sequence[dict[str, Any]]) -> str:
