@@ -8,6 +8,7 @@ import torch
 
 from ddit.config import ScheduleConfig
 from ddit.schedule import (
+    channel_moments,
     choose_scale,
     difference,
     make_policy,
@@ -98,7 +99,7 @@ def test_plain_is_the_papers_formula(order, shape):
     for scale in (2, 4):
         for rho in (0.0, 0.4, 1.0):
             expected = paper_statistic(theirs, 2 * scale, rho)
-            np.testing.assert_allclose(statistic(ours, 2 * scale, rho), expected, rtol=1e-5)
+            np.testing.assert_allclose(statistic(channel_moments(ours), 2 * scale, rho), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -124,7 +125,7 @@ def test_per_sigma_does_not_depend_on_the_number_of_steps():
     def value(steps, kind):
         sigmas = [1 - i / steps for i in range(steps // 2 + 1)]
         z = [(c[0] + c[1] * s + c[2] * s**2 + 5 * c[3] * s**3).float() for s in sigmas]
-        return statistic(difference(z, sigmas, kind=kind), 4, 0.4).item()
+        return statistic(channel_moments(difference(z, sigmas, kind=kind)), 4, 0.4).item()
 
     assert value(20, "per-sigma") == pytest.approx(value(50, "per-sigma"), rel=0.02)
     assert value(20, "plain") / value(50, "plain") == pytest.approx(2.5**3, rel=0.02)
@@ -158,46 +159,48 @@ def test_repeated_noise_levels_are_refused_per_sigma_only():
 def test_deviation_by_hand():
     """Two 2 x 2 patches: 0 0 / 0 4 has population deviation sqrt(3), a constant one has 0."""
     values = torch.tensor([[[[0.0, 0.0, 7.0, 7.0], [0.0, 4.0, 7.0, 7.0]]]])
-    torch.testing.assert_close(patch_deviation(values, 2), torch.tensor([[math.sqrt(3), 0.0]]))
+    torch.testing.assert_close(patch_deviation(channel_moments(values), 2), torch.tensor([[math.sqrt(3), 0.0]]))
 
 
 def test_deviation_runs_over_channels():
     """Channels are part of a patch: constant 1 and 3 deviate by 1."""
     values = torch.stack([torch.full((4, 4), 1.0), torch.full((4, 4), 3.0)])[None]
-    torch.testing.assert_close(patch_deviation(values, 2), torch.ones(1, 4))
+    torch.testing.assert_close(patch_deviation(channel_moments(values), 2), torch.ones(1, 4))
 
 
 def test_a_grid_that_does_not_divide_is_continued_by_its_edge():
     """One row of 0 1 2, patches of 2: the last patch repeats the 2."""
     values = torch.tensor([[[[0.0, 1.0, 2.0]]]])
-    torch.testing.assert_close(patch_deviation(values, 2), torch.tensor([[0.5, 0.0]]))
+    torch.testing.assert_close(patch_deviation(channel_moments(values), 2), torch.tensor([[0.5, 0.0]]))
 
 
 def test_patches_lie_inside_one_frame():
     """A video whose frames are constant, each at its own level, has no deviation."""
     values = torch.arange(3.0).reshape(1, 1, 3, 1, 1).expand(1, 2, 3, 4, 4)
-    assert torch.equal(patch_deviation(values, 2), torch.zeros(1, 12))
+    assert torch.equal(patch_deviation(channel_moments(values), 2), torch.zeros(1, 12))
 
 
 def test_samples_are_independent():
     d = path(1, (3, 2, 8, 8))[0]
-    together = statistic(d, 4, 0.4)
-    torch.testing.assert_close(together, torch.cat([statistic(d[b : b + 1], 4, 0.4) for b in range(3)]))
+    together = statistic(channel_moments(d), 4, 0.4)
+    torch.testing.assert_close(
+        together, torch.cat([statistic(channel_moments(d[b : b + 1]), 4, 0.4) for b in range(3)])
+    )
 
 
 def test_ties_in_the_quantile():
     """Half of the patches flat: every quantile up to the last flat one is exactly 0."""
     d = torch.zeros(1, 1, 4, 8)
     d[..., 4:] = path(1, (1, 1, 4, 4))[0]
-    assert statistic(d, 2, 0.4).item() == 0
-    assert statistic(d, 2, 1.0).item() > 0
+    assert statistic(channel_moments(d), 2, 0.4).item() == 0
+    assert statistic(channel_moments(d), 2, 1.0).item() > 0
 
 
 def test_statistics_skip_scale_one():
     d = path(1)[0]
     table = statistics(d, 2, (1, 2, 4), 0.4)
     assert {s: len(v) for s, v in table.items()} == {2: 2, 4: 2}
-    assert table[4] == statistic(d, 8, 0.4).tolist()
+    assert table[4] == statistic(channel_moments(d), 8, 0.4).tolist()
     assert statistics(d, 2, (1,), 0.4) == {}
 
 

@@ -11,11 +11,11 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ddit.config import Difference, ScheduleConfig
+from ddit.patches import pad_to_multiple
 
 REFERENCE_STEP = 1 / 50
 """Step of sigma at which ``per-sigma`` and ``plain`` differences agree: the paper's 50 steps."""
@@ -50,34 +50,42 @@ def difference(
     return rows[0]
 
 
-def patch_deviation(values: Tensor, patch: int) -> Tensor:
+def channel_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (population) over the channels: ``[B, C, ..., H, W]`` -> two of ``[B, ..., H, W]``."""
+    mean = values.mean(1)
+    return mean, (values - mean[:, None]).square().mean(1)
+
+
+def patch_deviation(moments: tuple[Tensor, Tensor], patch: int) -> Tensor:
     """Standard deviation (population) inside each ``patch x patch`` square, over its pixels and channels.
 
-    Grids that the patch does not divide are continued by their last row and column.
+    Law of total variance: the mean of the pixels' variances plus the variance of their means, so that one pass over
+    the channels serves every scale. Grids that the patch does not divide are continued by their last row and column;
+    patches of a video lie inside one frame.
 
     Args:
-        values: ``[B, C, H, W]`` or ``[B, C, F, H, W]``; patches lie inside one frame.
+        moments: Of `channel_moments`.
 
     Returns:
         ``[B, N]``.
     """
-    height, width = values.shape[-2:]
-    pad = (0, -width % patch, 0, -height % patch)
-    if any(pad):
-        flat = values.reshape(-1, 1, height, width)
-        flat = F.pad(flat, pad, mode="replicate")
-        values = flat.reshape(*values.shape[:-2], *flat.shape[-2:])
-    patches = rearrange(values, "b c ... (h y) (w x) -> b (... h w) (c y x)", y=patch, x=patch)
-    return patches.std(dim=-1, correction=0)
+    mean, variance = (
+        rearrange(pad_to_multiple(m, patch), "b ... (h y) (w x) -> b (... h w) (y x)", y=patch, x=patch)
+        for m in moments
+    )
+    return (variance.mean(-1) + mean.var(-1, correction=0)).sqrt()
 
 
-def statistic(values: Tensor, patch: int, percentile: float) -> Tensor:
+def statistic(moments: tuple[Tensor, Tensor], patch: int, percentile: float) -> Tensor:
     """``sigma_s^(rho)`` of the paper: the ``percentile``-quantile over patches of their deviation, ``[B]``."""
-    return torch.quantile(patch_deviation(values, patch), percentile, dim=-1)
+    return torch.quantile(patch_deviation(moments, patch), percentile, dim=-1)
 
 
 def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentile: float) -> dict[int, list[float]]:
     """The statistic of every scale above 1 and every sample, read by the host at once.
+
+    Args:
+        values: Differences ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
 
     Raises:
         ValueError: When the latents hold NaN.
@@ -85,7 +93,8 @@ def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentil
     coarse = [s for s in scales if s > 1]
     if not coarse:
         return {}
-    table = torch.stack([statistic(values, s * patch_size, percentile) for s in coarse])
+    moments = channel_moments(values)
+    table = torch.stack([statistic(moments, s * patch_size, percentile) for s in coarse])
     rows = table.tolist()
     if any(x != x for row in rows for x in row):
         raise ValueError("the latents hold NaN; the model's output is broken before any scale could be chosen")

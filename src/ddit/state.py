@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddit.config import ScheduleConfig
+from ddit.patches import expand
 from ddit.report import Step
 from ddit.schedule import Policy, difference, project, statistics
 
@@ -101,9 +102,10 @@ class Generation:
     def record(self, velocity: Tensor, seconds: float) -> None:
         """Keep the answer ``[B, C, ..., H, W]`` to a call, and what it says of the clean latents at scale 1."""
         clean = self.expect(len(self.velocities))
-        fine = [b for b, scale in enumerate(self.scales) if scale == 1]
-        if fine:
-            clean[fine] = self._seen[fine].float() - self.sigmas[-1] * velocity[fine].float()
+        if 1 in self.scales:
+            predicted = torch.add(self._seen.float(), velocity.float(), alpha=-self.sigmas[-1])
+            scales = expand(torch.tensor(self.scales), clean)
+            self.clean[len(self.velocities)] = torch.where(scales == 1, predicted, clean)
         self.velocities.append(velocity)
         self.add_seconds(seconds)
 
@@ -118,8 +120,8 @@ class Generation:
             step = project(step, self.velocities) if self.velocities else step
             self.path.append(self.path[-1] + step)
         else:
-            self.path.append(z.float().clone())
-        self.seen = z.clone()
+            self.path.append(z.to(torch.float32, copy=True))
+        self.seen = self.path[-1] if z.dtype == torch.float32 else z.clone()
         self.velocities = []
 
     def _like(self, z: Tensor) -> bool:
