@@ -807,10 +807,10 @@ def test_a_subclass_is_accepted():
         assert handle.report.strip() == "2"
 
 
-def test_an_adapter_is_refused(pipe):
+def test_a_missing_adapter_is_refused(pipe, tmp_path):
     before = set(vars(pipe.transformer))
-    with pytest.raises(ValueError, match=r"adapter 'mine' can't be used"):
-        ddit.apply(pipe, adapter="mine")
+    with pytest.raises(ValueError, match=r"mine' can't be loaded"):
+        ddit.apply(pipe, adapter=tmp_path / "mine")
     assert set(vars(pipe.transformer)) == before
 
 

@@ -13,16 +13,21 @@ from ddit.eval import steps
 from ddit.eval.quality import held_out, parse_method
 from ddit.preset import Preset
 
+
+def no_adapter(name):
+    assert name is None
+
+
 PRESET = Preset(schedule={"threshold": 0.5})
 
 
 def test_methods_are_read():
-    assert parse_method("plain", 50, PRESET).config is None
-    assert parse_method("plain:run_steps=20", 50, PRESET).run_steps == 20
-    method = parse_method("dynamic:scales=1/2,percentile=0.8", 50, PRESET)
+    assert parse_method("plain", 50, PRESET, no_adapter).config is None
+    assert parse_method("plain:run_steps=20", 50, PRESET, no_adapter).run_steps == 20
+    method = parse_method("dynamic:scales=1/2,percentile=0.8", 50, PRESET, no_adapter)
     assert method.config is not None and method.run_steps == 50
     assert (method.config.scales, method.config.percentile, method.config.threshold) == ((1, 2), 0.8, 0.5)
-    fixed = parse_method("fixed:steps=2", 50, PRESET).config
+    fixed = parse_method("fixed:steps=2", 50, PRESET, no_adapter).config
     assert fixed is not None and fixed.steps == (2,)
 
 
@@ -31,7 +36,7 @@ def test_methods_are_read():
 )
 def test_bad_methods_are_refused(text):
     with pytest.raises(ValueError):
-        parse_method(text, 50, PRESET)
+        parse_method(text, 50, PRESET, no_adapter)
 
 
 def test_held_out_prompts_are_fixed_and_of_their_split():

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddit.adapter import PatchAdapter
     from ddit.api import Handle, apply
     from ddit.config import ScheduleConfig
     from ddit.models import supported_models
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Handle", "Report", "ScheduleConfig", "__version__", "apply", "supported_models"]
+__all__ = ["Handle", "PatchAdapter", "Report", "ScheduleConfig", "__version__", "apply", "supported_models"]
 
 _HOME = {
     "apply": "ddit.api",
     "Handle": "ddit.api",
+    "PatchAdapter": "ddit.adapter",
     "ScheduleConfig": "ddit.config",
     "Report": "ddit.report",
     "supported_models": "ddit.models",

@@ -7,12 +7,15 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first, to_meta
@@ -28,7 +31,7 @@ _FORWARDS = ("forward", "_old_forward")
 def apply(
     pipe_or_transformer: Any,
     *,
-    adapter: Any = None,
+    adapter: PatchAdapter | str | Path | None = None,
     config: ScheduleConfig | None = None,
     policy: Policy | None = None,
     detail_variance: Mapping[int, Sequence[float]] | None = None,
@@ -39,7 +42,8 @@ def apply(
 
     Args:
         pipe_or_transformer: A diffusers pipeline with a supported ``transformer``, or that transformer.
-        adapter: Not available yet; only ``None`` is accepted.
+        adapter: A `ddit.PatchAdapter`, or the folder or hub id of one. Its own ``start``, ``positions`` and
+            ``detail`` hold.
         config: The schedule; the paper's by default.
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
@@ -49,16 +53,17 @@ def apply(
         A handle with ``.report`` and ``.remove()``; in a ``with`` block it removes itself.
 
     Raises:
-        ValueError: For an unsupported model, an adapter, or variances that don't fit the scales.
+        ValueError: For an unsupported model, an adapter of another base model or without the schedule's scales, or
+            variances that don't fit the scales.
     """
     transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
     pipe = pipe_or_transformer if transformer is not pipe_or_transformer else None
     architecture = architecture_for(transformer)
     config = config or ScheduleConfig()
     if adapter is not None:
-        raise ValueError(
-            f"adapter {adapter!r} can't be used: this version runs without training only; leave adapter out"
-        )
+        adapter = adapter if isinstance(adapter, PatchAdapter) else PatchAdapter.from_pretrained(adapter)
+        adapter.check(getattr(transformer, "_orig_mod", transformer))
+        config = _adapted(config, adapter)
     variance = {s: torch.tensor(list(v)) for s, v in (detail_variance or {}).items()}
     missing = sorted(set(config.scales) - {1} - set(variance)) if variance else []
     if missing:
@@ -66,7 +71,24 @@ def apply(
     previous = getattr(transformer, _MARK, None)
     if previous is not None:
         previous.remove()
-    return Handle(transformer, pipe, architecture, config, policy or make_policy(config), variance)
+    return Handle(transformer, pipe, architecture, config, policy or make_policy(config), variance, adapter)
+
+
+def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:
+    """The schedule with the adapter's own form of a coarse step."""
+    foreign = sorted(set(config.scales) - {1, *adapter.scales})
+    if foreign:
+        raise ValueError(
+            f"the schedule uses scales {foreign}, the adapter has {list(adapter.scales)}; "
+            f"set scales to {(1, *adapter.scales)} or fewer"
+        )
+    default = ScheduleConfig()
+    form = {"start": adapter.start, "positions": adapter.positions, "detail": adapter.detail}
+    for name, value in form.items():
+        asked = getattr(config, name)
+        if asked not in (value, getattr(default, name)):
+            warnings.warn(f"{name}={asked!r} is not used: the adapter was trained with {value!r}", stacklevel=3)
+    return replace(config, **form)
 
 
 class Handle:
@@ -80,6 +102,7 @@ class Handle:
         config: ScheduleConfig,
         policy: Policy,
         variance: dict[int, Tensor],
+        adapter: PatchAdapter | None,
     ) -> None:
         self.transformer = transformer
         self.config = config
@@ -87,6 +110,8 @@ class Handle:
         self._architecture = architecture
         self._policy = policy
         self._variance = variance
+        self.adapter = adapter
+        self._hooks = adapter.attach(architecture.transformer) if adapter is not None else []
         self._generation = Generation(config)
         self._finished: Generation | None = None
         self._timesteps: Any = None
@@ -136,7 +161,7 @@ class Handle:
             raise RuntimeError("there is no report before a run; call the pipeline first")
         scales = sorted({1, *(s for step in generation.steps for s in step.scales)})
         tokens = {s: self._architecture.tokens(generation.examples[s]) for s in scales}
-        flops = {s: self._architecture.count_flops(generation.examples[s]) for s in scales}
+        flops = {s: self._architecture.count_flops(generation.examples[s], s, self.adapter) for s in scales}
         return Report(tuple(generation.steps), tokens, flops, generation.forced)
 
     def remove(self) -> None:
@@ -144,6 +169,8 @@ class Handle:
         if not self._active:
             return
         self._active = False
+        for hook in self._hooks:
+            hook.remove()
         attributes = vars(self.transformer)
         for name, value in self._patched.items():
             for place in _FORWARDS if name in _FORWARDS else (name,):
@@ -273,7 +300,8 @@ class Handle:
         arch = self._architecture
         if scale == 1:
             return arch.velocity(first(self._forward(**inputs)), size).float()
-        return arch.coarse_step(self._forward, inputs, scale, self.config, clean, self._variance.get(scale))
+        variance = self._variance.get(scale)
+        return arch.coarse_step(self._forward, inputs, scale, self.config, clean, variance, self.adapter)
 
     def _examples(self, inputs: Inputs) -> dict[int, Inputs]:
         """Inputs of one sample at every scale, without data: from these, costs are counted when asked for."""

@@ -147,9 +147,6 @@ def _check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None
         size = getattr(args, name)
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
-    if args.adapter is not None:
-        what = "is not an adapter that this version can load" if Path(args.adapter).exists() else "can't be found"
-        raise ValueError(f"adapter {args.adapter!r} {what}; this version runs without training: leave --adapter out")
     for path in outputs:
         if path is not None:
             _check_writable(path)
@@ -201,6 +198,7 @@ def _draw(args: argparse.Namespace) -> None:
 
     lib.check_prompt(args.prompt, args.model)
     pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    adapter = lib.load_adapter(args.adapter, dtype=args.dtype, device=args.device) if args.adapter else None
     config = _schedule(args, dict(preset.schedule))
     settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
     lib.check_size(pipe, settings)
@@ -209,11 +207,21 @@ def _draw(args: argparse.Namespace) -> None:
     with _step_bar() as on_step:
         if args.compare:
             plain, dynamic = lib.race(
-                pipe, prompts, seeds, settings, config, preset=preset, repeats=args.repeats, on_step=on_step
+                pipe,
+                prompts,
+                seeds,
+                settings,
+                config,
+                preset=preset,
+                adapter=adapter,
+                repeats=args.repeats,
+                on_step=on_step,
             )
         else:
             plain = None
-            dynamic = lib.run(pipe, prompts, seeds, settings, config=config, preset=preset, on_step=on_step)
+            dynamic = lib.run(
+                pipe, prompts, seeds, settings, config=config, preset=preset, adapter=adapter, on_step=on_step
+            )
     report = dynamic.report
     assert report is not None
     result = {"prompt": args.prompt, "seeds": seeds, "model": args.model, **report.to_dict()}
@@ -275,6 +283,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         model=args.model,
         methods=tuple(args.methods or ()),
         prompts=args.prompts,
+        adapter=args.adapter,
         split=args.split,
         batch=args.batch,
         seed=args.seed,

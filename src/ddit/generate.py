@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddit.adapter import PatchAdapter
 from ddit.api import Handle, apply
 from ddit.config import ScheduleConfig
 from ddit.embedded import MODEL_FOLDER
@@ -61,6 +62,18 @@ def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str 
     return pipe.to(device), Preset.load(folder)
 
 
+def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:
+    """An adapter from a folder or a hub id.
+
+    Raises:
+        ValueError: When there is none, or its files are damaged.
+    """
+    if not Path(name).exists() and name.count("/") != 1:
+        raise ValueError(f"there is no folder {name!r} with an adapter, and it is no hub id (owner/name) either")
+    adapter: Any = PatchAdapter.from_pretrained(name, dtype=getattr(torch, dtype))
+    return adapter.to(device)
+
+
 def check_prompt(prompt: str, model: str) -> None:
     """Refuse an empty prompt; warn of words that the embedded model never learnt."""
     if not prompt.strip():
@@ -99,6 +112,7 @@ def run(
     *,
     config: ScheduleConfig | None = None,
     preset: Preset | None = None,
+    adapter: PatchAdapter | None = None,
     on_step: OnStep | None = None,
 ) -> Run:
     """Call a pipeline once, plain (``config=None``) or with dynamic patches.
@@ -111,7 +125,8 @@ def run(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     handle: Handle | None = None
     if config is not None:
-        handle = apply(pipe, config=config, detail_variance=preset.detail_variance if preset else None)
+        variance = preset.detail_variance if preset else None
+        handle = apply(pipe, adapter=adapter, config=config, detail_variance=variance)
 
     def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -139,6 +154,7 @@ def race(
     config: ScheduleConfig,
     *,
     preset: Preset | None = None,
+    adapter: PatchAdapter | None = None,
     repeats: int = 1,
     on_step: OnStep | None = None,
 ) -> tuple[Run, Run]:
@@ -155,7 +171,9 @@ def race(
     plain, dynamic = [], []
     for _ in range(repeats):
         plain.append(run(pipe, prompts, seeds, settings, on_step=on_step))
-        dynamic.append(run(pipe, prompts, seeds, settings, config=config, preset=preset, on_step=on_step))
+        dynamic.append(
+            run(pipe, prompts, seeds, settings, config=config, preset=preset, adapter=adapter, on_step=on_step)
+        )
     return _median(plain), _median(dynamic)
 
 

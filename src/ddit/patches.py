@@ -7,6 +7,7 @@ s the scale. A patch of size ``s p`` is a patch of size p after resizing it to `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -25,6 +26,20 @@ def space_to_depth(z: Tensor, scale: int) -> Tensor:
 def depth_to_space(z: Tensor, scale: int) -> Tensor:
     """The inverse of `space_to_depth`."""
     return rearrange(z, "b (y x c) ... h w -> b c ... (h y) (w x)", y=scale, x=scale)
+
+
+def pack(z: Tensor, patch: int) -> Tensor:
+    """One token for each ``patch x patch`` square: ``[B, C, ..., H, W] -> [B, N, C patch patch]``."""
+    return rearrange(z, "b c ... (h y) (w x) -> b (... h w) (c y x)", y=patch, x=patch)
+
+
+def unpack(tokens: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack`; ``shape`` is that of the latents, of which C may differ."""
+    height, width = shape[-2:]
+    grid = rearrange(
+        tokens, "b (f h w) (c y x) -> b c f (h y) (w x)", h=height // patch, w=width // patch, y=patch, x=patch
+    )
+    return grid.reshape(len(tokens), -1, *shape[2:])
 
 
 def pad_to_multiple(z: Tensor, multiple: int) -> Tensor:
@@ -126,6 +141,25 @@ def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: S
         return small, sigma
     factor, level = consistent_level(sigma, scale)
     return small * expand(factor, z), level
+
+
+def patch_features(
+    z: Tensor, sigma: Tensor, scale: int, start: Start, expected: Tensor | None, carried: bool
+) -> Tensor:
+    """What an adapter sees beside the pooled latents, on the fine grid: channels at the size of unit noise or below.
+
+    Args:
+        z: Noisy latents ``[B, C, ..., H, W]``; sigma: their noise level ``[B]``.
+        expected: Carried detail, shape of ``z``; ``None`` is zero.
+        carried: Whether the adapter takes the carried detail.
+
+    Returns:
+        ``[B, C, ..., H, W]``, or twice the channels with the carried detail.
+    """
+    seen = z if start == "bilinear" else z * expand(consistent_level(sigma, scale)[0], z)
+    if not carried:
+        return seen
+    return torch.cat([seen, torch.zeros_like(z) if expected is None else expected], dim=1)
 
 
 def coarse_velocity(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.embedded.data import drawings
 from ddit.embedded.detector import Detector, judge
@@ -25,6 +26,8 @@ from ddit.generate import Run, run
 from ddit.preset import Preset
 from ddit.report import Report
 
+Adapters = Callable[[str | None], PatchAdapter | None]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -34,12 +37,17 @@ class Method:
     run_steps: int
     config: ScheduleConfig | None
     """``None`` is the untouched pipeline."""
+    adapter: PatchAdapter | None = None
 
 
-def parse_method(text: str, run_steps: int, preset: Preset) -> Method:
+def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) -> Method:
     """Read ``POLICY:field=value,...``: ``plain``, ``plain:run_steps=20``, ``dynamic:threshold=0.01,scales=1/2``.
 
-    Fields are those of `ScheduleConfig`, and ``run_steps``, the number of denoising steps. Lists are joined by ``/``.
+    Fields are those of `ScheduleConfig`, ``run_steps``, the number of denoising steps, and ``adapter``, a folder or
+    ``none``. Lists are joined by ``/``.
+
+    Args:
+        adapters: Loads an adapter by name; called with ``None`` where the method names no adapter.
     """
     policy, _, rest = text.partition(":")
     values: dict[str, Any] = {}
@@ -47,7 +55,7 @@ def parse_method(text: str, run_steps: int, preset: Preset) -> Method:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"{item!r} in method {text!r} is not field=value")
-        values[key] = _value(value)
+        values[key] = value if key == "adapter" else _value(value)
     run_steps = values.pop("run_steps", run_steps)
     if not isinstance(run_steps, int) or run_steps < 1:
         raise ValueError(f"run_steps is {run_steps!r} in method {text!r}; it must be a whole number above 0")
@@ -56,8 +64,10 @@ def parse_method(text: str, run_steps: int, preset: Preset) -> Method:
             raise ValueError(f"method {text!r}: plain takes run_steps only")
         return Method(text, run_steps, None)
     lists = {f.name for f in fields(ScheduleConfig) if f.name in ("scales", "steps")}
+    adapter = adapters(values.pop("adapter", None))
     values = {k: [v] if k in lists and isinstance(v, int) else v for k, v in values.items()}
-    return Method(text, run_steps, ScheduleConfig.from_dict({**preset.schedule, "policy": policy, **values}))
+    config = ScheduleConfig.from_dict({**preset.schedule, "policy": policy, **values})
+    return Method(text, run_steps, config, adapter)
 
 
 def _value(text: str) -> Any:
@@ -108,7 +118,9 @@ def draw_all(
 
     def call(method: Method, part: slice, steps: int) -> Run:
         chosen = {**settings, "num_inference_steps": steps}
-        return run(pipe, prompts[part], seeds[part], chosen, config=method.config, preset=preset)
+        return run(
+            pipe, prompts[part], seeds[part], chosen, config=method.config, preset=preset, adapter=method.adapter
+        )
 
     for method in methods:
         call(method, slice(0, batch), 5)  # warm-up

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ddit.adapter import PatchAdapter
 from ddit.embedded.detector import load_detector
 from ddit.embedded.scenes import Split
 from ddit.eval import quality, steps
-from ddit.generate import call_settings, load_pipeline
+from ddit.generate import call_settings, load_adapter, load_pipeline
 
 DEFAULT_METHODS = (
     "plain",
@@ -30,6 +32,8 @@ class SuiteConfig:
     model: str
     methods: tuple[str, ...]
     prompts: int
+    adapter: str | None
+    """Folder or hub id of the adapter that methods use unless they say ``adapter=none``."""
     split: Split
     batch: int
     seed: int
@@ -54,7 +58,8 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
     settings = call_settings(preset, **config.settings)
     run_steps = settings.pop("num_inference_steps")
-    methods = [quality.parse_method(text, run_steps, preset) for text in config.methods or DEFAULT_METHODS]
+    adapters = _adapter_loader(config)
+    methods = [quality.parse_method(text, run_steps, preset, adapters) for text in config.methods or DEFAULT_METHODS]
     asked = quality.held_out(config.split, config.prompts, config.seed)
     detector = load_detector()
     results = quality.draw_all(pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed)
@@ -71,6 +76,20 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
         "seed": config.seed,
         "methods": rows,
     }
+
+
+def _adapter_loader(config: SuiteConfig) -> quality.Adapters:
+    """Loads each adapter once; ``None`` is the one of the command line, ``"none"`` is none."""
+
+    @cache
+    def load(name: str) -> PatchAdapter:
+        return load_adapter(name, dtype=config.dtype, device=config.device)
+
+    def choose(name: str | None) -> PatchAdapter | None:
+        name = name or config.adapter
+        return None if name in (None, "none") else load(name)
+
+    return choose
 
 
 def _velocity(config: SuiteConfig) -> dict[str, Any]:

@@ -6,9 +6,11 @@ Letters: B samples, C channels, H and W latent height and width, s the scale, si
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -16,10 +18,35 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddit.config import ScheduleConfig
-from ddit.patches import coarse_input, coarse_velocity, crop, detail, pad_to_multiple
+from ddit.patches import (
+    coarse_input,
+    coarse_velocity,
+    crop,
+    detail,
+    pack,
+    pad_to_multiple,
+    patch_features,
+    unpack,
+)
 
 Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
+
+
+class Adapter(Protocol):
+    """What a coarse step needs of `ddit.adapter.PatchAdapter`."""
+
+    config: Any
+    carried: bool
+    inputs: dict[int, int]
+
+    @classmethod
+    def from_config(cls, config: Any) -> Any: ...
+
+    def attach(self, transformer: nn.Module) -> Any: ...
+
+    def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
+
 
 _COUNTED: dict[tuple[Any, ...], int] = {}
 """FLOPs by model class, configuration and shapes: counting takes a run of all layers in Python, seconds for FLUX.1."""
@@ -35,6 +62,12 @@ class Architecture(ABC):
     """Height and width of the model's own patches, in latent pixels."""
     batched: ClassVar[tuple[str, ...]]
     """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
+    embedding: ClassVar[str]
+    """Name of the layer that makes tokens from patches."""
+    head: ClassVar[str]
+    """Name of the layer that makes patches from tokens."""
+    feed_forward_names: ClassVar[re.Pattern[str]]
+    """Names of the linear layers of the feed-forward parts, in every block."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
@@ -73,6 +106,28 @@ class Architecture(ABC):
     def tokens(self, inputs: Inputs) -> int:
         """Number of picture tokens of one sample."""
 
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of the latents."""
+
+    @property
+    def features(self) -> int:
+        """Features of one token of the model's own patches."""
+        return self.channels * self.patch_size**2
+
+    def layer(self, name: str) -> Any:
+        """A layer by name, without the wrappers that peft puts around it."""
+        layer: Any = self.transformer.get_submodule(name)
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+        return layer
+
+    def feed_forward(self) -> list[tuple[str, Any]]:
+        """Names and layers of the feed-forward parts of all blocks."""
+        names = [name for name, _ in self.transformer.named_modules() if self.feed_forward_names.fullmatch(name)]
+        return [(name, self.layer(name)) for name in names]
+
     def answer(self, velocity: Tensor, inputs: Inputs) -> Any:
         """A velocity ``[B, C, ..., H, W]`` in the form that the caller of the transformer expects."""
         tokens = self.output(velocity)
@@ -98,6 +153,7 @@ class Architecture(ABC):
         config: ScheduleConfig,
         clean: Tensor | None = None,
         variance: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """The model's answer to a call, computed with patches ``scale`` times as large.
 
@@ -106,6 +162,7 @@ class Architecture(ABC):
             clean: Clean latents as the last step at scale 1 predicted them, shape of the latents; zero where
                 there was none.
             variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
+            adapter: Attached to the transformer; adds what it learnt to the step.
 
         Returns:
             Velocity ``[B, C, ..., H, W]``, float32.
@@ -113,33 +170,54 @@ class Architecture(ABC):
         z, sigma = self.latents(inputs), self.sigma(inputs)
         coarse, small = self.coarse_inputs(inputs, scale, config)
         height, width = small.shape[-2:]
-        answer = self.velocity(first(forward(**coarse)), (height, width)).float()
         multiple = scale * self.patch_size
-        expected = None
+        padded = pad_to_multiple(z.float(), multiple)
+        expected, left = None, variance
         if clean is not None and config.start == "noise-consistent":
             expected = detail(pad_to_multiple(clean.float(), multiple), scale)
             explained = expected.square().flatten(2).mean(-1)
             if config.detail == "wiener":
-                expected, variance = None, explained if variance is None else variance
+                expected, left = None, explained if variance is None else variance
             elif variance is not None:
                 # Law of total variance: what the prediction does not explain is left to be estimated.
-                variance = (variance.to(explained) - explained).clamp_min(0)
-        padded = pad_to_multiple(z.float(), multiple)
-        velocity = coarse_velocity(
-            padded, sigma, small, answer, scale, self.patch_size, config.start, expected, variance
-        )
-        return crop(velocity, *z.shape[-2:])
+                left = (variance.to(explained) - explained).clamp_min(0)
+        correction = None
+        if adapter is None:
+            output = first(forward(**coarse))
+        else:
+            patches = pack(patch_features(padded, sigma, scale, config.start, expected, adapter.carried), multiple)
+            with adapter.at(scale, patches) as call:
+                output = first(forward(**coarse))
+            correction = unpack(call.correction.float(), multiple, padded.shape)
+        answer = self.velocity(output, (height, width)).float()
+        velocity = coarse_velocity(padded, sigma, small, answer, scale, self.patch_size, config.start, expected, left)
+        return crop(velocity if correction is None else velocity + correction, *z.shape[-2:])
 
-    def count_flops(self, inputs: Inputs) -> int:
-        """Floating-point operations of one call, counted by PyTorch on the meta device (adapters not included)."""
+    def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
+        """Floating-point operations of one call, counted by PyTorch on the meta device.
+
+        Args:
+            inputs: Arguments at this scale.
+            adapter: Counted along at scales above 1.
+        """
         model: Any = self.transformer
+        adapter = adapter if scale > 1 else None
         shapes = tuple((name, tuple(v.shape)) for name, v in inputs.items() if isinstance(v, Tensor))
-        key = (type(model), str(model.config), shapes)
+        key = (type(model), str(model.config), shapes, scale, str(adapter and adapter.config))
         if key not in _COUNTED:
+            call = {k: to_meta(v) for k, v in inputs.items()}
             with torch.device("meta"):
                 twin = type(model).from_config(model.config)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                twin(**{k: to_meta(v) for k, v in inputs.items()})
+                if adapter is None:
+                    twin(**call)
+                else:
+                    with torch.device("meta"):
+                        learnt = type(adapter).from_config(adapter.config)
+                        patches = torch.empty(len(call[self.batched[0]]), self.tokens(call), learnt.inputs[scale])
+                    learnt.attach(twin)
+                    with learnt.at(scale, patches):
+                        twin(**call)
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
 

@@ -6,6 +6,7 @@ through ``img_ids [N, 3] = (0, row, column)`` alone.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ class Flux(Architecture):
         "joint_attention_kwargs",
         "controlnet_block_samples",
         "controlnet_single_block_samples",
+    )
+
+    embedding = "x_embedder"
+    head = "proj_out"
+    feed_forward_names = re.compile(
+        r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
     )
 
     def __init__(self, transformer: Any) -> None:
@@ -85,6 +92,10 @@ class Flux(Architecture):
 
     def output(self, velocity: Tensor) -> Tensor:
         return rearrange(velocity, "b c (h y) (w x) -> b (h w) (c y x)", y=self.patch_size, x=self.patch_size)
+
+    @property
+    def channels(self) -> int:
+        return self.layer(self.head).out_features // self.patch_size**2
 
     def tokens(self, inputs: Inputs) -> int:
         return inputs["hidden_states"].shape[1]

@@ -1,0 +1,248 @@
+"""Adapters: exact at the start, strict about their base, at home beside a user's LoRA."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import ddit
+import tiny
+from ddit import PatchAdapter, ScheduleConfig
+from ddit.adapter import config_hash
+from ddit.config import Start
+from ddit.models import architecture_for
+from ddit.patches import pack, unpack
+
+COARSE = ScheduleConfig(policy="fixed", steps=(1, 2, 4, 4, 2, 1))
+
+
+def adapter_for(model, *, seed=0, size=0.02, **settings) -> PatchAdapter:
+    """An adapter that does something: every weight is random."""
+    adapter = PatchAdapter.for_model(model, **{"rank": 4, **settings})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+    return adapter
+
+
+def with_user_lora(model, seed=1) -> None:
+    """A LoRA on attention and feed-forward layers, added through peft as diffusers does."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["to_q", "net.0.proj", "proj_mlp", "proj_out"], init_lora_weights=False)
+    model.add_adapter(config, adapter_name="style")
+
+
+@pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
+def test_a_new_adapter_is_the_training_free_step(pipe, start: Start):
+    adapter = PatchAdapter.for_model(pipe.transformer, start=start)
+    config = ScheduleConfig(
+        policy="fixed", steps=COARSE.steps, start=start, positions=adapter.positions, detail=adapter.detail
+    )
+    with ddit.apply(pipe, config=config):
+        free = tiny.sample(pipe)
+    with ddit.apply(pipe, adapter=adapter, config=config):
+        assert torch.equal(tiny.sample(pipe), free)
+
+
+def test_scale_one_is_bit_equal_and_removal_leaves_no_hooks(pipe):
+    plain = tiny.sample(pipe)
+    adapter = adapter_for(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=ScheduleConfig(threshold=0.0)):
+        assert torch.equal(tiny.sample(pipe), plain)
+    assert torch.equal(tiny.sample(pipe), plain)
+    assert not any(m._forward_hooks for m in pipe.transformer.modules())
+    assert set(pipe.transformer.state_dict()) == set(tiny.transformer().state_dict())
+
+
+def test_every_part_has_its_share(pipe):
+    """Each part alone changes the picture, and gradients reach all of them."""
+    with ddit.apply(pipe, config=COARSE):
+        free = tiny.sample(pipe)
+    adapter = adapter_for(pipe.transformer)
+    saved = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    for part in ("embed", "head", "residual", "size", "lora"):
+        with torch.no_grad():
+            for name, p in adapter.named_parameters():
+                keep = name.split(".")[2] == part
+                p.copy_(saved[name] if keep else torch.zeros_like(p))
+        with ddit.apply(pipe, adapter=adapter, config=COARSE):
+            assert not torch.allclose(tiny.sample(pipe), free), part
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_gradients_reach_the_parts_of_the_scale_that_ran(scale):
+    model = tiny.transformer().requires_grad_(False)
+    adapter = adapter_for(model)
+    config = ScheduleConfig(policy="fixed", steps=(scale,))
+    with ddit.apply(model, adapter=adapter, config=config):
+        tiny_call(model).square().mean().backward()
+    for name, p in adapter.named_parameters():
+        assert (p.grad is not None and p.grad.abs().sum() > 0) == name.startswith(f"parts.{scale}."), name
+
+
+def tiny_call(model, sigma=0.6, batch=1, side=8):
+    architecture = architecture_for(model)
+    ids = torch.zeros(side * side, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
+    generator = torch.Generator().manual_seed(3)
+    return model(
+        hidden_states=torch.randn(batch, side * side, architecture.features, generator=generator),
+        encoder_hidden_states=torch.randn(batch, 5, 32, generator=generator),
+        pooled_projections=torch.randn(batch, 32, generator=generator),
+        timestep=torch.full((batch,), sigma),
+        img_ids=ids,
+        txt_ids=torch.zeros(5, 3),
+    ).sample
+
+
+def test_pack_and_unpack_are_inverses():
+    for shape in [(2, 3, 8, 12), (2, 3, 5, 8, 4)]:
+        z = torch.randn(shape)
+        tokens = pack(z, 4)
+        assert tokens.shape == (2, z[0, 0].numel() // 16, 3 * 16)
+        assert torch.equal(unpack(tokens, 4, shape), z)
+    one = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert pack(one, 2)[0, 1].tolist() == [2.0, 3.0, 6.0, 7.0]
+
+
+def test_flops_of_the_adapter_are_counted(pipe):
+    with ddit.apply(pipe, config=COARSE) as handle:
+        tiny.sample(pipe)
+        free = handle.report.flops
+    adapter = adapter_for(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=COARSE) as handle:
+        tiny.sample(pipe)
+        learnt = handle.report.flops
+    assert learnt[1] == free[1]
+    for scale, tokens in ((2, 16), (4, 4)):
+        text, parts = 20, adapter.parts[str(scale)]
+        image = sum(m.weight.numel() for m in (parts.embed, parts.head, parts.residual))
+        double = sum(p.numel() for k, m in parts.lora.items() if not k.startswith("single") for p in m.parameters())
+        single = sum(p.numel() for k, m in parts.lora.items() if k.startswith("single") for p in m.parameters())
+        expected = 2 * (tokens * (image + double) + (tokens + text) * single)
+        assert learnt[scale] - free[scale] == expected
+
+
+# Files
+
+
+def test_saved_and_loaded(pipe, tmp_path):
+    adapter = adapter_for(pipe.transformer, rank=3, scales=(2,))
+    adapter.save_pretrained(tmp_path / "a")
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["base"] == "FluxTransformer2DModel" and config["base_hash"] == config_hash(pipe.transformer)
+    assert config["scales"] == [2] and config["rank"] == 3 and config["ddit_version"] == ddit.__version__
+    again = PatchAdapter.from_pretrained(tmp_path / "a")
+    assert again.scales == (2,) and not again.training
+    before, after = adapter.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    two = ScheduleConfig(policy="fixed", steps=(1, 2), scales=(1, 2))
+    with ddit.apply(pipe, adapter=adapter, config=two):
+        expected = tiny.sample(pipe)
+    with ddit.apply(pipe, adapter=tmp_path / "a", config=two):
+        assert torch.equal(tiny.sample(pipe), expected)
+
+
+def test_loaded_in_half_precision(pipe, tmp_path):
+    adapter_for(pipe.transformer).save_pretrained(tmp_path)
+    half = PatchAdapter.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with ddit.apply(pipe.to(dtype=torch.bfloat16), adapter=half, config=COARSE):
+        assert torch.isfinite(tiny.sample(pipe)).all()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "missing", "extra", "shape", "no config", "foreign config", "pickle"])
+def test_damaged_files_are_refused_with_the_folder_named(pipe, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    adapter_for(pipe.transformer).save_pretrained(tmp_path)
+    path, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    weights = load_file(path)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "missing":
+        del weights["parts.2.embed.weight"]
+        save_file(weights, path)
+    elif damage == "extra":
+        save_file({**weights, "parts.8.embed.weight": torch.zeros(2)}, path)
+    elif damage == "shape":
+        save_file({**weights, "parts.2.size": torch.zeros(7)}, path)
+    elif damage == "no config":
+        config.unlink()
+    elif damage == "foreign config":
+        config.write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    else:
+        path.unlink()
+        torch.save(weights, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        PatchAdapter.from_pretrained(tmp_path)
+
+
+# Refusals
+
+
+def test_another_base_is_refused_and_left_untouched(pipe):
+    other = adapter_for(tiny.transformer(num_single_layers=2))
+    with pytest.raises(ValueError, match=r"made for a FluxTransformer2DModel.*this is a FluxTransformer2DModel"):
+        ddit.apply(pipe, adapter=other)
+    assert "forward" not in vars(pipe.transformer)
+    assert not any(m._forward_hooks for m in pipe.transformer.modules())
+
+
+def test_scales_that_the_adapter_lacks_are_refused(pipe):
+    adapter = adapter_for(pipe.transformer, scales=(2,))
+    with pytest.raises(ValueError, match=r"scales \[4\].*\[2\]"):
+        ddit.apply(pipe, adapter=adapter)
+
+
+def test_another_form_of_the_step_is_warned_about(pipe):
+    adapter = adapter_for(pipe.transformer)
+    with pytest.warns(UserWarning, match="'bilinear' is not used"):
+        handle = ddit.apply(pipe, adapter=adapter, config=ScheduleConfig(start="bilinear"))
+    assert handle.config.start == "noise-consistent"
+
+
+@pytest.mark.parametrize("settings", [{"scales": (3,)}, {"scales": (1, 2)}, {"scales": ()}, {"rank": -1}])
+def test_nonsense_is_refused(pipe, settings):
+    with pytest.raises(ValueError, match="must be"):
+        PatchAdapter.for_model(pipe.transformer, **settings)
+
+
+# Beside a user's LoRA
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_users_lora_stays_active_at_every_scale(pipe, order):
+    """The same picture as with the LoRA's weights fused into the base, whoever comes first."""
+    fused = tiny.pipeline()
+    with_user_lora(fused.transformer)
+    fused.transformer.fuse_lora()
+    adapter = adapter_for(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=COARSE):
+        without = tiny.sample(pipe)
+    with ddit.apply(fused, adapter=adapter, config=COARSE):
+        expected = tiny.sample(fused)
+    if order == "before":
+        with_user_lora(pipe.transformer)
+        ddit.apply(pipe, adapter=adapter, config=COARSE)
+    else:
+        ddit.apply(pipe, adapter=adapter, config=COARSE)
+        with_user_lora(pipe.transformer)
+    torch.testing.assert_close(tiny.sample(pipe), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, without, atol=1e-3)
+    pipe.transformer.set_adapters(["style"], weights=[0.0])
+    torch.testing.assert_close(tiny.sample(pipe), without, rtol=1e-4, atol=1e-4)
+    pipe.transformer.delete_adapters(["style"])
+    torch.testing.assert_close(tiny.sample(pipe), without, rtol=1e-4, atol=1e-4)
+
+
+def test_the_users_scale_does_not_rescale_the_adapter(pipe):
+    adapter = adapter_for(pipe.transformer)
+    ddit.apply(pipe, adapter=adapter, config=COARSE)
+    without = tiny.sample(pipe)
+    with_user_lora(pipe.transformer)
+    off = tiny.sample(pipe, joint_attention_kwargs={"scale": 0.0})
+    torch.testing.assert_close(off, without, rtol=1e-4, atol=1e-4)
