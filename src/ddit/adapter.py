@@ -102,6 +102,8 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         detail: See `ddit.ScheduleConfig.detail`; with ``carried`` the adapter sees the carried detail.
         residual: Whether there is a residual path from the latents to the output.
         size_vector: Whether there is a patch-size vector.
+        detail_variance: Scale -> variance per channel of what pooling loses, measured on the base's samples; used where
+            `ddit.apply` gets none.
         steps_trained: Number of optimiser steps so far.
         ddit_version: Version of ddit that made it.
     """
@@ -123,6 +125,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         detail: Detail = "carried",
         residual: bool = True,
         size_vector: bool = True,
+        detail_variance: dict[str, list[float]] | None = None,
         steps_trained: int = 0,
         ddit_version: str = "",
     ) -> None:
@@ -158,6 +161,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         detail: Detail = "carried",
         residual: bool = True,
         size_vector: bool = True,
+        detail_variance: Mapping[int, Sequence[float]] | None = None,
     ) -> PatchAdapter:
         """A new adapter for a transformer, which computes exactly what the model does without one.
 
@@ -188,6 +192,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             detail=detail,
             residual=residual,
             size_vector=size_vector,
+            detail_variance={str(s): list(v) for s, v in (detail_variance or {}).items()},
             ddit_version=__version__,
         )
 
@@ -227,6 +232,10 @@ class PatchAdapter(ModelMixin, ConfigMixin):
     @property
     def detail(self) -> Detail:
         return self.config["detail"]
+
+    @property
+    def detail_variance(self) -> dict[int, list[float]]:
+        return {int(s): v for s, v in (self.config["detail_variance"] or {}).items()}
 
     @property
     def scales(self) -> tuple[int, ...]:

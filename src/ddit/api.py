@@ -47,7 +47,8 @@ def apply(
         config: The schedule; the paper's by default.
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
-            model's own samples. Without it the step trusts what the last step at scale 1 predicted.
+            model's own samples; by default the adapter's. Without it the step trusts what the last step at scale 1
+            predicted.
 
     Returns:
         A handle with ``.report`` and ``.remove()``; in a ``with`` block it removes itself.
@@ -64,6 +65,7 @@ def apply(
         adapter = adapter if isinstance(adapter, PatchAdapter) else PatchAdapter.from_pretrained(adapter)
         adapter.check(getattr(transformer, "_orig_mod", transformer))
         config = _adapted(config, adapter)
+        detail_variance = detail_variance or adapter.detail_variance
     variance = {s: torch.tensor(list(v)) for s, v in (detail_variance or {}).items()}
     missing = sorted(set(config.scales) - {1} - set(variance)) if variance else []
     if missing:

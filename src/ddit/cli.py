@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from ddit import __version__
 from ddit.config import Detail, Difference, PolicyName, Positions, ScheduleConfig, Start, Switch
+from ddit.train.config import CHOICES, TrainConfig
 
 DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         args.command(args)
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ModuleNotFoundError) as error:
         print(f"ddit: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
 
+    learn = _add(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
+    learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
+    _train_options(learn)
+
     embedded = _add(commands, "embedded", None, "train the embedded model and its judge")
     stages = embedded.add_subparsers(title="stages", required=True, metavar="STAGE")
     train = _add(stages, "train", _train_embedded, "autoencoder, text encoders and flow; resumes where it stopped")
@@ -75,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--device", default="cpu")
     finish = _add(stages, "install", _install_embedded, "measure a trained model's preset and ship it with the package")
     finish.add_argument("--folder", type=Path, default=Path("runs/embedded"))
+    words = _add(stages, "prompts", _write_prompts, "prompts of the grammar that no evaluation uses, for ddit train")
+    words.add_argument("--count", type=_count, default=1000)
+    words.add_argument("--out", type=Path, default=Path("runs/prompts.txt"))
     judge = _add(stages, "detector", _train_detector, "train the judge on drawn pictures")
     judge.add_argument("--folder", type=Path, default=Path("runs/detector"))
     check = _add(stages, "check-detector", _check_detector, "the judge's accuracy on held-out drawings")
@@ -122,6 +130,26 @@ def _schedule_options(command: argparse.ArgumentParser) -> None:
         else:
             assert field.default is not MISSING
             command.add_argument(flag, dest=f"schedule_{field.name}", type=type(field.default))
+
+
+def _train_options(command: argparse.ArgumentParser) -> None:
+    """One flag for each field of `TrainConfig`; unset ones are left to the config file or the default."""
+    for field in fields(TrainConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        default = "" if field.default is None else f"default: {field.default}"
+        if field.name == "scales":
+            command.add_argument(flag, type=int, nargs="+", help="default: 2 4")
+        elif field.name in CHOICES:
+            command.add_argument(flag, choices=get_args(CHOICES[field.name]), help=default)
+        elif isinstance(field.default, bool):
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=default)
+        else:
+            kind = type(field.default) if field.default is not None else _optional_type(str(field.type))
+            command.add_argument(flag, type=kind, help=default)
+
+
+def _optional_type(annotation: str) -> type:
+    return {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
 
 
 def _count(text: str) -> int:
@@ -294,6 +322,37 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     run_suite(args.suite, config, {"command": _command(), "environment": _environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    values: dict[str, Any] = {}
+    if args.config is not None:
+        import yaml
+
+        try:
+            values = yaml.safe_load(args.config.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{args.config} is neither YAML nor JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{args.config} must hold names and values of training settings")
+    flags = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    config = TrainConfig.from_dict({**values, **{k: v for k, v in flags.items() if v is not None}})
+    _check_writable(Path(config.out) / "train.json")
+    from ddit.train.trainer import train
+
+    print(f"wrote {train(config)}")
+
+
+def _write_prompts(args: argparse.Namespace) -> None:
+    from itertools import islice
+
+    from ddit.embedded.scenes import scenes
+
+    _check_writable(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # A seed of its own: training and adapters see the same split of the grammar, but not the same prompts.
+    args.out.write_text("".join(f"{scene.prompt}\n" for scene in islice(scenes(77, "train"), args.count)))
+    print(f"wrote {args.out}")
 
 
 def _train_embedded(args: argparse.Namespace) -> None:

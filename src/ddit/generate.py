@@ -6,18 +6,22 @@ import difflib
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.api import Handle, apply
 from ddit.config import ScheduleConfig
 from ddit.embedded import MODEL_FOLDER
+from ddit.models import architecture_for
+from ddit.models.base import Inputs, first
 from ddit.preset import Preset
 from ddit.report import Report
 
@@ -144,6 +148,25 @@ def run(
     finally:
         if handle is not None:
             handle.remove()
+
+
+@contextmanager
+def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
+    """Calls of the transformer inside the block: their arguments by name, and the answers."""
+    transformer = pipe.transformer
+    architecture, forward = architecture_for(transformer), transformer.forward
+    calls: list[tuple[Inputs, Tensor]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        answer = forward(*args, **kwargs)
+        calls.append((architecture.bind(args, kwargs), first(answer)))
+        return answer
+
+    transformer.forward = spy
+    try:
+        yield calls
+    finally:
+        del transformer.forward
 
 
 def race(

@@ -34,7 +34,8 @@ from ddit.embedded.scenes import (
     Thing,
     draw,
 )
-from ddit.embedded.training import progress, save_checkpoint, set_lr, to_model, warm_cosine
+from ddit.embedded.training import save_checkpoint, set_lr, to_model, warm_cosine
+from ddit.progress import progress
 
 ANSWERS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline
 from einops import rearrange
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ddit.embedded import components
 from ddit.embedded.data import cached_drawings
 from ddit.embedded.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene, scenes
+from ddit.progress import progress
 
 RESOLUTIONS = (128, 64, 32)
 """Picture sizes in pixels the flow is trained at: 256, 64 and 16 image tokens."""
@@ -407,23 +407,3 @@ def trapezoid(step: int, steps: int, decay_from: float, warmup: int = 100) -> fl
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-class progress:
-    """Progress bar with the last loss: ``with progress(name, steps) as advance: advance(loss=...)``."""
-
-    def __init__(self, name: str, total: int, done: int = 0) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        self.task = self.bar.add_task(name, total=total, completed=done, note="")
-
-    def __enter__(self):
-        self.bar.start()
-        return self.advance
-
-    def advance(self, **figures: float) -> None:
-        note = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        self.bar.update(self.task, advance=1, note=note)
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()

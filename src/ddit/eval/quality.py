@@ -20,10 +20,10 @@ from ddit.config import ScheduleConfig
 from ddit.embedded.data import drawings
 from ddit.embedded.detector import Detector, judge
 from ddit.embedded.scenes import Scene, Split, scenes
-from ddit.embedded.training import progress
 from ddit.eval.metrics import bootstrap_difference, bootstrap_interval, frechet_distance, psnr, ssim
 from ddit.generate import Run, run
 from ddit.preset import Preset
+from ddit.progress import progress
 from ddit.report import Report
 
 Adapters = Callable[[str | None], PatchAdapter | None]

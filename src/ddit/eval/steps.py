@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ddit.config import ScheduleConfig
-from ddit.generate import run
+from ddit.generate import recorded, run
 from ddit.models import architecture_for
-from ddit.models.base import Inputs, first, to_meta
+from ddit.models.base import Inputs, to_meta
 from ddit.preset import Preset
 from ddit.schedule import make_policy
 from ddit.state import Generation
@@ -33,20 +33,8 @@ def record_calls(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
 ) -> list[tuple[Inputs, Tensor]]:
     """Inputs of the transformer at every step of a plain run, and its answers."""
-    transformer = pipe.transformer
-    architecture, forward = architecture_for(transformer), transformer.forward
-    calls: list[tuple[Inputs, Tensor]] = []
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        answer = forward(*args, **kwargs)
-        calls.append((architecture.bind(args, kwargs), first(answer)))
-        return answer
-
-    transformer.forward = spy
-    try:
+    with recorded(pipe) as calls:
         run(pipe, list(prompts), list(seeds), settings)
-    finally:
-        del transformer.forward
     return calls
 
 

@@ -95,6 +95,10 @@ class Architecture(ABC):
         """Inputs of the same call on a coarse grid: ``latents [B, C, ..., H/s, W/s]`` at noise level ``sigma [B]``."""
 
     @abstractmethod
+    def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
+        """Inputs of the same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""
+
+    @abstractmethod
     def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
         """The model's output as a velocity ``[B, C, ..., H, W]``; ``size`` is (H, W)."""
 

@@ -77,11 +77,13 @@ class Flux(Architecture):
         positions = coarse_positions(self._origin, (rows, columns), scale, config.positions).flatten(0, 1)
         # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
         coarse_ids = torch.cat([ids[:1, :1].float().expand(rows * columns, 1), positions.to(ids.device)], dim=1)
+        return {**self.renoised(inputs, latents, sigma), "img_ids": coarse_ids}
+
+    def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
         return {
             **inputs,
             "hidden_states": self.output(latents),
-            "timestep": sigma.to(inputs["timestep"].dtype),
-            "img_ids": coarse_ids,
+            "timestep": sigma.to(latents.dtype),
             "joint_attention_kwargs": _copy(inputs.get("joint_attention_kwargs")),
             "return_dict": False,
         }

@@ -1,0 +1,1 @@
+"""Distil an adapter from a frozen base: ``ddit train``."""

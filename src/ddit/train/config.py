@@ -1,0 +1,173 @@
+"""Settings of a training run. No torch here: the command line reads this before anything heavy is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ddit.config import Detail, Positions, Start
+
+OptimizerName = Literal["prodigy", "adamw"]
+Noise = Literal["schedule", "uniform", "logit-normal"]
+Weighting = Literal["none", "sigma_sqrt", "cosmap"]
+Precision = Literal["no", "bf16", "fp16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+LrSchedule = Literal["constant", "cosine", "linear"]
+
+CHOICES: dict[str, Any] = {
+    "optimizer": OptimizerName,
+    "noise": Noise,
+    "weighting": Weighting,
+    "mixed_precision": Precision,
+    "dtype": Dtype,
+    "lr_schedule": LrSchedule,
+    "start": Start,
+    "positions": Positions,
+    "detail": Detail,
+}
+LIVE = ("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out")
+"""Fields that may change when a run is resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, and how. Saved with the run as ``train.json``.
+
+    Raises:
+        ValueError: When a field is out of its range; the message gives the range.
+    """
+
+    out: str = "runs/adapter"
+    """Folder of the run: samples, checkpoints, log, and the adapter in ``adapter``."""
+    model: str = "embedded"
+    """Base: folder or hub id of a diffusers pipeline."""
+    prompts: str | None = None
+    """Text file with a prompt per line, or ``dataset:NAME:COLUMN`` (split ``train``, needs the package datasets).
+    Not needed once the samples are there."""
+    samples: str | None = None
+    """Folder of the samples; by default ``samples`` in ``out``. Runs may share one."""
+    count: int | None = None
+    """Number of prompts taken from the file; by default all."""
+    sample_steps: int | None = None
+    """Denoising steps of a sample; by default the model's own."""
+    sample_batch: int = 8
+    """Samples drawn at once."""
+    shard: int = 64
+    """Samples per file."""
+    height: int | None = None
+    width: int | None = None
+
+    scales: tuple[int, ...] = (2, 4)
+    """Scales above 1 to train."""
+    rank: int = 32
+    """Rank of LoRA; 0 leaves it out."""
+    start: Start = "noise-consistent"
+    """What the adapter adds to: the training-free step, or the paper's initialisation (``bilinear``)."""
+    positions: Positions | None = None
+    """Positions of large patches; by default ``grid``, for ``bilinear`` the paper's ``interpolated``."""
+    detail: Detail = "carried"
+    """``carried``: the adapter sees the detail that the last step at scale 1 predicted."""
+    residual: bool = True
+    """Whether there is a residual path."""
+    size_vector: bool = True
+    """Whether there is a patch-size vector."""
+
+    steps: int = 2000
+    """Optimiser steps."""
+    batch: int = 4
+    """Samples per process and backward pass."""
+    accumulation: int = 1
+    """Batches per optimiser step."""
+    optimizer: OptimizerName = "prodigy"
+    """The paper takes Prodigy for images and AdamW for video."""
+    lr: float | None = None
+    """By default the paper's: 1.0 for Prodigy, 1e-4 for AdamW."""
+    weight_decay: float = 0.01
+    lr_schedule: LrSchedule = "constant"
+    lr_warmup: int = 0
+    """Steps over which the learning rate rises from zero."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.999
+    """Decay of the average of the weights that is saved; 0 saves the last weights."""
+    noise: Noise = "schedule"
+    """Noise levels: as the sampler visits them, uniform in (0, 1), or logit-normal (SD3, arXiv 2403.03206)."""
+    weighting: Weighting = "none"
+    """Weight of a noise level in the loss (SD3)."""
+    no_carry: float = 0.1
+    """Share of samples that see no carried detail."""
+
+    dtype: Dtype = "float32"
+    """Of the frozen base."""
+    mixed_precision: Precision = "no"
+    """Autocast of accelerate."""
+    gradient_checkpointing: bool = False
+    cpu: bool = False
+    """Stay on the CPU even where there is a GPU."""
+
+    checkpoint_every: int = 200
+    keep: int = 2
+    """Checkpoints kept."""
+    validate_every: int = 500
+    validation: int = 8
+    """Samples kept apart for validation."""
+    pictures: int = 4
+    """Pictures of the example grid at every validation; 0 draws none and frees the text encoders."""
+    tracker: str | None = None
+    """A tracker of accelerate, such as ``tensorboard``."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, options in CHOICES.items():
+            value, allowed = getattr(self, name), get_args(options)
+            if value not in allowed and not (name == "positions" and value is None):
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        object.__setattr__(self, "scales", tuple(self.scales))
+        counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
+        for name in (*counts, "validate_every", "validation"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("count", "sample_steps", "height", "width"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name in ("rank", "lr_warmup", "pictures", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        for name, high in (("ema", 1.0), ("no_carry", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+                raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {high:g}")
+        if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
+            raise ValueError(f"lr is {self.lr!r}; it must be a number above 0")
+
+    @property
+    def learning_rate(self) -> float:
+        return self.lr or {"prodigy": 1.0, "adamw": 1e-4}[self.optimizer]
+
+    @property
+    def samples_folder(self) -> Path:
+        return Path(self.samples) if self.samples else Path(self.out) / "samples"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values of all fields."""
+        return {**asdict(self), "scales": list(self.scales)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; unknown names are refused."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown training settings {unknown}; allowed are {sorted(known)}")
+        return cls(**values)
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields in which a resumed run may not differ, and do: name -> (here, there)."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {k: (v, theirs[k]) for k, v in mine.items() if k not in LIVE and v != theirs[k]}
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {low}")

@@ -1,0 +1,154 @@
+"""The distillation loss (arXiv 2602.16968, section 3.2): coarse velocity against the frozen model's own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+from torch import Tensor
+
+from ddit.adapter import PatchAdapter
+from ddit.config import ScheduleConfig
+from ddit.models.base import Architecture, Inputs, first
+from ddit.patches import detail, expand, pad_to_multiple
+from ddit.train.config import Noise, TrainConfig
+from ddit.train.samples import Samples
+
+LEAST_SIGMA = 0.02
+"""Below this noise level nothing is learnt: the velocity of what is left divides by it."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decides for one sample of one step."""
+
+    record: int
+    """Index into `Samples`."""
+    scale: int
+    sigma: float
+    """Noise level of the step."""
+    earlier: float | None
+    """Noise level at which the carried detail was predicted; ``None`` for no carried detail."""
+    noise: int
+    """Seed of the noise."""
+
+
+def draw(config: TrainConfig, samples: Samples, records: int, step: int, number: int) -> Draw:
+    """The same for the same seed, step and number within the step's global batch, on any number of processes."""
+    rng = np.random.default_rng([config.seed, step, number])
+    record, scale = int(rng.integers(records)), int(rng.choice(config.scales))
+    sigma = max(noise_level(config.noise, samples.sigmas, rng), LEAST_SIGMA)
+    earlier = float(rng.uniform(sigma, 1.0))
+    carries = rng.random() >= config.no_carry
+    return Draw(record, scale, sigma, earlier if carries else None, int(rng.integers(2**62)))
+
+
+def noise_level(kind: Noise, sigmas: Sequence[float], rng: np.random.Generator) -> float:
+    """A noise level in (0, 1); ``schedule`` picks one of the sampler's steps and a level inside it."""
+    if kind == "uniform":
+        return float(rng.uniform())
+    if kind == "logit-normal":
+        return float(1 / (1 + np.exp(-rng.normal())))
+    edges = [*sigmas, 0.0]
+    step = int(rng.integers(len(sigmas)))
+    return float(rng.uniform(edges[step + 1], edges[step]))
+
+
+@dataclass
+class Batch:
+    """Noisy latents, the call they belong to, and what the frozen model answers."""
+
+    inputs: Inputs
+    scales: list[int]
+    sigma: Tensor
+    """``[B]``"""
+    target: Tensor
+    """The model's own velocity ``[B, C, ..., H, W]``, float32."""
+    clean: Tensor
+    """Clean latents that the model predicted at an earlier noise level; zeros where nothing is carried."""
+
+
+@torch.no_grad()
+def make_batch(
+    transformer: Any, architecture: Architecture, samples: Samples, draws: Sequence[Draw], device: Any, dtype: Any
+) -> Batch:
+    """Ask the teacher, which is the transformer itself while the adapter is silent."""
+    clean, call = samples.load([d.record for d in draws])
+    clean = clean.to(device).float()
+    call = {
+        k: v.to(device, dtype if v.is_floating_point() and k in architecture.batched else None) for k, v in call.items()
+    }
+    eps = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(d.noise)) for d in draws])
+    eps = eps.to(device)
+
+    def ask(levels: Sequence[float]) -> tuple[Inputs, Tensor, Tensor]:
+        sigma = torch.tensor(levels, device=device, dtype=torch.float32)
+        noisy = torch.lerp(clean, eps, expand(sigma, clean)).to(dtype)
+        inputs = architecture.renoised(call, noisy, sigma)
+        velocity = architecture.velocity(first(transformer(**inputs)), (clean.shape[-2], clean.shape[-1]))
+        return inputs, sigma, velocity.float()
+
+    inputs, sigma, target = ask([d.sigma for d in draws])
+    carried = torch.zeros_like(clean)
+    if any(d.earlier is not None for d in draws):
+        before, level, velocity = ask([d.earlier or 1.0 for d in draws])
+        predicted = architecture.latents(before).float() - expand(level, clean) * velocity
+        has = torch.tensor([d.earlier is not None for d in draws], device=device)
+        carried = torch.where(expand(has, clean) > 0, predicted, carried)
+    return Batch(inputs, [d.scale for d in draws], sigma, target, carried)
+
+
+def groups(scales: Sequence[int]) -> dict[int, list[int]]:
+    """Scale -> rows of the batch."""
+    rows: dict[int, list[int]] = defaultdict(list)
+    for row, scale in enumerate(scales):
+        rows[scale].append(row)
+    return dict(sorted(rows.items()))
+
+
+def errors(
+    transformer: Any,
+    architecture: Architecture,
+    form: ScheduleConfig,
+    adapter: PatchAdapter | None,
+    variance: Mapping[int, Tensor],
+    batch: Batch,
+    scale: int,
+    rows: list[int],
+) -> Tensor:
+    """Mean squared error of the coarse velocity of each row, ``[rows]``; ``adapter=None`` is the training-free step."""
+    velocity = architecture.coarse_step(
+        transformer.forward,
+        architecture.rows(batch.inputs, rows),
+        scale,
+        form,
+        batch.clean[rows],
+        variance.get(scale),
+        adapter,
+    )
+    return (velocity - batch.target[rows]).square().flatten(1).mean(1)
+
+
+def weights(kind: str, sigma: Tensor) -> Tensor:
+    """Weight of each noise level ``[B]`` in the loss, as in SD3."""
+    return compute_loss_weighting_for_sd3(kind, sigma)
+
+
+@torch.no_grad()
+def detail_variance(
+    samples: Samples, scales: Sequence[int], patch_size: int, count: int = 64
+) -> dict[int, list[float]]:
+    """Scale -> variance per channel of what pooling loses, over the first samples."""
+    total: dict[int, Tensor] = {}
+    indices = range(0, min(len(samples), count * samples.passes), samples.passes)
+    for index in indices:
+        clean, _ = samples.load([index])
+        for scale in scales:
+            lost = detail(pad_to_multiple(clean.float(), scale * patch_size), scale)[0]
+            total[scale] = total.get(scale, torch.zeros(len(lost))) + lost.square().flatten(1).mean(1)
+    return {scale: (value / len(indices)).tolist() for scale, value in total.items()}

@@ -1,0 +1,377 @@
+"""The training loop: seeded by step, so that a run killed at any moment continues to the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ddit.adapter import PatchAdapter
+from ddit.config import ScheduleConfig
+from ddit.generate import call_settings, check_size, load_pipeline
+from ddit.models import architecture_for
+from ddit.models.base import Architecture
+from ddit.preset import Preset
+from ddit.progress import progress
+from ddit.train.config import TrainConfig
+from ddit.train.distill import detail_variance, draw, errors, groups, make_batch, weights
+from ddit.train.samples import Samples, draw_samples, read_prompts
+from ddit.train.validation import save_pictures, validate
+
+
+def train(config: TrainConfig) -> Path:
+    """Draw samples, train, validate; returns the folder of the adapter. Run again to continue.
+
+    Raises:
+        ValueError: When the run in ``config.out`` has other settings, or something it needs is missing or damaged.
+        FloatingPointError: When the loss is no longer finite; the last checkpoint stays.
+    """
+    out = Path(config.out)
+    prompts = _prepare(config, out)
+    accelerator = Accelerator(
+        cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.tracker, project_dir=str(out)
+    )
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=str(accelerator.device))
+    run = Run.begin(config, accelerator, pipe, preset, prompts)
+    if config.tracker:
+        accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if k != "scales"})
+    if run.step >= config.steps:
+        accelerator.print(f"{config.out} has its {run.step} steps; ask for more with --steps")
+    with progress("train", config.steps, done=run.step, hidden=not accelerator.is_main_process) as advance:
+        while run.step < config.steps:
+            started = time.perf_counter()
+            loss = run.advance()
+            advance(loss=loss, steps_per_second=1 / (time.perf_counter() - started))
+            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                run.save()
+            if run.step % config.validate_every == 0 or run.step == config.steps:
+                run.validate()
+    accelerator.end_training()
+    return out / "adapter"
+
+
+def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
+    """Check the run's settings against those it began with; returns the prompts where the samples need them."""
+    saved = out / "train.json"
+    if saved.exists():
+        try:
+            earlier = TrainConfig.from_dict(json.loads(saved.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{saved} is not the configuration of a run ({error}); name another folder") from error
+        changed = config.differences(earlier)
+        if changed:
+            told = ", ".join(f"{k} ({there!r} then, {here!r} now)" for k, (here, there) in changed.items())
+            raise ValueError(f"the run in {out} began with other settings: {told}; use the same, or another --out")
+    begun = (config.samples_folder / "samples.json").exists()
+    if config.prompts is None and not begun:
+        raise ValueError("name a file with prompts (--prompts); the base draws its own samples for them")
+    vanished = begun and config.prompts is not None and not Path(config.prompts).is_file()
+    prompts = None if config.prompts is None or vanished else read_prompts(config.prompts, config.count)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(saved, lambda path: path.write_text(json.dumps(config.to_dict(), indent=2) + "\n"))
+    return prompts
+
+
+@dataclass
+class Run:
+    """Everything that changes, and what it is made from."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    pipe: Any
+    architecture: Architecture
+    samples: Samples
+    adapter: PatchAdapter
+    hooks: list[RemovableHandle]
+    """Of the adapter on the transformer."""
+    variance: dict[int, Tensor]
+    optimizer: torch.optim.Optimizer
+    lr: Any
+    ema: EMAModel | None
+    step: int = 0
+
+    @classmethod
+    def begin(
+        cls, config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, prompts: list[str] | None
+    ) -> Run:
+        """A run as the last checkpoint left it, or a new one."""
+        transformer = pipe.transformer.requires_grad_(False).eval()
+        settings = call_settings(
+            preset, num_inference_steps=config.sample_steps, height=config.height, width=config.width
+        )
+        check_size(pipe, settings)
+        samples = draw_samples(
+            config.samples_folder,
+            pipe,
+            settings,
+            prompts,
+            batch=config.sample_batch,
+            shard=config.shard,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            wait=accelerator.wait_for_everyone,
+        )
+        if len(samples) <= config.validation:
+            raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
+        if config.pictures == 0:
+            for name in ("text_encoder", "text_encoder_2", "vae"):
+                if hasattr(pipe, name):
+                    setattr(pipe, name, None)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        architecture = architecture_for(transformer)
+        torch.manual_seed(config.seed)
+        measured = detail_variance(samples, config.scales, architecture.patch_size)
+        adapter: Any = PatchAdapter.for_model(
+            transformer,
+            scales=config.scales,
+            rank=config.rank,
+            start=config.start,
+            positions=config.positions,
+            detail=config.detail,
+            residual=config.residual,
+            size_vector=config.size_vector,
+            detail_variance=measured,
+        )
+        hooks = adapter.to(accelerator.device).attach(transformer)
+        optimizer = make_optimizer(adapter, config)
+        lr = get_scheduler(
+            f"{config.lr_schedule}_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
+            optimizer,
+            num_warmup_steps=config.lr_warmup,
+            num_training_steps=config.steps,
+        )
+        ema = EMAModel(adapter.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
+        variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
+        run = cls(config, accelerator, pipe, architecture, samples, adapter, hooks, variance, optimizer, lr, ema)
+        run._restore()
+        return run
+
+    @property
+    def form(self) -> ScheduleConfig:
+        return ScheduleConfig(start=self.adapter.start, positions=self.adapter.positions, detail=self.adapter.detail)
+
+    @property
+    def records(self) -> int:
+        """Number of records to train on; those behind are for validation."""
+        return len(self.samples) - self.config.validation
+
+    def advance(self) -> float:
+        """One optimiser step; returns its loss, the mean over the global batch."""
+        config, accelerator = self.config, self.accelerator
+        total = config.batch * config.accumulation * accelerator.num_processes
+        first = accelerator.process_index * config.batch * config.accumulation
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=accelerator.device)
+        for begin in range(first, first + config.batch * config.accumulation, config.batch):
+            numbers = range(begin, begin + config.batch)
+            loss += self._backward([draw(config, self.samples, self.records, self.step, n) for n in numbers], total)
+        self._reduce(loss)
+        value = loss.item()
+        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), config.clip or math.inf)
+        if not (math.isfinite(value) and bool(torch.isfinite(norm))):
+            raise FloatingPointError(
+                f"the loss is {value} and its gradient {float(norm)} at step {self.step}; nothing was saved since the "
+                f"last checkpoint. Lower lr ({config.learning_rate:g}) or use mixed_precision=bf16, and start anew"
+            )
+        self.optimizer.step()
+        self.lr.step()
+        if self.ema is not None:
+            self.ema.step(self.adapter.parameters())
+        self.step += 1
+        self._log({"step": self.step, "loss": value})
+        return value
+
+    def _backward(self, draws: list[Any], total: int) -> Tensor:
+        """Gradients of this batch's part of the loss; scales one after another, to hold one graph at a time."""
+        transformer = self.pipe.transformer
+        share = torch.zeros((), device=self.accelerator.device)
+        with self.accelerator.autocast():
+            batch = make_batch(
+                transformer,
+                self.architecture,
+                self.samples,
+                draws,
+                self.accelerator.device,
+                transformer.dtype,
+            )
+        for scale, rows in groups(batch.scales).items():
+            with self.adapter.low_rank_at(scale):
+                with self.accelerator.autocast():
+                    error = errors(
+                        transformer, self.architecture, self.form, self.adapter, self.variance, batch, scale, rows
+                    )
+                loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
+                loss.backward()
+            share += loss.detach()
+        return share
+
+    def _reduce(self, loss: Tensor) -> None:
+        """Sum gradients and loss over processes. Parts whose scale no sample drew have a gradient of zero."""
+        for p in self.adapter.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.accelerator.num_processes == 1:
+            return
+        flat = torch.cat(
+            [loss.reshape(1), *(p.grad.flatten() for p in self.adapter.parameters() if p.grad is not None)]
+        )
+        summed: Any = self.accelerator.reduce(flat, reduction="sum")
+        loss.copy_(summed[0])
+        offset = 1
+        for p in self.adapter.parameters():
+            assert p.grad is not None
+            p.grad.copy_(summed[offset : offset + p.numel()].view_as(p))
+            offset += p.numel()
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """The adapter's hooks are off inside the block, so that `ddit.apply` can put on its own."""
+        for hook in self.hooks:
+            hook.remove()
+        try:
+            yield
+        finally:
+            self.hooks = self.adapter.attach(self.pipe.transformer)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights are in the adapter inside the block."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.adapter.parameters())
+        self.ema.copy_to(self.adapter.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.adapter.parameters())
+
+    def validate(self) -> None:
+        """Velocity errors and example pictures of the averaged weights."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        out = Path(self.config.out)
+        with self.averaged():
+            rows = validate(self)
+            if self.config.pictures:
+                (out / "pictures").mkdir(exist_ok=True)
+                save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
+        with (out / "validation.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.config.tracker:
+            named = {f"error/scale{r['scale']}/sigma{r['sigma']}": r["error"] for r in rows}
+            self.accelerator.log(named, step=self.step)
+
+    def save(self) -> None:
+        """A checkpoint beside the earlier ones, then the adapter; what is replaced is deleted last."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        out = Path(self.config.out)
+        state = {
+            "step": self.step,
+            "adapter": self.adapter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr": self.lr.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+        try:
+            _write(out / f"checkpoint-{self.step:06d}.pt", lambda path: torch.save(state, path))
+            self.adapter.register_to_config(steps_trained=self.step)
+            with self.averaged():
+                _write_folder(out / "adapter", self.adapter.save_pretrained)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
+                "Free some space and run the same command"
+            ) from error
+        for old in checkpoints(out)[: -self.config.keep]:
+            old.unlink()
+
+    def _restore(self) -> None:
+        found = checkpoints(Path(self.config.out))
+        if not found:
+            return
+        try:
+            state = torch.load(found[-1], weights_only=True, map_location="cpu")
+        except Exception as error:  # pickle, zip and torch each raise their own
+            raise ValueError(
+                f"{found[-1]} can't be read ({(str(error) or repr(error)).splitlines()[0]}); "
+                "delete it to continue from the one before"
+            ) from error
+        self.adapter.load_state_dict(state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr.load_state_dict(state["lr"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+        self.step = state["step"]
+
+    def _log(self, figures: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (Path(self.config.out) / "train.jsonl").open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+        if self.config.tracker:
+            self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
+
+
+def make_optimizer(adapter: PatchAdapter, config: TrainConfig) -> torch.optim.Optimizer:
+    """Prodigy (arXiv 2306.06101) or AdamW over all of the adapter."""
+    parameters = list(adapter.parameters())
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    try:
+        from prodigyopt import Prodigy
+    except ModuleNotFoundError:
+        raise ValueError("the optimizer Prodigy needs the package prodigyopt: pip install 'ddit[train]'") from None
+    make: Any = Prodigy  # its annotations take whole numbers only
+    return make(
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("checkpoint-*.pt"))
+
+
+def _write(path: Path, write: Any) -> None:
+    """Write beside the file, then replace it, so that a kill at any moment leaves a whole one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_folder(path: Path, write: Any) -> None:
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    write(partial)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

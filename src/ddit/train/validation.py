@@ -1,0 +1,81 @@
+"""How good an adapter is: velocity errors on samples kept apart, and a grid of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ddit.generate import run as generate
+from ddit.train.distill import Draw, errors, make_batch
+
+if TYPE_CHECKING:
+    from ddit.train.trainer import Run
+
+SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
+"""Noise levels that are validated; what is carried comes from a third of the way back to 1."""
+
+
+@torch.no_grad()
+def validate(run: Run) -> list[dict[str, Any]]:
+    """Error per scale and noise level of the adapter, and of the training-free step on the same noise."""
+    transformer, rows = run.pipe.transformer, []
+    records = range(run.records, len(run.samples))
+    for scale in run.config.scales:
+        for sigma in SIGMAS:
+            learnt, free = [], []
+            earlier = sigma + (1 - sigma) / 3
+            draws = [Draw(r, scale, sigma, earlier, noise=r) for r in records]
+            for begin in range(0, len(draws), run.config.batch):
+                part = draws[begin : begin + run.config.batch]
+                with run.accelerator.autocast():
+                    batch = make_batch(
+                        transformer,
+                        run.architecture,
+                        run.samples,
+                        part,
+                        run.accelerator.device,
+                        transformer.dtype,
+                    )
+                    for values, adapter in ((learnt, run.adapter), (free, None)):
+                        values += errors(
+                            transformer,
+                            run.architecture,
+                            run.form,
+                            adapter,
+                            run.variance,
+                            batch,
+                            scale,
+                            list(range(len(part))),
+                        ).tolist()
+            rows.append(
+                {
+                    "step": run.step,
+                    "scale": scale,
+                    "sigma": sigma,
+                    "error": float(np.mean(learnt)),
+                    "training_free": float(np.mean(free)),
+                }
+            )
+    return rows
+
+
+def save_pictures(run: Run, path: Path) -> None:
+    """PNG: plain above, below it each scale held for the first half of the steps."""
+    from PIL import Image
+
+    count = min(run.config.pictures, run.config.validation)
+    prompts = [run.samples.prompt(i) for i in range(run.records, run.records + count)]
+    settings = run.samples.manifest["settings"]
+    seeds = list(range(count))
+    bands = [generate(run.pipe, prompts, seeds, settings).pictures]
+    for scale in run.config.scales:
+        config = replace(run.form, policy="first", scales=(1, scale))
+        with run.detached():
+            drawn = generate(run.pipe, prompts, seeds, settings, config=config, adapter=run.adapter)
+        bands.append(drawn.pictures)
+    grid = np.concatenate([np.concatenate(list(band), axis=1) for band in bands])
+    Image.fromarray((grid * 255).round().astype(np.uint8)).save(path)

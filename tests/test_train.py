@@ -1,0 +1,355 @@
+"""`ddit train` on a shrunken model: samples, resuming, damage, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ddit
+import tiny
+from ddit import PatchAdapter, ScheduleConfig
+from ddit.cli import main
+from ddit.models import architecture_for
+from ddit.preset import Preset
+from ddit.train import samples as sampling
+from ddit.train.config import TrainConfig
+from ddit.train.distill import Draw, draw, make_batch, noise_level
+from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
+from ddit.train.trainer import checkpoints, train
+
+PROMPTS = [
+    f"a {size} {colour} {shape} on the left on a smooth background"
+    for size in ("small", "large")
+    for colour in ("red", "blue", "green")
+    for shape in ("circle", "square")
+]
+CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=20)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A pipeline on disk, 12 prompts, and their samples."""
+    folder = tmp_path_factory.mktemp("base")
+    pipe = tiny.pipeline()
+    pipe.save_pretrained(folder / "model")
+    Preset(call=CALL).save(folder / "model")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    draw_samples(folder / "samples", pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
+    return folder
+
+
+def settings(base: Path, out: Path, **changes) -> TrainConfig:
+    values = dict(
+        model=str(base / "model"),
+        prompts=str(base / "prompts.txt"),
+        samples=str(base / "samples"),
+        out=str(out),
+        shard=5,
+        rank=2,
+        steps=6,
+        batch=3,
+        optimizer="adamw",
+        lr=1e-3,
+        checkpoint_every=2,
+        validate_every=100,
+        validation=2,
+        pictures=0,
+        cpu=True,
+    )
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+# Samples
+
+
+def test_samples_are_the_pipelines_own(base):
+    pipe = tiny.pipeline()
+    samples = Samples(base / "samples", json.loads((base / "samples" / "samples.json").read_text()))
+    assert len(samples) == len(PROMPTS) and samples.passes == 1 and samples.prompt(7) == PROMPTS[7]
+    assert len(samples.sigmas) == 4 and samples.sigmas == sorted(samples.sigmas, reverse=True)
+    clean, call = samples.load([7, 0])
+    generator = torch.Generator().manual_seed(sampling._seed(0, 7))
+    expected = pipe(PROMPTS[7], generator=generator, output_type="latent", **CALL).images
+    torch.testing.assert_close(architecture_for(pipe.transformer).output(clean[:1]), expected, rtol=1e-4, atol=1e-4)
+    embeds, pooled, _ = pipe.encode_prompt(PROMPTS[7], PROMPTS[7], max_sequence_length=20)
+    torch.testing.assert_close(call["encoder_hidden_states"][:1], embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(call["pooled_projections"][:1], pooled, rtol=1e-4, atol=1e-5)
+    assert call["img_ids"].shape == (64, 3) and "hidden_states" not in call and "timestep" not in call
+
+
+def test_missing_shards_alone_are_drawn_again(base, tmp_path):
+    pipe = tiny.pipeline()
+    first = draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+    assert len(before) == 3
+    middle, expected = shard_path(tmp_path, 1), load_file(shard_path(tmp_path, 1))
+    middle.unlink()
+    draw_samples(tmp_path, pipe, CALL, None, batch=5, shard=5, seed=0)
+    for name, tensor in load_file(middle).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
+    changed = {p.name for p in tmp_path.glob("*.safetensors") if before[p.name] != p.stat().st_mtime_ns}
+    assert changed == {middle.name} and len(first) == 12
+
+
+def test_two_processes_share_the_work(base, tmp_path):
+    pipe = tiny.pipeline()
+    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0, rank=0, processes=2)
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {shard_path(tmp_path, n).name for n in (0, 2)}
+    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0, rank=1, processes=2)
+    for number in range(3):
+        ours, theirs = load_file(shard_path(tmp_path, number)), load_file(shard_path(base / "samples", number))
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("change", ["prompts", "settings", "seed", "base_hash"])
+def test_samples_of_something_else_are_refused(base, change):
+    pipe = tiny.pipeline(num_layers=2) if change == "base_hash" else tiny.pipeline()
+    call = {**CALL, "num_inference_steps": 5} if change == "settings" else CALL
+    prompts = PROMPTS[::-1] if change == "prompts" else PROMPTS
+    with pytest.raises(ValueError, match=change):
+        draw_samples(base / "samples", pipe, call, prompts, batch=4, shard=5, seed=int(change == "seed"))
+
+
+def test_true_guidance_gives_a_record_per_pass(tmp_path):
+    pipe = tiny.pipeline()
+    call = {**CALL, "true_cfg_scale": 2.0, "negative_prompt": ["a red circle"] * 2}
+    samples = draw_samples(tmp_path, pipe, call, PROMPTS[:2], batch=2, shard=2, seed=0)
+    assert samples.passes == 2 and len(samples) == 4
+    clean, inputs = samples.load([0, 1])
+    assert torch.equal(clean[0], clean[1])
+    assert not torch.equal(inputs["encoder_hidden_states"][0], inputs["encoder_hidden_states"][1])
+
+
+def test_prompts_are_read(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("one\n\n  two \nthree\n", encoding="utf-8")
+    assert read_prompts(str(path)) == ["one", "two", "three"]
+    assert read_prompts(str(path), 2) == ["one", "two"]
+    with pytest.raises(ValueError, match="holds 3 prompts, 4"):
+        read_prompts(str(path), 4)
+    with pytest.raises(ValueError, match="no file"):
+        read_prompts(str(tmp_path / "none.txt"))
+
+
+# Chance
+
+
+def test_draws_depend_on_seed_step_and_number_alone(base):
+    samples = Samples(base / "samples", json.loads((base / "samples" / "samples.json").read_text()))
+    config = settings(base, base)
+    table = [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
+    assert table == [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
+    assert len(set(table)) == 300
+    assert {d.record for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
+    assert all(0.02 <= d.sigma <= 1 and (d.earlier is None or d.sigma <= d.earlier <= 1) for d in table)
+    assert 0.04 < np.mean([d.earlier is None for d in table]) < 0.2
+
+
+def test_schedule_noise_visits_every_step_alike():
+    rng, sigmas = np.random.default_rng(0), [1.0, 0.9, 0.5, 0.1]
+    levels = np.array([noise_level("schedule", sigmas, rng) for _ in range(4000)])
+    shares = np.histogram(levels, bins=[0.0, 0.1, 0.5, 0.9, 1.0])[0] / 4000
+    np.testing.assert_allclose(shares, 0.25, atol=0.03)
+
+
+def test_the_teacher_is_the_plain_model(base):
+    pipe = tiny.pipeline()
+    samples = Samples(base / "samples", json.loads((base / "samples" / "samples.json").read_text()))
+    architecture = architecture_for(pipe.transformer)
+    batch = make_batch(
+        pipe.transformer,
+        architecture,
+        samples,
+        [Draw(3, 2, 0.5, 0.8, 1), Draw(4, 4, 0.3, None, 2)],
+        "cpu",
+        torch.float32,
+    )
+    answer = architecture.velocity(pipe.transformer(**batch.inputs)[0], (16, 16))
+    torch.testing.assert_close(answer, batch.target, rtol=1e-4, atol=1e-5)
+    clean, _ = samples.load([3, 4])
+    noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(architecture.latents(batch.inputs)[0], 0.5 * clean[0] + 0.5 * noise)
+    assert batch.clean[0].abs().sum() > 0 and batch.clean[1].abs().sum() == 0
+
+
+# Training
+
+
+@pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
+def test_it_learns(base, tmp_path, start):
+    config = settings(base, tmp_path, steps=60, lr=3e-3, ema=0.0, validate_every=60, start=start, batch=4)
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert {(r["scale"], r["sigma"]) for r in rows} == {(s, x) for s in (2, 4) for x in (0.95, 0.8, 0.6, 0.4, 0.2)}
+    learnt, free = np.mean([r["error"] for r in rows]), np.mean([r["training_free"] for r in rows])
+    assert learnt < 0.9 * free
+    adapter = PatchAdapter.from_pretrained(tmp_path / "adapter")
+    assert adapter.config["steps_trained"] == 60 and set(adapter.detail_variance) == {2, 4}
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe, adapter=adapter, config=ScheduleConfig(policy="fixed", steps=(1, 2, 4))):
+        assert torch.isfinite(tiny.sample(pipe)).all()
+
+
+def test_prodigy_checkpointing_and_pictures(base, tmp_path):
+    config = settings(
+        base, tmp_path, optimizer="prodigy", lr=None, gradient_checkpointing=True, pictures=2, steps=3, tracker=None
+    )
+    train(config)
+    assert (tmp_path / "pictures" / "step-000003.png").is_file()
+
+
+def test_gradient_checkpointing_changes_nothing(base, tmp_path):
+    for name, checkpointing in (("a", False), ("b", True)):
+        train(settings(base, tmp_path / name, gradient_checkpointing=checkpointing))
+    a, b = weights(tmp_path / "a" / "adapter"), weights(tmp_path / "b" / "adapter")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_killed_run_ends_bit_equal(base, tmp_path):
+    """kill -9 in the middle, then the same command."""
+    whole = settings(base, tmp_path / "whole", steps=40, optimizer="prodigy", lr=1.0)
+    train(whole)
+    config = replace(whole, out=str(tmp_path / "killed"))
+    (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
+    command = [sys.executable, "-m", "ddit.cli", "train", "--config", str(tmp_path / "c.json")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(checkpoints(tmp_path / "killed")) < 1 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    log = (tmp_path / "killed" / "train.jsonl").read_text().splitlines()
+    assert 0 < len(log) < 40
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    a, b = weights(tmp_path / "whole" / "adapter"), weights(tmp_path / "killed" / "adapter")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_checkpoints_rotate_and_steps_may_grow(base, tmp_path):
+    train(settings(base, tmp_path))
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000004.pt", "checkpoint-000006.pt"]
+    train(settings(base, tmp_path, steps=8))
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000006.pt", "checkpoint-000008.pt"]
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.old"))
+
+
+def test_accumulation_equals_a_larger_batch(base, tmp_path):
+    train(settings(base, tmp_path / "a", batch=4))
+    train(settings(base, tmp_path / "b", batch=2, accumulation=2))
+    a, b = weights(tmp_path / "a" / "adapter"), weights(tmp_path / "b" / "adapter")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+# What goes wrong
+
+
+def test_other_settings_are_refused(base, tmp_path):
+    train(settings(base, tmp_path, steps=2))
+    with pytest.raises(ValueError, match=r"rank \(2 then, 4 now\)"):
+        train(settings(base, tmp_path, steps=4, rank=4))
+
+
+def test_vanished_prompts_do_not_stop_a_run_that_has_its_samples(base, tmp_path):
+    train(settings(base, tmp_path, prompts=str(tmp_path / "gone.txt"), steps=2))
+    with pytest.raises(ValueError, match="no file"):
+        train(settings(base, tmp_path / "b", prompts=str(tmp_path / "gone.txt"), samples=str(tmp_path / "new")))
+
+
+def test_a_shard_cut_short_is_named(base, tmp_path):
+    import shutil
+
+    shutil.copytree(base / "samples", tmp_path / "samples")
+    path = shard_path(tmp_path / "samples", 1)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"samples-00001.safetensors can't be read.*delete it"):
+        train(settings(base, tmp_path / "run", samples=str(tmp_path / "samples")))
+    path.unlink()
+    train(settings(base, tmp_path / "run", samples=str(tmp_path / "samples"), steps=1))
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(base, tmp_path):
+    with pytest.raises(FloatingPointError, match="at step"):
+        train(settings(base, tmp_path, lr=1e30, steps=50, checkpoint_every=1000, clip=0.0))
+    assert not checkpoints(tmp_path) and not (tmp_path / "adapter").exists()
+
+
+def test_a_full_disk_keeps_what_was_there(base, tmp_path, monkeypatch):
+    train(settings(base, tmp_path, steps=2))
+    kept = weights(tmp_path / "adapter")
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"step 4 can't be written.*No space left.*earlier ones are kept"):
+            train(settings(base, tmp_path, steps=6))
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000002.pt"]
+    assert not list(tmp_path.glob("*.partial"))
+    now = weights(tmp_path / "adapter")
+    assert all(torch.equal(kept[k], now[k]) for k in kept)
+    train(settings(base, tmp_path, steps=6))
+
+
+def test_a_damaged_checkpoint_is_named(base, tmp_path):
+    train(settings(base, tmp_path, steps=4))
+    last = checkpoints(tmp_path)[-1]
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint-000004.pt can't be read.*the one before"):
+        train(settings(base, tmp_path, steps=6))
+    last.unlink()
+    train(settings(base, tmp_path, steps=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"optimizer": "sgd"}, "prodigy, adamw"),
+        ({"ema": 2.0}, "from 0 to 1"),
+        ({"lr": -1.0}, "above 0"),
+        ({"scales": (3,)}, "powers of two"),
+        ({"rank": -1}, "rank is -1"),
+        ({"validation": 12}, "not more than validation"),
+        ({"height": 33}, "multiples of"),
+    ],
+)
+def test_bad_settings_are_refused(base, tmp_path, change, word):
+    with pytest.raises(ValueError, match=word):
+        train(settings(base, tmp_path, **change))
+
+
+def test_command_line(base, tmp_path, capsys):
+    assert main(["train", "--out", str(tmp_path / "run")]) == 2
+    assert "--prompts" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("stepz: 3\n")
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "stepz" in capsys.readouterr().err
+    values = {**settings(base, tmp_path / "run").to_dict(), "steps": 9}
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--steps", "1", "--no-residual"]) == 0
+    saved = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert saved["steps"] == 1 and saved["residual"] is False
+    assert PatchAdapter.from_pretrained(tmp_path / "run" / "adapter").config["residual"] is False
+
+
+def test_prompts_of_the_grammar(tmp_path):
+    assert main(["embedded", "prompts", "--count", "20", "--out", str(tmp_path / "p.txt")]) == 0
+    assert len(read_prompts(str(tmp_path / "p.txt"))) == 20
