@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig
 
 import ddit
@@ -246,3 +247,52 @@ def test_the_users_scale_does_not_rescale_the_adapter(pipe):
     with_user_lora(pipe.transformer)
     off = tiny.sample(pipe, joint_attention_kwargs={"scale": 0.0})
     torch.testing.assert_close(off, without, rtol=1e-4, atol=1e-4)
+
+
+# Beside offloading and quantization
+
+
+def test_group_offloading(pipe):
+    adapter = adapter_for(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=COARSE):
+        expected = tiny.sample(pipe)
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    with ddit.apply(pipe, adapter=adapter, config=COARSE):
+        assert torch.equal(tiny.sample(pipe), expected)
+
+
+def test_model_offloading_moves_the_base_and_leaves_the_adapter(pipe):
+    """As `enable_model_cpu_offload`: a hook that moves the transformer at every call, put on before or after."""
+    adapter = adapter_for(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=COARSE):
+        expected = tiny.sample(pipe)
+    add_hook_to_module(pipe.transformer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    with ddit.apply(pipe, adapter=adapter, config=COARSE):
+        assert torch.equal(tiny.sample(pipe), expected)
+
+
+def test_a_quantized_base(pipe):
+    """torchao's 8-bit weights: the base changes a little, the adapter's share stays the same."""
+    torchao = pytest.importorskip("torchao.quantization")
+    adapter = adapter_for(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=COARSE):
+        full = tiny.sample(pipe)
+    torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
+    with ddit.apply(pipe, config=COARSE):
+        free = tiny.sample(pipe)
+    with ddit.apply(pipe, adapter=adapter, config=COARSE):
+        learnt = tiny.sample(pipe)
+    assert (learnt - full).square().mean() < 0.05 * (free - full).square().mean()
+
+
+def test_two_adapters_on_one_transformer_are_refused(pipe):
+    adapter = adapter_for(pipe.transformer)
+    attachment = adapter.attach(pipe.transformer)
+    with pytest.raises(ValueError, match="remove it first"):
+        ddit.apply(pipe, adapter=adapter)
+    attachment.remove()
+    attachment.remove()
+    with ddit.apply(pipe, adapter=adapter):
+        pass
+    assert not any("_ddit" in name for m in pipe.transformer.modules() for name in vars(m))

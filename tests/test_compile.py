@@ -5,7 +5,7 @@ import torch
 
 import ddit
 import tiny
-from ddit import ScheduleConfig
+from ddit import PatchAdapter, ScheduleConfig
 
 SCALES = ScheduleConfig(policy="fixed", steps=(1, 2, 4, 2, 1, 4))
 STEPS = 6
@@ -111,3 +111,66 @@ def test_compiling_after_apply(pipe, in_place):
         pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
     assert handle.report.strip() == "1 2 1 2 2 2"
+
+
+def random_adapter(model) -> PatchAdapter:
+    torch.manual_seed(0)
+    adapter = PatchAdapter.for_model(model, rank=2)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return adapter
+
+
+@pytest.mark.parametrize("first", ["apply", "compile"])
+def test_an_adapter_in_compiled_blocks(pipe, first):
+    """Compiled before or after: the adapter takes part, and once each scale was seen nothing is compiled again."""
+    adapter = random_adapter(pipe.transformer)
+    with ddit.apply(pipe, config=SCALES):
+        free = tiny.sample(pipe, steps=STEPS)
+    with ddit.apply(pipe, adapter=adapter, config=SCALES):
+        expected = tiny.sample(pipe, steps=STEPS)
+    backend = Counter()
+    if first == "compile":
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        tiny.sample(pipe)
+        with ddit.apply(pipe, config=SCALES):
+            tiny.sample(pipe, steps=STEPS)
+    ddit.apply(pipe, adapter=adapter, config=SCALES)
+    if first == "apply":
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    compiled = tiny.sample(pipe, steps=STEPS)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(compiled, free, atol=1e-3)
+    graphs = backend.graphs
+    assert torch.equal(tiny.sample(pipe, steps=STEPS), compiled)
+    ddit.apply(pipe, config=SCALES)
+    torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), free, rtol=1e-4, atol=1e-5)
+    if first == "apply":
+        assert backend.graphs >= graphs  # without the adapter, LoRA is out of the graphs
+
+
+def test_an_adapter_in_a_transformer_compiled_whole(pipe):
+    adapter = random_adapter(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=TWO):
+        expected = tiny.sample(pipe, steps=STEPS)
+    backend = Counter()
+    pipe.transformer.compile(backend=backend, dynamic=False)
+    with ddit.apply(pipe, adapter=adapter, config=TWO):
+        torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), expected, rtol=1e-4, atol=1e-5)
+        graphs = backend.graphs
+        tiny.sample(pipe, steps=STEPS)
+        assert backend.graphs == graphs
+
+
+def test_blocks_share_graphs_with_an_adapter():
+    """LoRA finds its weights through the layer, so that the code of one block serves all blocks of its class."""
+    pipe = tiny.pipeline(num_layers=3, num_single_layers=3)
+    adapter = random_adapter(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, config=SCALES):
+        expected = tiny.sample(pipe, steps=STEPS)
+        backend = Counter()
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), expected, rtol=1e-4, atol=1e-4)
+    # Two classes, three scales, and one more each where the second block shows which sizes are dynamic.
+    assert backend.graphs <= 3 * 3

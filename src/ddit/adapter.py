@@ -8,7 +8,6 @@ Adding ``delta`` to the model's own projection of pooled patches is the paper's 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,6 +82,37 @@ class AdapterCall:
     """``[B, N, outputs]``, what the adapter adds to the velocity of each large patch."""
 
 
+@dataclass
+class AdapterState:
+    """The scale whose LoRA takes part; 1 is none."""
+
+    scale: int = 1
+
+
+@dataclass
+class LayerParts:
+    """What a layer of the base knows of an adapter on it."""
+
+    state: AdapterState
+    scales: dict[int, Any]
+    """Scale -> `LowRank`."""
+
+
+@dataclass
+class Attachment:
+    """An adapter's hooks on a transformer."""
+
+    handles: list[RemovableHandle]
+    layers: list[nn.Module]
+
+    def remove(self) -> None:
+        """Take the adapter off. Safe to call twice."""
+        for handle in self.handles:
+            handle.remove()
+        for layer in self.layers:
+            vars(layer).pop(_LOW_RANK, None)
+
+
 class PatchAdapter(ModelMixin, ConfigMixin):
     """Adapter for the scales above 1 of one base model; saved and loaded like any model of diffusers.
 
@@ -146,7 +176,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
                 for s in scales
             }
         )
-        self._scale = 1
+        self._state = AdapterState()
         self._call: AdapterCall | None = None
 
     @classmethod
@@ -255,27 +285,31 @@ class PatchAdapter(ModelMixin, ConfigMixin):
                 f"this is a {here[0]} with configuration {here[1]}; load the base model it was trained on"
             )
 
-    def attach(self, transformer: nn.Module) -> list[RemovableHandle]:
-        """Hook the adapter into a transformer; it stays silent outside `at`. Remove the handles to take it off.
+    def attach(self, transformer: nn.Module) -> Attachment:
+        """Hook the adapter into a transformer; it stays silent outside `at`.
 
         Hooks sit on the innermost layers, below the wrappers of peft: a user's LoRA may come before or after.
 
         Raises:
-            ValueError: See `check`.
+            ValueError: See `check`; also for a transformer with an adapter on it.
         """
         self.check(transformer)
         architecture = architecture_for(transformer)
+        layers = architecture.feed_forward() if self.config["rank"] else []
+        if any(_LOW_RANK in vars(layer) for _, layer in layers):
+            raise ValueError("there is an adapter on this transformer; remove it first")
         handles = [
             architecture.layer(architecture.embedding).register_forward_hook(self._embed),
             architecture.layer(architecture.head).register_forward_hook(self._head),
         ]
-        if self.config["rank"]:
-            for name, layer in architecture.feed_forward():
-                handles.append(layer.register_forward_hook(functools.partial(self._low_rank, _key(name))))
+        for name, layer in layers:
+            # Past nn.Module's setattr: no submodule of the base, no weights in its state_dict.
+            vars(layer)[_LOW_RANK] = LayerParts(self._state, {s: self._parts(s).lora[_key(name)] for s in self.scales})
+            handles.append(layer.register_forward_hook(_low_rank))
         if any(getattr(m, "_compiled_call_impl", None) is not None for m in transformer.modules()):
             # Compiled code does not look for hooks that came later (torch._dynamo.config.skip_nnmodule_hook_guards).
             torch._dynamo.reset()
-        return handles
+        return Attachment(handles, [layer for _, layer in layers])
 
     @contextmanager
     def at(self, scale: int, patches: Tensor) -> Iterator[AdapterCall]:
@@ -300,11 +334,11 @@ class PatchAdapter(ModelMixin, ConfigMixin):
     @contextmanager
     def low_rank_at(self, scale: int) -> Iterator[None]:
         """LoRA belongs to ``scale`` inside the block: for a backward pass that computes blocks a second time."""
-        before, self._scale = self._scale, scale
+        before, self._state.scale = self._state.scale, scale
         try:
             yield
         finally:
-            self._scale = before
+            self._state.scale = before
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise TypeError("an adapter has no forward of its own; pass it to ddit.apply")
@@ -317,7 +351,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
     def _embed(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._call is None:
             return None
-        parts = self._parts(self._scale)
+        parts = self._parts(self._state.scale)
         added = parts.embed(self._call.patches)
         return output + (added if parts.size is None else added + parts.size).to(output.dtype)
 
@@ -325,19 +359,27 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         """The de-embedding reads what the model's own head reads; its answer takes a path of its own (see `at`)."""
         if self._call is None:
             return
-        parts = self._parts(self._scale)
+        parts = self._parts(self._state.scale)
         correction = parts.head(args[0].to(self.dtype))
         if parts.residual is not None:
             correction = correction + parts.residual(self._call.patches)
         self._call.correction = correction
 
-    def _low_rank(self, key: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self._scale == 1:
-            return None
-        low_rank = self._parts(self._scale).lora[key]
-        return output + low_rank(args[0].to(self.dtype)).to(output.dtype)
+
+def _low_rank(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Adds LoRA to a layer's output.
+
+    One function for all layers, which finds its weights through the layer: compiled code of one block then serves
+    all blocks of its class, where a closure per layer would be compiled anew for each.
+    """
+    parts: LayerParts = vars(layer)[_LOW_RANK]
+    if parts.state.scale == 1:
+        return None
+    low_rank = parts.scales[parts.state.scale]
+    return output + low_rank(args[0].to(low_rank.down.weight.dtype)).to(output.dtype)
 
 
+_LOW_RANK = "_ddit_low_rank"
 _HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 

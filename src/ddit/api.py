@@ -113,7 +113,7 @@ class Handle:
         self._policy = policy
         self._variance = variance
         self.adapter = adapter
-        self._hooks = adapter.attach(architecture.transformer) if adapter is not None else []
+        self._attachment = adapter.attach(architecture.transformer) if adapter is not None else None
         self._generation = Generation(config)
         self._finished: Generation | None = None
         self._timesteps: Any = None
@@ -171,8 +171,8 @@ class Handle:
         if not self._active:
             return
         self._active = False
-        for hook in self._hooks:
-            hook.remove()
+        if self._attachment is not None:
+            self._attachment.remove()
         attributes = vars(self.transformer)
         for name, value in self._patched.items():
             for place in _FORWARDS if name in _FORWARDS else (name,):

@@ -52,8 +52,10 @@ class TrainingConfig:
     """Learning rate of the flow (AdamW) after its warm-up."""
     decay_from: float = 0.8
     """Fraction of ``flow_steps`` after which the learning rate falls linearly to zero."""
-    noise_mean: float = 0.4
-    """Noise levels are ``sigmoid(n)`` with ``n`` normal of this mean: above 0, layout is learnt more than grain."""
+    noise_mean: float = 0.2
+    """Noise levels at 32 pixels are ``sigmoid(n)`` with ``n`` normal of this mean."""
+    noise_std: float = 1.3
+    """Deviation of ``n``."""
     ema: float = 0.998
     checkpoint_every: int = 200
     """Steps of the flow between two checkpoints."""
@@ -301,7 +303,9 @@ def train_flow(
             words[torch.from_numpy(rng.random(len(pick)) < config.unconditional)] = empty
             set_lr(optimizer, config.lr * trapezoid(step, config.flow_steps, config.decay_from))
             optimizer.zero_grad()
-            loss = flow_loss(model, x, words.to(device), config.noise_mean, rng)
+            # Pooling by s divides the noise by s: the same picture is as visible at a logit higher by log(s).
+            mean = config.noise_mean + math.log(size / min(RESOLUTIONS))
+            loss = flow_loss(model, x, words.to(device), mean, config.noise_std, rng)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -321,11 +325,13 @@ def train_flow(
     return export(folder / "model", model, average, vae)
 
 
-def flow_loss(model: nn.ModuleDict, x: Tensor, words: Tensor, noise_mean: float, rng: np.random.Generator) -> Tensor:
+def flow_loss(
+    model: nn.ModuleDict, x: Tensor, words: Tensor, mean: float, std: float, rng: np.random.Generator
+) -> Tensor:
     """Mean squared error to the velocity ``eps - x`` at logit-normal noise levels (SD3, arXiv 2403.03206)."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     eps = torch.randn(x.shape, generator=generator).to(x.device)
-    sigma = torch.sigmoid(noise_mean + torch.randn(len(x), generator=generator)).to(x.device)
+    sigma = torch.sigmoid(mean + std * torch.randn(len(x), generator=generator)).to(x.device)
     noisy = torch.lerp(x, eps, sigma[:, None, None])
     pooled, tokens = model["text"](words)
     output = model["transformer"](

@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ddit.adapter import PatchAdapter
+from ddit.adapter import Attachment, PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.generate import call_settings, check_size, load_pipeline
 from ddit.models import architecture_for
@@ -96,8 +95,8 @@ class Run:
     architecture: Architecture
     samples: Samples
     adapter: PatchAdapter
-    hooks: list[RemovableHandle]
-    """Of the adapter on the transformer."""
+    attachment: Attachment
+    """The adapter on the transformer."""
     variance: dict[int, Tensor]
     optimizer: torch.optim.Optimizer
     lr: Any
@@ -148,7 +147,7 @@ class Run:
             size_vector=config.size_vector,
             detail_variance=measured,
         )
-        hooks = adapter.to(accelerator.device).attach(transformer)
+        attachment = adapter.to(accelerator.device).attach(transformer)
         optimizer = make_optimizer(adapter, config)
         lr = get_scheduler(
             f"{config.lr_schedule}_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
@@ -158,7 +157,7 @@ class Run:
         )
         ema = EMAModel(adapter.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
         variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
-        run = cls(config, accelerator, pipe, architecture, samples, adapter, hooks, variance, optimizer, lr, ema)
+        run = cls(config, accelerator, pipe, architecture, samples, adapter, attachment, variance, optimizer, lr, ema)
         run._restore()
         return run
 
@@ -242,12 +241,11 @@ class Run:
     @contextmanager
     def detached(self) -> Iterator[None]:
         """The adapter's hooks are off inside the block, so that `ddit.apply` can put on its own."""
-        for hook in self.hooks:
-            hook.remove()
+        self.attachment.remove()
         try:
             yield
         finally:
-            self.hooks = self.adapter.attach(self.pipe.transformer)
+            self.attachment = self.adapter.attach(self.pipe.transformer)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
