@@ -24,6 +24,7 @@ from ddit.preset import Preset
 from ddit.train import samples as sampling
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Draw, draw, make_batch, noise_level
+from ddit.train.distill import weights as noise_weights
 from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
 from ddit.train.trainer import checkpoints, train
 
@@ -157,6 +158,12 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
     assert {d.record for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
     assert all(0.02 <= d.sigma <= 1 and (d.earlier is None or d.sigma <= d.earlier <= 1) for d in table)
     assert 0.04 < np.mean([d.earlier is None for d in table]) < 0.2
+
+
+def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
+    sigma = torch.tensor([0.05, 0.125, 0.25, 0.9])
+    torch.testing.assert_close(noise_weights("bounded", sigma), torch.tensor([0.04, 0.25, 1.0, 1.0]))
+    torch.testing.assert_close(noise_weights("none", sigma), torch.ones(4))
 
 
 def test_schedule_noise_visits_every_step_alike():
@@ -353,3 +360,33 @@ def test_command_line(base, tmp_path, capsys):
 def test_prompts_of_the_grammar(tmp_path):
     assert main(["embedded", "prompts", "--count", "20", "--out", str(tmp_path / "p.txt")]) == 0
     assert len(read_prompts(str(tmp_path / "p.txt"))) == 20
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(base, tmp_path):
+    """`accelerate launch` with gloo: the same global batch, the same losses and weights."""
+    one = settings(base, tmp_path / "one", batch=4)
+    two = settings(base, tmp_path / "two", batch=2)
+    for config, processes in ((one, 1), (two, 2)):
+        path = tmp_path / f"{processes}.json"
+        path.write_text(json.dumps(config.to_dict()))
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--multi_gpu"] * (processes > 1)  # accelerate's name for torch.distributed, CPU or not
+        command = [*launch, "-m", "ddit.cli", "train", "--config", str(path)]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    a, b = weights(tmp_path / "one" / "adapter"), weights(tmp_path / "two" / "adapter")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4)
+
+
+def test_tensorboard(base, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(settings(base, tmp_path, steps=2, validate_every=2, tracker="tensorboard"))
+    assert list((tmp_path / "ddit").glob("**/events*"))

@@ -12,7 +12,7 @@ from ddit.config import Detail, Positions, Start
 
 OptimizerName = Literal["prodigy", "adamw"]
 Noise = Literal["schedule", "uniform", "logit-normal"]
-Weighting = Literal["none", "sigma_sqrt", "cosmap"]
+Weighting = Literal["bounded", "none", "sigma_sqrt", "cosmap"]
 Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
@@ -95,8 +95,9 @@ class TrainConfig:
     """Decay of the average of the weights that is saved; 0 saves the last weights."""
     noise: Noise = "schedule"
     """Noise levels: as the sampler visits them, uniform in (0, 1), or logit-normal (SD3, arXiv 2403.03206)."""
-    weighting: Weighting = "none"
-    """Weight of a noise level in the loss (SD3)."""
+    weighting: Weighting = "bounded"
+    """Weight of a noise level in the loss. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
+    velocity of what lies inside a large patch divides by sigma. ``none`` is the paper's; the others are SD3's."""
     no_carry: float = 0.1
     """Share of samples that see no carried detail."""
 

@@ -135,7 +135,9 @@ def errors(
 
 
 def weights(kind: str, sigma: Tensor) -> Tensor:
-    """Weight of each noise level ``[B]`` in the loss, as in SD3."""
+    """Weight of each noise level ``[B]`` in the loss (see `TrainConfig.weighting`)."""
+    if kind == "bounded":
+        return (sigma / 0.25).square().clamp_max(1)
     return compute_loss_weighting_for_sd3(kind, sigma)
 
 

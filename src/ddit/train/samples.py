@@ -151,9 +151,10 @@ def draw_samples(
     shards = range(-(-len(prompts) // shard))
     folder.mkdir(parents=True, exist_ok=True)
     mine = [n for n in shards if n % processes == rank and not shard_path(folder, n).exists()]
-    with progress("samples", len(mine) * -(-shard // batch), hidden=rank > 0) as advance:
-        for number in mine:
-            part = range(number * shard, min((number + 1) * shard, len(prompts)))
+    parts = {n: range(n * shard, min((n + 1) * shard, len(prompts))) for n in mine}
+    total = sum(-(-len(part) // batch) for part in parts.values())
+    with progress("samples", total, hidden=rank > 0) as advance:
+        for number, part in parts.items():
             tensors, facts = _draw_shard(pipe, settings, [prompts[i] for i in part], part, batch, seed, advance)
             if not path.exists() and rank == 0:
                 _write_json(path, {**asked, **facts, "prompts": prompts})
