@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ddit.embedded import training
 from ddit.embedded.components import TEXT_TOKENS, make_tokenizer
 from ddit.embedded.data import drawings
-from ddit.embedded.scenes import Scene, Thing, complete, draw, random_scene, scenes, vocabulary
+from ddit.embedded.scenes import Scene, Thing, complete, draw, draw_with_masks, random_scene, scenes, vocabulary
 from ddit.embedded.training import TrainingConfig
 
 
@@ -60,6 +60,37 @@ def test_drawings_repeat():
     first, second = (list(islice(drawings(5, "tune"), 3)) for _ in range(2))
     assert [a[0] for a in first] == [b[0] for b in second]
     assert all((a[2] == b[2]).all() for a, b in zip(first, second, strict=True))
+
+
+def test_masks_cover_the_things_in_the_prompts_order():
+    scene = Scene(
+        (Thing("square", "red", "large", "plain", "top"), Thing("circle", "blue", "small", "plain", "bottom")), "smooth"
+    )
+    picture, masks = draw_with_masks(scene, np.random.default_rng(0))
+    assert (picture == draw(scene, np.random.default_rng(0))).all()
+    red, blue = (picture[mask > 0.99].mean(0) for mask in masks)
+    assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0]
+    rows = np.arange(len(picture)) + 0.5
+    centres = [(mask.sum(1) * rows).sum() / mask.sum() for mask in masks]
+    assert centres[0] < 50 < 78 < centres[1] and masks[0].sum() > 1.5 * masks[1].sum()
+    _, one = draw_with_masks(Scene(scene.things[:1], "smooth"), np.random.default_rng(0))
+    assert one[0].any() and not one[1].any()
+
+
+@pytest.mark.parametrize("side", [4, 8, 16])
+def test_the_mask_head_reads_the_token_of_the_place(side):
+    """Features that carry the answer at the right token cost less than those that carry it elsewhere."""
+    head = training.MaskHead(width=32)
+    with torch.no_grad():
+        head.logits.weight.copy_(10 * torch.eye(32))
+        head.logits.bias.fill_(-5.0)
+    head.norm = torch.nn.Identity()
+    covers = torch.zeros(1, 2, 64, 64)
+    covers[0, 1, 32:48, 16:32] = 1.0  # of 4 x 4 squares: row 2, column 1
+    right = torch.zeros(1, side, side, 32)
+    right[0, side // 2 : 3 * side // 4, side // 4 : side // 2, 16:] = 1.0
+    wrong = right.transpose(1, 2)
+    assert head(right.flatten(1, 2), covers) < 0.05 < head(wrong.flatten(1, 2), covers)
 
 
 SMALL = TrainingConfig(

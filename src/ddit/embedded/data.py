@@ -9,43 +9,61 @@ from pathlib import Path
 
 import numpy as np
 
-from ddit.embedded.scenes import IMAGE_SIZE, Scene, Split, complete, draw, scenes
+from ddit.embedded.scenes import IMAGE_SIZE, Scene, Split, complete, draw_with_masks, scenes
+
+MASK_SIZE = 64
+"""Height and width of the masks that are kept."""
 
 
 def drawings(seed: int, split: Split, **grammar: float) -> Iterator[tuple[Scene, Scene, np.ndarray]]:
     """Endless (scene as asked, scene as drawn, picture ``[128, 128, 3]`` uint8), the same for the same seed."""
+    for scene, drawn, picture, _ in _masked_drawings(seed, split, **grammar):
+        yield scene, drawn, picture
+
+
+def _masked_drawings(
+    seed: int, split: Split, **grammar: float
+) -> Iterator[tuple[Scene, Scene, np.ndarray, np.ndarray]]:
     rng = np.random.default_rng([seed, 1])
     for scene in scenes(seed, split, **grammar):
         drawn = complete(scene, rng)
-        yield scene, drawn, draw(drawn, rng)
+        yield scene, drawn, *draw_with_masks(drawn, rng)
 
 
 def _draw_shard(path: Path, seed: int, count: int) -> None:
     prompts, pictures = [], np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for i, (scene, _, picture) in enumerate(islice(drawings(seed, "train"), count)):
+    masks = np.empty((count, 2, MASK_SIZE, MASK_SIZE), np.uint8)
+    pool = IMAGE_SIZE // MASK_SIZE
+    for i, (scene, _, picture, covers) in enumerate(islice(_masked_drawings(seed, "train"), count)):
         prompts.append(scene.prompt)
         pictures[i] = picture
+        pooled = covers.reshape(2, MASK_SIZE, pool, MASK_SIZE, pool).mean((2, 4))
+        masks[i] = (pooled * 255).round().astype(np.uint8)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez(file, prompts=np.array(prompts), pictures=pictures)
+        np.savez(file, prompts=np.array(prompts), pictures=pictures, masks=masks)
     partial.replace(path)
 
 
 def cached_drawings(
     folder: Path, *, count: int, seed: int = 0, shard: int = 1000, workers: int = 2
-) -> tuple[list[str], np.ndarray]:
-    """Prompts and pictures ``[count, 128, 128, 3]`` for training; shards already on disk are kept."""
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Prompts, pictures ``[count, 128, 128, 3]`` and masks ``[count, 2, 64, 64]`` (uint8, what each thing covers).
+
+    Shards already on disk are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shard = min(shard, count)
-    paths = [folder / f"drawings-{i:03d}.npz" for i in range(-(-count // shard))]
+    paths = [folder / f"masked-{i:03d}.npz" for i in range(-(-count // shard))]
     missing = [(path, seed * 1_000_003 + i, shard) for i, path in enumerate(paths) if not path.exists()]
     if missing:
         with multiprocessing.get_context("fork").Pool(workers) as pool:
             pool.starmap(_draw_shard, missing, chunksize=1)
     prompts: list[str] = []
-    pictures = []
+    pictures, masks = [], []
     for path in paths:
         with np.load(path) as data:
             prompts += data["prompts"].tolist()
             pictures.append(data["pictures"])
-    return prompts[:count], np.concatenate(pictures)[:count]
+            masks.append(data["masks"])
+    return prompts[:count], np.concatenate(pictures)[:count], np.concatenate(masks)[:count]

@@ -146,13 +146,20 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     Returns:
         Picture ``[128, 128, 3]`` as uint8.
     """
+    return draw_with_masks(scene, rng)[0]
+
+
+def draw_with_masks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """As `draw`; also what each of up to two things covers, ``[2, 128, 128]`` in [0, 1], in the prompt's order."""
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
     light = rng.uniform(0, 2 * np.pi)
     shade = 1 + rng.uniform(0.05, 0.22) * ((x - 64) * np.cos(light) + (y - 64) * np.sin(light)) / 64
     picture = _background(scene.background, x, y, rng)
-    for thing in scene.things:
-        picture = _place(thing, picture, x, y, light, rng)
-    return (np.clip(picture * shade[..., None], 0, 1) * 255).round().astype(np.uint8)
+    masks = np.zeros((2, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for i, thing in enumerate(scene.things):
+        picture, masks[i] = _place(thing, picture, x, y, light, rng)
+        masks[:i] *= 1 - masks[i]
+    return (np.clip(picture * shade[..., None], 0, 1) * 255).round().astype(np.uint8), masks
 
 
 def _place(thing: Thing, picture, x, y, light: float, rng: np.random.Generator):
@@ -167,7 +174,8 @@ def _place(thing: Thing, picture, x, y, light: float, rng: np.random.Generator):
     su, sv = _rotate(x - cx + shadow * np.cos(light), y - cy + shadow * np.sin(light), angle)
     dark = 0.45 * np.clip(0.5 - _distance(thing.shape, su, sv, radius) / 3, 0, 1)
     cover = np.clip(0.5 - _distance(thing.shape, u, v, radius), 0, 1)[..., None]
-    return picture * (1 - dark[..., None]) * (1 - cover) + _texture(thing.texture, ink, u, v, rng) * cover
+    picture = picture * (1 - dark[..., None]) * (1 - cover) + _texture(thing.texture, ink, u, v, rng) * cover
+    return picture, cover[..., 0]
 
 
 def _rotate(x, y, angle: float):
