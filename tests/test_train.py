@@ -390,3 +390,26 @@ def test_tensorboard(base, tmp_path):
     pytest.importorskip("tensorboard")
     train(settings(base, tmp_path, steps=2, validate_every=2, tracker="tensorboard"))
     assert list((tmp_path / "ddit").glob("**/events*"))
+
+
+def test_dry_run_counts_what_training_holds(base, tmp_path, capsys):
+    """Against the real thing: parameters, optimizer state and average of a run on this base."""
+    command = ["train", "--dry-run", "--model", str(base / "model"), "--rank", "2", "--json", str(tmp_path / "p.json")]
+    assert main(command) == 0
+    figures = json.loads((tmp_path / "p.json").read_text())
+    train(settings(base, tmp_path / "run", steps=1, optimizer="prodigy", lr=None))
+    count = sum(t.numel() for t in weights(tmp_path / "run" / "adapter").values())
+    assert figures["adapter_parameters"] == count
+    state = torch.load(checkpoints(tmp_path / "run")[0], weights_only=True)
+    held = [v for s in state["optimizer"]["state"].values() for v in s.values() if torch.is_tensor(v) and v.numel() > 1]
+    assert figures["bytes"]["optimizer"] == 4 * sum(v.numel() for v in held)
+    assert figures["bytes"]["base"] == 4 * sum(p.numel() for p in tiny.transformer().parameters())
+    assert main(["train", "--dry-run", "--model", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_the_example_is_flux_dev():
+    from ddit.train.plan import meta_transformer
+
+    example = Path(__file__).parent.parent / "examples" / "flux.1-dev"
+    assert sum(p.numel() for p in meta_transformer(str(example)).parameters()) == 11_901_408_320

@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
     learn = _add(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
+    learn.add_argument("--dry-run", action="store_true", help="only count parameters and memory; needs no weights")
+    learn.add_argument("--json", type=Path, help="with --dry-run: write the figures")
     _train_options(learn)
 
     embedded = _add(commands, "embedded", None, "train the embedded model and its judge")
@@ -337,10 +339,29 @@ def _train(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.config} must hold names and values of training settings")
     flags = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     config = TrainConfig.from_dict({**values, **{k: v for k, v in flags.items() if v is not None}})
+    if args.dry_run:
+        _plan(config, args.json)
+        return
+    if args.json is not None:
+        raise ValueError("--json belongs to --dry-run; a run writes train.jsonl and validation.jsonl into --out")
     _check_writable(Path(config.out) / "train.json")
     from ddit.train.trainer import train
 
     print(f"wrote {train(config)}")
+
+
+def _plan(config: TrainConfig, path: Path | None) -> None:
+    if path is not None:
+        _check_writable(path)
+    from ddit.train.plan import plan, table
+
+    figures = plan(config)
+    print(table(figures))
+    if path is not None:
+        result = {"command": _command(), "environment": _environment("meta"), **figures}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"wrote {path}")
 
 
 def _write_prompts(args: argparse.Namespace) -> None:

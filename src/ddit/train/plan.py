@@ -1,0 +1,98 @@
+"""What training an adapter takes, counted on the meta device: no weights are needed, only the base's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddit.adapter import PatchAdapter
+from ddit.embedded import MODEL_FOLDER
+from ddit.models import REGISTRY
+from ddit.train.config import TrainConfig
+from ddit.train.trainer import make_optimizer
+
+
+def plan(config: TrainConfig) -> dict[str, Any]:
+    """Parameters, and bytes that stay on the device throughout (activations come on top).
+
+    Raises:
+        ValueError: When the base's configuration can't be read.
+    """
+    transformer = meta_transformer(str(MODEL_FOLDER) if config.model == "embedded" else config.model)
+    with torch.device("meta"):
+        adapter = PatchAdapter.for_model(
+            transformer,
+            scales=config.scales,
+            rank=config.rank,
+            start=config.start,
+            detail=config.detail,
+            residual=config.residual,
+            size_vector=config.size_vector,
+        )
+    parts: dict[str, int] = {}
+    for name, p in adapter.named_parameters():
+        part = name.split(".")[2]
+        parts[part] = parts.get(part, 0) + p.numel()
+    trained = sum(parts.values())
+    started = sum(p.numel() for name, p in adapter.named_parameters() if name.endswith("down.weight"))
+    # Prodigy keeps the first weights, but for those that are all zero.
+    state = started * _state_per_parameter(config, 1.0) + (trained - started) * _state_per_parameter(config, 0.0)
+    base = sum(p.numel() for p in transformer.parameters())
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
+    bytes_used = {
+        "base": base * width,
+        "adapter": 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer": round(4 * state),
+        "ema": 4 * trained if config.ema else 0,
+    }
+    return {
+        "base": type(transformer).__name__,
+        "base_parameters": base,
+        "adapter_parameters": trained,
+        "adapter_parameters_by_part": parts,
+        "adapter_file_bytes": {"float32": 4 * trained, "bfloat16": 2 * trained},
+        "bytes": {**bytes_used, "total": sum(bytes_used.values())},
+    }
+
+
+def meta_transformer(model: str) -> Any:
+    """A pipeline's transformer without weights, from its configuration in a folder or on the hub."""
+    import diffusers
+
+    try:
+        loaded: Any = PatchAdapter.load_config(model, subfolder="transformer")
+    except Exception as error:  # diffusers and the hub each raise their own
+        raise ValueError(
+            f"{model!r} has no transformer/config.json that can be read: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
+    name = loaded.get("_class_name")
+    if name not in REGISTRY:
+        raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
+    with torch.device("meta"):
+        return getattr(diffusers, name).from_config(loaded)
+
+
+def _state_per_parameter(config: TrainConfig, value: float) -> float:
+    """Numbers that the optimiser keeps for each parameter, seen on a small one that starts at ``value``."""
+    probe: Any = nn.Linear(64, 64, bias=False)
+    nn.init.constant_(probe.weight, value)
+    optimizer = make_optimizer(probe, config)
+    probe.weight.grad = torch.ones_like(probe.weight)
+    optimizer.step()
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.numel() > 1]
+    return sum(v.numel() for v in state) / probe.weight.numel()
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures of `plan` for the screen."""
+    lines = [
+        f"{figures['base']}: {figures['base_parameters'] / 1e9:.2f} billion parameters, frozen",
+        f"adapter: {figures['adapter_parameters'] / 1e6:.1f} million parameters ("
+        + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in figures["adapter_parameters_by_part"].items())
+        + ")",
+    ]
+    lines += [f"  {name:10} {value / 2**30:7.2f} GiB" for name, value in figures["bytes"].items()]
+    return "\n".join(lines)
