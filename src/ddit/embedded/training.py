@@ -331,6 +331,7 @@ def train_flow(
                 file.write(json.dumps({"step": step, "size": size, **figures}) + "\n")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.flow_steps:
                 save_checkpoint(checkpoint, model, average, optimizer, step + 1)
+                export(folder / "model", model, average, vae)
     print(f"flow: {config.flow_steps - first} steps in {(time.time() - started) / 60:.1f} minutes")
     return export(folder / "model", model, average, vae)
 
