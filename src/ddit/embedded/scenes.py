@@ -150,12 +150,12 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_with_masks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """As `draw`; also what each of up to two things covers, ``[2, 128, 128]`` in [0, 1], in the prompt's order."""
+    """As `draw`; also what each thing covers, ``[2, 128, 128]`` or more in [0, 1], in the prompt's order."""
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
     light = rng.uniform(0, 2 * np.pi)
     shade = 1 + rng.uniform(0.05, 0.22) * ((x - 64) * np.cos(light) + (y - 64) * np.sin(light)) / 64
     picture = _background(scene.background, x, y, rng)
-    masks = np.zeros((2, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    masks = np.zeros((max(2, len(scene.things)), IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for i, thing in enumerate(scene.things):
         picture, masks[i] = _place(thing, picture, x, y, light, rng)
         masks[:i] *= 1 - masks[i]
