@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from ddit.embedded.autoencoder import to_model
 from ddit.embedded.data import drawings
 from ddit.embedded.detector import (
     ASSETS,
     ATTRIBUTES,
     Detector,
-    _draw_shard,
     crowd,
     disturb,
     evaluate_detector,
@@ -23,7 +23,6 @@ from ddit.embedded.detector import (
     train_detector,
 )
 from ddit.embedded.scenes import Scene, Thing, draw
-from ddit.embedded.training import to_model
 
 ENOUGH = 0.99
 
@@ -206,9 +205,6 @@ def test_labels_say_what_is_where():
 def test_training_resumes_as_if_never_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr("ddit.embedded.detector.warm_cosine", lambda step, steps: 1.0)
     options = {"pictures": 12, "batch": 6, "seed": 3}
-    for run in ("whole", "part"):
-        (tmp_path / run / "labelled").mkdir(parents=True)
-        _draw_shard(tmp_path / run / "labelled" / "labelled-000.npz", seed=3, count=12)
     whole = train_detector(tmp_path / "whole", steps=3, **options)
     train_detector(tmp_path / "part", steps=1, **options)
     resumed = train_detector(tmp_path / "part", steps=3, **options)

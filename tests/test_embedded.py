@@ -10,11 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddit.embedded import training
+from ddit.embedded import flow, text, training
 from ddit.embedded.components import TEXT_TOKENS, make_tokenizer
+from ddit.embedded.config import TrainingConfig
 from ddit.embedded.data import drawings
-from ddit.embedded.scenes import Scene, Thing, complete, draw, draw_with_masks, random_scene, scenes, vocabulary
-from ddit.embedded.training import TrainingConfig
+from ddit.embedded.scenes import (
+    PLACES,
+    Scene,
+    Thing,
+    complete,
+    draw,
+    draw_with_masks,
+    named_places,
+    random_scene,
+    scenes,
+    vocabulary,
+)
 
 
 def test_prompts_of_the_splits_never_meet():
@@ -80,7 +91,7 @@ def test_masks_cover_the_things_in_the_prompts_order():
 @pytest.mark.parametrize("side", [4, 8, 16])
 def test_the_mask_head_reads_the_token_of_the_place(side):
     """Features that carry the answer at the right token cost less than those that carry it elsewhere."""
-    head = training.MaskHead(width=32)
+    head = flow.MaskHead(width=32)
     with torch.no_grad():
         head.logits.weight.copy_(10 * torch.eye(32))
         head.logits.bias.fill_(-5.0)
@@ -102,21 +113,41 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch):
     """Stop right after the first checkpoint, run again: bit-equal to a run that was never stopped."""
     whole = training.train(tmp_path / "whole", SMALL)
 
-    save = training.save_checkpoint
+    save = flow.save_checkpoint
 
     def save_and_stop(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(flow, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         training.train(tmp_path / "stopped", SMALL)
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(flow, "save_checkpoint", save)
     resumed = training.train(tmp_path / "stopped", SMALL)
 
     for part in ("transformer", "text_encoder", "text_encoder_2"):
         one, two = (next((folder / part).glob("*.safetensors")).read_bytes() for folder in (whole, resumed))
         assert one == two
+
+
+def test_a_crop_holds_the_place_it_is_made_for():
+    """What covers a place is inside the crop, and positions say where the crop lies."""
+    for place, (_, (x, y)) in PLACES.items():
+        rng = np.random.default_rng(0)
+        scene = Scene((Thing("circle", "red", "large", "plain", place),), "smooth")
+        masks = torch.from_numpy(draw_with_masks(scene, rng)[1])[None, :, ::2, ::2]
+        tokens = torch.arange(256.0).reshape(1, 256, 1)
+        cut, covers, positions = flow.crop(tokens, masks, flow.grid_ids(16), place, rng)
+        assert cut.shape == (1, 64, 1) and covers.shape == (1, 2, 32, 32) and positions.shape == (64, 3)
+        assert covers.sum() == masks.sum()
+        assert torch.equal(cut[0, :, 0], 16 * positions[:, 1] + positions[:, 2])
+        assert any(torch.equal(p, torch.tensor([0.0, y // 8, x // 8])) for p in positions)
+
+
+def test_places_are_read_off_the_prompt():
+    for scene in islice(scenes(3, "train"), 200):
+        asked = tuple(thing.place for thing in scene.things if thing.place)
+        assert named_places(scene.prompt) == asked
 
 
 def test_training_starts_from_a_finished_model(tmp_path):
@@ -137,13 +168,13 @@ def test_parse_loss_sees_the_binding():
         "brick",
     )
     words = scene.prompt.split()
-    width = sum(map(len, training.ATTRIBUTES.values()))
+    width = sum(map(len, text.ATTRIBUTES.values()))
 
     def logits(things):
         nouns, whole = torch.zeros(1, len(words), width), torch.zeros(1, 2 * width + 4)
         for i, (asked, told) in enumerate(zip(scene.things, things, strict=True)):
             start = 0
-            for name, options in training.ATTRIBUTES.items():
+            for name, options in text.ATTRIBUTES.items():
                 column = start + options.index(getattr(told, name))
                 nouns[0, words.index(asked.shape), column] = 9.0
                 whole[0, i * width + column] = 9.0
@@ -151,6 +182,6 @@ def test_parse_loss_sees_the_binding():
         whole[0, 2 * width + 1] = 9.0
         return nouns, whole
 
-    right = training.parse_loss([scene], *logits(scene.things))
-    wrong = training.parse_loss([scene], *logits(scene.things[::-1]))
+    right = text.parse_loss([scene], *logits(scene.things))
+    wrong = text.parse_loss([scene], *logits(scene.things[::-1]))
     assert right < 0.01 < wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,22 @@ def test_cost_and_velocity_suites(model, tmp_path, capsys):
         assert rows
     assert {row["form"] for row in rows} == set(steps.STARTS)
     assert all(row["error"] > 0 and 0 < row["sigma"] < 1 for row in rows)
+
+
+def test_the_threshold_chosen_saves_most_within_the_margin(model, tmp_path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "threshold"
+    shutil.copytree(model, folder)
+    flags = ["--model", str(folder), "--prompts", "2", "--batch", "2", "--thresholds", "1e-9", "1e6", "--out", str(out)]
+    assert main(["embedded", "threshold", *flags, "--margin", "1"]) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert result["split"] == "tune" and result["chosen"] == Preset.load(folder).schedule["threshold"] == 1e6
+    assert [r["method"] for r in result["methods"]] == ["plain", "dynamic:threshold=1e-09", "dynamic:threshold=1e+06"]
+
+
+def test_bad_threshold_choices_are_refused(model, capsys):
+    for flags in (["--thresholds", "-1"], ["--margin", "2"], ["--margin", "nan"]):
+        assert main(["embedded", "threshold", "--model", model, *flags]) == 2
+    assert Preset.load(model).schedule == {"threshold": 1e6}
 
 
 def test_recorded_calls_leave_the_pipeline_alone():

@@ -252,16 +252,9 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         return adapter
 
     @property
-    def start(self) -> Start:
-        return self.config["start"]
-
-    @property
-    def positions(self) -> Positions:
-        return self.config["positions"]
-
-    @property
-    def detail(self) -> Detail:
-        return self.config["detail"]
+    def form(self) -> dict[str, Any]:
+        """The fields of `ddit.ScheduleConfig` that say how a coarse step is computed, as in training."""
+        return {name: self.config[name] for name in ("start", "positions", "detail")}
 
     @property
     def detail_variance(self) -> dict[int, list[float]]:

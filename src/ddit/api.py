@@ -63,7 +63,7 @@ def apply(
     config = config or ScheduleConfig()
     if adapter is not None:
         adapter = adapter if isinstance(adapter, PatchAdapter) else PatchAdapter.from_pretrained(adapter)
-        adapter.check(getattr(transformer, "_orig_mod", transformer))
+        adapter.check(architecture.transformer)
         config = _adapted(config, adapter)
         detail_variance = detail_variance or adapter.detail_variance
     variance = {s: torch.tensor(list(v)) for s, v in (detail_variance or {}).items()}
@@ -85,12 +85,11 @@ def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:
             f"set scales to {(1, *adapter.scales)} or fewer"
         )
     default = ScheduleConfig()
-    form = {"start": adapter.start, "positions": adapter.positions, "detail": adapter.detail}
-    for name, value in form.items():
+    for name, value in adapter.form.items():
         asked = getattr(config, name)
         if asked not in (value, getattr(default, name)):
             warnings.warn(f"{name}={asked!r} is not used: the adapter was trained with {value!r}", stacklevel=3)
-    return replace(config, **form)
+    return replace(config, **adapter.form)
 
 
 class Handle:

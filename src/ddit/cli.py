@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from ddit import __version__
 from ddit.config import Detail, Difference, PolicyName, Positions, ScheduleConfig, Start, Switch
+from ddit.files import write_json
 from ddit.train.config import CHOICES, TrainConfig
 
 DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
@@ -82,6 +83,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--device", default="cpu")
     finish = _add(stages, "install", _install_embedded, "measure a trained model's preset and ship it with the package")
     finish.add_argument("--folder", type=Path, default=Path("runs/embedded"))
+    tune = _add(stages, "threshold", _choose_threshold, "choose the threshold to ship, on the prompts kept for tuning")
+    tune.add_argument("--model", default="embedded", help="folder of a model (default: the embedded one)")
+    tune.add_argument("--thresholds", type=float, nargs="+", default=[1e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3])
+    tune.add_argument("--margin", type=float, default=0.01, help="adherence it may cost (default: %(default)s)")
+    tune.add_argument("--prompts", type=_count, default=100)
+    tune.add_argument("--batch", type=_count, default=8)
+    tune.add_argument("--out", type=Path, default=Path("docs/results/threshold"), help="stem of .json, .md and .png")
     words = _add(stages, "prompts", _write_prompts, "prompts of the grammar that no evaluation uses, for ddit train")
     words.add_argument("--count", type=_count, default=1000)
     words.add_argument("--out", type=Path, default=Path("runs/prompts.txt"))
@@ -267,8 +275,7 @@ def _draw(args: argparse.Namespace) -> None:
         print(f"speed {result['speedup']:.2f}x of plain, PSNR {result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}")
     written = lib.save_pictures(args.out, plain, dynamic)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
         written.append(args.json)
     if args.plot is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -359,8 +366,7 @@ def _plan(config: TrainConfig, path: Path | None) -> None:
     print(table(figures))
     if path is not None:
         result = {"command": _command(), "environment": _environment("meta"), **figures}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(path, result)
         print(f"wrote {path}")
 
 
@@ -377,7 +383,8 @@ def _write_prompts(args: argparse.Namespace) -> None:
 
 
 def _train_embedded(args: argparse.Namespace) -> None:
-    from ddit.embedded.training import TrainingConfig, train
+    from ddit.embedded.config import TrainingConfig
+    from ddit.embedded.training import train
 
     chosen = {"flow_steps": args.flow_steps} if args.flow_steps else {}
     if args.start_from and not (Path(args.start_from) / "model_index.json").is_file():
@@ -390,6 +397,41 @@ def _install_embedded(args: argparse.Namespace) -> None:
     from ddit.embedded.install import install
 
     print(f"wrote {install(args.folder)}")
+
+
+def _choose_threshold(args: argparse.Namespace) -> None:
+    for threshold in args.thresholds:
+        ScheduleConfig(threshold=threshold)
+    if not 0 <= args.margin <= 1:
+        raise ValueError(f"margin is {args.margin}; it must lie between 0 and 1")
+    from dataclasses import replace
+
+    from ddit.embedded import MODEL_FOLDER
+
+    folder = MODEL_FOLDER if args.model == "embedded" else Path(args.model)
+    for path in (args.out.with_suffix(".json"), folder / "ddit.json"):
+        _check_writable(path)
+    from ddit.eval.suites import SuiteConfig, choose_threshold
+    from ddit.preset import Preset
+
+    config = SuiteConfig(
+        model=args.model,
+        methods=(),
+        prompts=args.prompts,
+        adapter=None,
+        split="tune",
+        batch=args.batch,
+        seed=0,
+        settings={},
+        device="cpu",
+        dtype="float32",
+        out=args.out,
+    )
+    about = {"command": _command(), "environment": _environment("cpu")}
+    chosen = choose_threshold(config, args.thresholds, args.margin, about)["chosen"]
+    preset = Preset.load(folder)
+    replace(preset, schedule={**preset.schedule, "threshold": chosen}).save(folder)
+    print(f"threshold {chosen:g} written into {folder}")
 
 
 def _train_detector(args: argparse.Namespace) -> None:
@@ -407,9 +449,7 @@ def _check_detector(args: argparse.Namespace) -> None:
     _check_writable(args.out)
     vae: Any = AutoencoderKL.from_pretrained(MODEL_FOLDER / "vae")
     figures = evaluate_detector(load_detector(), args.count, seed=500, vae=vae)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"command": _command(), "environment": _environment("cpu"), **figures}
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, {"command": _command(), "environment": _environment("cpu"), **figures})
     print(json.dumps(figures))
 
 

@@ -71,9 +71,7 @@ class ScheduleConfig:
             ("detail", Detail),
             ("switch", Switch),
         ):
-            value, allowed = getattr(self, name), get_args(options)
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), options)
         for name in ("scales", "steps"):
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
         object.__setattr__(self, "scales", tuple(sorted(self.scales)))
@@ -112,6 +110,13 @@ class ScheduleConfig:
         if unknown:
             raise ValueError(f"unknown schedule settings {unknown}; allowed are {sorted(known)}")
         return cls(**values)
+
+
+def check_choice(name: str, value: object, options: Any) -> None:
+    """Refuse what the ``Literal`` does not hold."""
+    allowed = get_args(options)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def _number(name: str, value: float, low: float, high: float) -> None:

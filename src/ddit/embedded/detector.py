@@ -7,7 +7,6 @@ is; and it names the background. It is never trained on generated pictures, so i
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -21,7 +20,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddit.embedded.data import drawings
+from ddit.embedded.autoencoder import to_model
+from ddit.embedded.data import cached_shards, drawings
+from ddit.embedded.optim import save_checkpoint, set_lr, warm_cosine
 from ddit.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -34,7 +35,6 @@ from ddit.embedded.scenes import (
     Thing,
     draw,
 )
-from ddit.embedded.training import save_checkpoint, set_lr, to_model, warm_cosine
 from ddit.progress import progress
 
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -252,7 +252,7 @@ def train_detector(
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         detector.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizers"][0])
         first = state["step"]
     detector.train()
     with progress("detector", steps, done=first) as advance:
@@ -268,7 +268,7 @@ def train_detector(
             optimizer.step()
             advance(loss=loss.item())
             if (step + 1) % 200 == 0 or step + 1 == steps:
-                save_checkpoint(checkpoint, detector, {}, optimizer, step + 1)
+                save_checkpoint(checkpoint, detector, {}, [optimizer], step + 1)
     settings = {"pictures": pictures, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
     save_detector(detector, folder / "model", settings)
     return detector.eval()
@@ -342,29 +342,16 @@ def _labelled(seed: int) -> Iterator[tuple[np.ndarray, Scene]]:
             yield picture, scene
 
 
-def _draw_shard(path: Path, seed: int, count: int) -> None:
+def _draw_shard(seed: int, count: int) -> dict[str, np.ndarray]:
     pictures, scenes = zip(*islice(_labelled(seed), count), strict=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            pictures=np.stack(pictures),
-            slots=np.stack([labels(scene) for scene in scenes]),
-            grounds=np.array([BACKGROUNDS.index(scene.background) for scene in scenes]),
-        )
-    partial.replace(path)
+    return {
+        "pictures": np.stack(pictures),
+        "slots": np.stack([labels(scene) for scene in scenes]),
+        "grounds": np.array([BACKGROUNDS.index(scene.background) for scene in scenes]),
+    }
 
 
-def labelled_drawings(
-    folder: Path, *, count: int, seed: int, shard: int = 1000, workers: int = 2
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def labelled_drawings(folder: Path, *, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures ``[N, 128, 128, 3]``, `labels` ``[N, S, 4]``, backgrounds ``[N]``; made once, then read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"labelled-{i:03d}.npz" for i in range(-(-count // shard))]
-    missing = [(path, seed * 1_000_003 + i, shard) for i, path in enumerate(paths) if not path.exists()]
-    if missing:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            pool.starmap(_draw_shard, missing, chunksize=1)
-    shards = [np.load(path) for path in paths]
-    pictures, slots, grounds = (np.concatenate([s[k] for s in shards]) for k in ("pictures", "slots", "grounds"))
-    return pictures[:count], slots[:count], grounds[:count]
+    arrays = cached_shards(folder, "labelled", _draw_shard, count=count, seed=seed)
+    return arrays["pictures"], arrays["slots"], arrays["grounds"]

@@ -84,6 +84,14 @@ class Scene:
         return "judge" if digit == 0 else "tune" if digit == 1 else "train"
 
 
+def named_places(prompt: str) -> tuple[str, ...]:
+    """Places where a prompt says that there is something."""
+    for relation, places in RELATIONS.items():
+        if f" {relation} " in prompt:
+            return places
+    return tuple(place for place, (words, _) in PLACES.items() if f" {words} " in prompt)
+
+
 def vocabulary() -> list[str]:
     """Every word the grammar can use, in a fixed order."""
     words = ["a", "on", "the", "at", "in", "of", "above", "background"]

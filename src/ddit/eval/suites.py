@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ddit.adapter import PatchAdapter
 from ddit.embedded.detector import load_detector
 from ddit.embedded.scenes import Split
 from ddit.eval import quality, steps
+from ddit.files import write_json
 from ddit.generate import call_settings, load_adapter, load_pipeline
 
 DEFAULT_METHODS = (
@@ -48,9 +50,32 @@ class SuiteConfig:
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
     figures = {"quality": _quality, "velocity": _velocity, "cost": _cost}[suite](config)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     result = {**about, "suite": suite, **figures}
-    config.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(config.out.with_suffix(".json"), result)
+    return result
+
+
+def choose_threshold(
+    config: SuiteConfig, thresholds: Sequence[float], margin: float, about: dict[str, Any]
+) -> dict[str, Any]:
+    """The threshold that saves the most work among those that cost at most ``margin`` of adherence.
+
+    Prompts are of the ``tune`` split, whatever ``config`` says, so that the choice can be judged on others. The
+    result is the quality suite's, with ``chosen``, which is 0 (always scale 1) where every threshold costs more.
+
+    Args:
+        config: As for `run_suite`; methods are replaced.
+        thresholds: The candidates.
+        margin: Largest fall of adherence on average over the prompts, as a fraction: 0.01 is one point.
+        about: Goes into the JSON file.
+    """
+    names = {f"dynamic:threshold={t:g}": t for t in thresholds}
+    config = replace(config, split="tune", methods=("plain", *names))
+    result = run_suite("quality", config, {**about, "margin": margin})
+    good = [row for row in result["methods"][1:] if row["adherence_change"] >= -margin]
+    best = min(good, key=lambda row: row["flops_fraction"], default=None)
+    result["chosen"] = 0.0 if best is None else names[best["method"]]
+    write_json(config.out.with_suffix(".json"), result)
     return result
 
 

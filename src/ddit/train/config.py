@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ddit.config import Detail, Positions, Start
+from ddit.config import Detail, Positions, Start, check_choice
 
 OptimizerName = Literal["prodigy", "adamw"]
 Noise = Literal["schedule", "uniform", "logit-normal"]
@@ -123,9 +123,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, options in CHOICES.items():
-            value, allowed = getattr(self, name), get_args(options)
-            if value not in allowed and not (name == "positions" and value is None):
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+            if name != "positions" or self.positions is not None:
+                check_choice(name, getattr(self, name), options)
         object.__setattr__(self, "scales", tuple(self.scales))
         counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):
@@ -145,6 +144,12 @@ class TrainConfig:
     @property
     def learning_rate(self) -> float:
         return self.lr or {"prodigy": 1.0, "adamw": 1e-4}[self.optimizer]
+
+    @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """Arguments of `ddit.PatchAdapter.for_model`."""
+        names = ("scales", "rank", "start", "positions", "detail", "residual", "size_vector")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def samples_folder(self) -> Path:

@@ -22,15 +22,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """
     transformer = meta_transformer(str(MODEL_FOLDER) if config.model == "embedded" else config.model)
     with torch.device("meta"):
-        adapter = PatchAdapter.for_model(
-            transformer,
-            scales=config.scales,
-            rank=config.rank,
-            start=config.start,
-            detail=config.detail,
-            residual=config.residual,
-            size_vector=config.size_vector,
-        )
+        adapter = PatchAdapter.for_model(transformer, **config.adapter_settings)
     parts: dict[str, int] = {}
     for name, p in adapter.named_parameters():
         part = name.split(".")[2]

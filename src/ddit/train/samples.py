@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddit.adapter import config_hash
+from ddit.files import replacing, write_json
 from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import Inputs
@@ -157,10 +157,9 @@ def draw_samples(
         for number, part in parts.items():
             tensors, facts = _draw_shard(pipe, settings, [prompts[i] for i in part], part, batch, seed, advance)
             if not path.exists() and rank == 0:
-                _write_json(path, {**asked, **facts, "prompts": prompts})
-            partial = shard_path(folder, number).with_suffix(f".partial{rank}")
-            save_file(tensors, partial)
-            os.replace(partial, shard_path(folder, number))
+                write_json(path, {**asked, **facts, "prompts": prompts})
+            with replacing(shard_path(folder, number)) as partial:
+                save_file(tensors, partial)
     wait()
     return Samples(folder, json.loads(path.read_text()))
 
@@ -206,9 +205,3 @@ def _draw_shard(
 
 def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:6], "big")
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1))
-    os.replace(partial, path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +19,14 @@ from torch import Tensor, nn
 
 from ddit.adapter import Attachment, PatchAdapter
 from ddit.config import ScheduleConfig
+from ddit.files import replacing, replacing_folder, write_json
 from ddit.generate import call_settings, check_size, load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
 from ddit.progress import progress
 from ddit.train.config import TrainConfig
-from ddit.train.distill import detail_variance, draw, errors, groups, make_batch, weights
+from ddit.train.distill import Batch, Draw, detail_variance, draw, errors, groups, make_batch, weights
 from ddit.train.samples import Samples, draw_samples, read_prompts
 from ddit.train.validation import save_pictures, validate
 
@@ -81,7 +80,7 @@ def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
     vanished = begun and config.prompts is not None and not Path(config.prompts).is_file()
     prompts = None if config.prompts is None or vanished else read_prompts(config.prompts, config.count)
     out.mkdir(parents=True, exist_ok=True)
-    _write(saved, lambda path: path.write_text(json.dumps(config.to_dict(), indent=2) + "\n"))
+    write_json(saved, config.to_dict())
     return prompts
 
 
@@ -138,13 +137,7 @@ class Run:
         measured = detail_variance(samples, config.scales, architecture.patch_size)
         adapter: Any = PatchAdapter.for_model(
             transformer,
-            scales=config.scales,
-            rank=config.rank,
-            start=config.start,
-            positions=config.positions,
-            detail=config.detail,
-            residual=config.residual,
-            size_vector=config.size_vector,
+            **config.adapter_settings,
             detail_variance=measured,
         )
         attachment = adapter.to(accelerator.device).attach(transformer)
@@ -163,7 +156,7 @@ class Run:
 
     @property
     def form(self) -> ScheduleConfig:
-        return ScheduleConfig(start=self.adapter.start, positions=self.adapter.positions, detail=self.adapter.detail)
+        return ScheduleConfig(**self.adapter.form)
 
     @property
     def records(self) -> int:
@@ -196,25 +189,25 @@ class Run:
         self._log({"step": self.step, "loss": value})
         return value
 
-    def _backward(self, draws: list[Any], total: int) -> Tensor:
-        """Gradients of this batch's part of the loss; scales one after another, to hold one graph at a time."""
-        transformer = self.pipe.transformer
-        share = torch.zeros((), device=self.accelerator.device)
+    def ask_teacher(self, draws: list[Draw]) -> Batch:
+        """See `make_batch`."""
+        transformer, device = self.pipe.transformer, self.accelerator.device
         with self.accelerator.autocast():
-            batch = make_batch(
-                transformer,
-                self.architecture,
-                self.samples,
-                draws,
-                self.accelerator.device,
-                transformer.dtype,
-            )
+            return make_batch(transformer, self.architecture, self.samples, draws, device, transformer.dtype)
+
+    def errors(self, batch: Batch, scale: int, rows: list[int], adapter: PatchAdapter | None) -> Tensor:
+        """See `distill.errors`."""
+        transformer, form = self.pipe.transformer, self.form
+        with self.accelerator.autocast():
+            return errors(transformer, self.architecture, form, adapter, self.variance, batch, scale, rows)
+
+    def _backward(self, draws: list[Draw], total: int) -> Tensor:
+        """Gradients of this batch's part of the loss; scales one after another, to hold one graph at a time."""
+        share = torch.zeros((), device=self.accelerator.device)
+        batch = self.ask_teacher(draws)
         for scale, rows in groups(batch.scales).items():
             with self.adapter.low_rank_at(scale):
-                with self.accelerator.autocast():
-                    error = errors(
-                        transformer, self.architecture, self.form, self.adapter, self.variance, batch, scale, rows
-                    )
+                error = self.errors(batch, scale, rows, self.adapter)
                 loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
                 loss.backward()
             share += loss.detach()
@@ -291,10 +284,11 @@ class Run:
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
         try:
-            _write(out / f"checkpoint-{self.step:06d}.pt", lambda path: torch.save(state, path))
+            with replacing(out / f"checkpoint-{self.step:06d}.pt") as path:
+                torch.save(state, path)
             self.adapter.register_to_config(steps_trained=self.step)
-            with self.averaged():
-                _write_folder(out / "adapter", self.adapter.save_pretrained)
+            with self.averaged(), replacing_folder(out / "adapter") as path:
+                self.adapter.save_pretrained(path)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
@@ -352,24 +346,3 @@ def make_optimizer(adapter: PatchAdapter, config: TrainConfig) -> torch.optim.Op
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     return sorted(folder.glob("checkpoint-*.pt"))
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write beside the file, then replace it, so that a kill at any moment leaves a whole one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_folder(path: Path, write: Any) -> None:
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    for folder in (partial, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    write(partial)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)

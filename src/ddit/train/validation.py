@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ddit.generate import run as generate
-from ddit.train.distill import Draw, errors, make_batch
+from ddit.train.distill import Draw
 
 if TYPE_CHECKING:
     from ddit.train.trainer import Run
@@ -22,7 +22,7 @@ SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
 @torch.no_grad()
 def validate(run: Run) -> list[dict[str, Any]]:
     """Error per scale and noise level of the adapter, and of the training-free step on the same noise."""
-    transformer, rows = run.pipe.transformer, []
+    rows = []
     records = range(run.records, len(run.samples))
     for scale in run.config.scales:
         for sigma in SIGMAS:
@@ -31,26 +31,9 @@ def validate(run: Run) -> list[dict[str, Any]]:
             draws = [Draw(r, scale, sigma, earlier, noise=r) for r in records]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
-                with run.accelerator.autocast():
-                    batch = make_batch(
-                        transformer,
-                        run.architecture,
-                        run.samples,
-                        part,
-                        run.accelerator.device,
-                        transformer.dtype,
-                    )
-                    for values, adapter in ((learnt, run.adapter), (free, None)):
-                        values += errors(
-                            transformer,
-                            run.architecture,
-                            run.form,
-                            adapter,
-                            run.variance,
-                            batch,
-                            scale,
-                            list(range(len(part))),
-                        ).tolist()
+                batch = run.ask_teacher(part)
+                for values, adapter in ((learnt, run.adapter), (free, None)):
+                    values += run.errors(batch, scale, list(range(len(part))), adapter).tolist()
             rows.append(
                 {
                     "step": run.step,

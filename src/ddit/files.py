@@ -1,0 +1,45 @@
+"""Files that are whole or not there: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to instead of ``path``; takes its place when the block ends, and is removed if it fails.
+
+    A kill at any moment leaves the old file or the new one, never half of one.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder; while the two change places the old one is called ``path.old``."""
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    yield partial
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON through `replacing`; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=1) + "\n")
