@@ -7,11 +7,14 @@ import shutil
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 import tiny
+from ddit.adapter import PatchAdapter
 from ddit.cli import main
 from ddit.eval import steps
 from ddit.eval.quality import held_out, parse_method
+from ddit.generate import run
 from ddit.preset import Preset
 
 
@@ -83,6 +86,23 @@ def test_cost_and_velocity_suites(model, tmp_path, capsys):
     assert all(row["error"] > 0 and 0 < row["sigma"] < 1 for row in rows)
 
 
+def test_an_adapter_is_one_more_form(model, tmp_path, capsys):
+    folder, out = tmp_path / "adapter", tmp_path / "out"
+    PatchAdapter.for_model(FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")).save_pretrained(
+        folder
+    )
+    flags = ["--model", model, "--adapter", str(folder), "--prompts", "1", "--batch", "1", "--steps", "10"]
+    assert main(["evaluate", "--suite", "velocity", *flags, "--out", str(out)]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    errors = {(r["scale"], r["sigma"], r["form"]): r["error"] for r in rows}
+    for (scale, sigma, form), error in errors.items():
+        if form == "adapter":  # untrained: the training-free step, but for the variance that the preset has
+            assert error == pytest.approx(errors[scale, sigma, "noise-consistent, grid positions, carried detail"])
+    assert "| adapter |" in out.with_suffix(".md").read_text()
+    assert main(["evaluate", "--suite", "cost", *flags, "--out", str(out)]) == 0
+    assert set(json.loads(out.with_suffix(".json").read_text())["rows"][0]["adapter_share"]) == {"2", "4"}
+
+
 def test_the_threshold_chosen_saves_most_within_the_margin(model, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "threshold"
     shutil.copytree(model, folder)
@@ -97,6 +117,15 @@ def test_bad_threshold_choices_are_refused(model, capsys):
     for flags in (["--thresholds", "-1"], ["--margin", "2"], ["--margin", "nan"]):
         assert main(["embedded", "threshold", "--model", model, *flags]) == 2
     assert Preset.load(model).schedule == {"threshold": 1e6}
+
+
+def test_one_negative_prompt_serves_a_batch():
+    pipe = tiny.pipeline()
+    settings = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 20, "true_cfg_scale": 2.0}
+    alone = run(pipe, [tiny.PROMPT], [1], {**settings, "negative_prompt": "a red circle"}).pictures
+    both = run(pipe, ["a blue star", tiny.PROMPT], [0, 1], {**settings, "negative_prompt": "a red circle"}).pictures
+    assert abs(both[1] - alone[0]).max() < 1e-5
+    assert abs(both[1] - run(pipe, [tiny.PROMPT], [1], settings).pictures[0]).max() > 1e-3
 
 
 def test_recorded_calls_leave_the_pipeline_alone():

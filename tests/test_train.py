@@ -127,7 +127,7 @@ def test_samples_of_something_else_are_refused(base, change):
 
 def test_true_guidance_gives_a_record_per_pass(tmp_path):
     pipe = tiny.pipeline()
-    call = {**CALL, "true_cfg_scale": 2.0, "negative_prompt": ["a red circle"] * 2}
+    call = {**CALL, "true_cfg_scale": 2.0, "negative_prompt": "a red circle"}
     samples = draw_samples(tmp_path, pipe, call, PROMPTS[:2], batch=2, shard=2, seed=0)
     assert samples.passes == 2 and len(samples) == 4
     clean, inputs = samples.load([0, 1])

@@ -108,6 +108,12 @@ def call_settings(preset: Preset, **chosen: Any) -> dict[str, Any]:
     return {**preset.call, **{k: v for k, v in chosen.items() if v is not None}}
 
 
+def for_batch(settings: dict[str, Any], count: int) -> dict[str, Any]:
+    """Arguments for a call with ``count`` prompts: pipelines want as many negative prompts, not one for all."""
+    negative = {k: [v] * count for k, v in settings.items() if k.startswith("negative_prompt") and isinstance(v, str)}
+    return {**settings, **negative}
+
+
 def run(
     pipe: Any,
     prompts: list[str],
@@ -127,6 +133,7 @@ def run(
         settings: Arguments of the pipeline's call, such as ``num_inference_steps``.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    settings = for_batch(settings, len(prompts))
     handle: Handle | None = None
     if config is not None:
         variance = preset.detail_variance if preset else None
@@ -141,7 +148,11 @@ def run(
     try:
         started = time.perf_counter()
         pictures = pipe(
-            prompts, generator=generators, output_type="np", callback_on_step_end=callback, **settings
+            prompts,
+            generator=generators,
+            output_type="np",
+            callback_on_step_end=callback,
+            **for_batch(settings, len(prompts)),
         ).images
         seconds = time.perf_counter() - started
         return Run(np.asarray(pictures), seconds, handle.report if handle else None)

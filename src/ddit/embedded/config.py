@@ -19,7 +19,7 @@ class TrainingConfig:
     pictures: int = 16_000
     """Number of drawings."""
     vae_steps: int = 3_000
-    text_steps: int = 1_000
+    text_steps: int = 500
     flow_steps: int = 8_000
     batch: dict[int, int] | None = None
     """Batch size of each resolution; ``None`` is 24 at 128, 48 at 64 and 64 at 32 pixels."""
@@ -50,7 +50,7 @@ class TrainingConfig:
     """Chance that a prompt is replaced by the empty one, which makes classifier-free guidance possible."""
     seed: int = 0
     start_from: str | None = None
-    """Folder of a finished pipeline whose autoencoder is kept and whose weights the flow starts from."""
+    """Folder of a finished pipeline whose autoencoder and text encoders are kept, and where the transformer starts."""
 
     @property
     def batches(self) -> dict[int, int]:

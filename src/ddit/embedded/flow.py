@@ -1,4 +1,4 @@
-"""Flow matching: the transformer's training, together with the text encoders."""
+"""Flow matching: the transformer's training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ def train_flow(
     config: TrainingConfig,
     device: str,
 ) -> Path:
-    """Flow matching on the latents, transformer and text encoders together; resumes from ``flow.pt``.
+    """Flow matching on the latents, text encoders frozen as FLUX.1's are; resumes from ``flow.pt``.
 
     A linear layer on half-way features also tells which thing covers what. Outlines are a small part of the flow's
     loss beside grain that nobody can predict; without this aid shapes were still unlearnt after 7,000 steps. Crops
@@ -43,10 +43,12 @@ def train_flow(
     torch.manual_seed(config.seed + 3)
     model = nn.ModuleDict({"transformer": components.make_transformer(), "text": encoders, "masks": MaskHead()})
     model.to(device)
+    model["text"].requires_grad_(False)
     checkpoint, log, first = folder / "flow.pt", folder / "flow.jsonl", 0
     if config.start_from and not checkpoint.exists():
-        load_weights(model, config.start_from)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        saved = FluxTransformer2DModel.from_pretrained(config.start_from, subfolder="transformer", dtype=torch.float32)
+        model["transformer"].load_state_dict(saved.state_dict())
+    average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(model)
     ids = encoders.ids(prompts)
     empty = encoders.ids([""])
@@ -92,8 +94,8 @@ def train_flow(
                 optimizer.step()
             decay = min(config.ema, (1 + step) / (10 + step))
             with torch.no_grad():
-                for name, p in model.named_parameters():
-                    average[name].lerp_(p, 1 - decay)
+                for name, mean_of in average.items():
+                    mean_of.lerp_(model.get_parameter(name), 1 - decay)
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step}; lower the learning rate")
@@ -194,21 +196,9 @@ def grid_ids(side: int) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-def load_weights(model: nn.ModuleDict, source: str) -> None:
-    """Weights of a pipeline that `export` saved."""
-    pipe: Any = FluxPipeline.from_pretrained(source, dtype=torch.float32)
-    text: Any = model["text"]
-    for part, saved in (
-        (model["transformer"], pipe.transformer),
-        (text.clip, pipe.text_encoder),
-        (text.t5, pipe.text_encoder_2),
-    ):
-        part.load_state_dict(saved.state_dict())
-
-
 def export(folder: Path, model: nn.ModuleDict, average: dict[str, Tensor], vae: AutoencoderKL) -> Path:
     """Save the averaged weights as a `FluxPipeline` in float16."""
-    current = {name: p.detach().clone() for name, p in model.named_parameters()}
+    current = {name: model.get_parameter(name).detach().clone() for name in average}
     model.load_state_dict(average, strict=False)
     text: Any = model["text"]
     transformer: Any = model["transformer"]

@@ -12,6 +12,7 @@ import torch
 from ddit.embedded import MODEL_FOLDER
 from ddit.embedded.components import TEXT_TOKENS
 from ddit.embedded.scenes import IMAGE_SIZE, scenes
+from ddit.generate import for_batch
 from ddit.patches import detail
 from ddit.preset import Preset
 
@@ -53,6 +54,6 @@ def measure_detail(pipe: Any, count: int = 16, scales: tuple[int, ...] = (2, 4))
     prompts = [scene.prompt for scene in islice(scenes(7, "tune"), count)]
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    tokens = pipe(prompts, generator=generators, output_type="latent", **CALL).images
+    tokens = pipe(prompts, generator=generators, output_type="latent", **for_batch(CALL, count)).images
     latents = pipe._unpack_latents(tokens, CALL["height"], CALL["width"], pipe.vae_scale_factor)
     return {s: detail(latents, s).square().mean(dim=(0, 2, 3)).tolist() for s in scales}

@@ -14,7 +14,7 @@ from ddit.files import replacing
 def make_optimizers(model: nn.ModuleDict) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer's blocks, AdamW for everything else, as Muon's authors advise."""
     blocks = {name: p for name, p in model["transformer"].named_parameters() if "blocks." in name and p.ndim == 2}
-    rest = [p for p in model.parameters() if all(p is not q for q in blocks.values())]
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in blocks.values())]
     return [
         torch.optim.Muon(blocks.values(), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01),

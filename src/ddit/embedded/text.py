@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPTextModel, T5EncoderModel
 
 from ddit.embedded import components
 from ddit.embedded.config import TrainingConfig
@@ -37,6 +39,16 @@ class TextEncoders(nn.Module):
         return self.clip(ids).pooler_output, self.t5(ids)[0]
 
 
+def load_text(folder: str) -> TextEncoders:
+    """Those of a finished pipeline."""
+    encoders = TextEncoders()
+    clip: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+    t5: Any = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder_2", dtype=torch.float32)
+    encoders.clip.load_state_dict(clip.state_dict())
+    encoders.t5.load_state_dict(t5.state_dict())
+    return encoders
+
+
 ATTRIBUTES: dict[str, tuple[str | None, ...]] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
@@ -49,8 +61,8 @@ ATTRIBUTES: dict[str, tuple[str | None, ...]] = {
 def pretrain_text(path: Path, config: TrainingConfig, device: str) -> TextEncoders:
     """Teach both encoders to parse: each noun's vector tells its object's attributes, the pooled vector tells all.
 
-    Large models get such vectors from text they read elsewhere. Without this stage the flow spends most of its
-    training on finding out which colour belongs to which object.
+    Large models get such vectors from text they read elsewhere. Without them the flow does not find out which colour
+    belongs to which object.
     """
     torch.manual_seed(config.seed + 1)
     encoders = TextEncoders().to(device)
@@ -63,17 +75,22 @@ def pretrain_text(path: Path, config: TrainingConfig, device: str) -> TextEncode
         nn.Linear(128, 2 * classes + len(BACKGROUNDS)).to(device),
     )
     modules = nn.ModuleList([encoders, noun, whole])
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    # T5 does not scale its attention scores: a distance's bias, or the order of words, must learn faster than they do.
+    order = encoders.t5.get_parameter("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    rest = [p for p in modules.parameters() if p is not order]
+    optimizers = [torch.optim.AdamW(group, betas=(0.9, 0.95)) for group in ([order], rest)]
     source = scenes(config.seed + 2, "train")
     with progress("text encoders", config.text_steps) as advance:
         for step in range(config.text_steps):
-            set_lr(optimizer, 2e-3 * warm_cosine(step, config.text_steps))
+            for optimizer, lr in zip(optimizers, (2.5e-2, 1e-3), strict=True):
+                set_lr(optimizer, lr * warm_cosine(step, config.text_steps))
             batch = [next(source) for _ in range(128)]
             pooled, tokens = encoders(encoders.ids([s.prompt for s in batch]).to(device))
             loss = parse_loss(batch, noun(tokens), whole(pooled))
-            optimizer.zero_grad()
+            modules.zero_grad()
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             advance(loss=loss.item())
     torch.save(encoders.state_dict(), path)
     return encoders

@@ -15,7 +15,7 @@ from ddit.embedded.autoencoder import encode_pictures, train_vae
 from ddit.embedded.config import TrainingConfig
 from ddit.embedded.data import cached_drawings
 from ddit.embedded.flow import train_flow
-from ddit.embedded.text import TextEncoders, pretrain_text
+from ddit.embedded.text import load_text, pretrain_text
 
 
 def train(folder: Path, config: TrainingConfig, device: str = "cpu") -> Path:
@@ -27,5 +27,5 @@ def train(folder: Path, config: TrainingConfig, device: str = "cpu") -> Path:
     prompts, pictures, masks = cached_drawings(folder / "drawings", count=config.pictures, seed=config.seed)
     vae = train_vae(folder / "vae", pictures, config, device)
     latents = encode_pictures(folder, vae, pictures, device)
-    encoders = TextEncoders() if config.start_from else pretrain_text(folder / "text.pt", config, device)
+    encoders = load_text(config.start_from) if config.start_from else pretrain_text(folder / "text.pt", config, device)
     return train_flow(folder, prompts, latents, masks, encoders, vae, config, device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
@@ -32,25 +33,40 @@ STARTS: dict[str, ScheduleConfig] = {
 def record_calls(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
 ) -> list[tuple[Inputs, Tensor]]:
-    """Inputs of the transformer at every step of a plain run, and its answers."""
+    """Inputs of the transformer at every step of a plain run without guidance, and its answers."""
+    unguided = {k: v for k, v in settings.items() if not k.startswith("negative_prompt")}
     with recorded(pipe) as calls:
-        run(pipe, list(prompts), list(seeds), settings)
+        run(pipe, list(prompts), list(seeds), unguided)
     return calls
 
 
 @torch.no_grad()
 def velocity_errors(
-    pipe: Any, preset: Preset, prompts: Sequence[str], settings: dict[str, Any], *, every: int = 4
+    pipe: Any,
+    preset: Preset,
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    *,
+    adapter: PatchAdapter | None = None,
+    every: int = 4,
 ) -> list[dict[str, Any]]:
     """Mean squared error of coarse velocities to the plain one, along plain trajectories.
 
     ``carried`` gets the clean latents of the plain step five steps earlier, about as old as they are in use.
+
+    Args:
+        adapter: Compared as one more form, at the scales it has.
 
     Returns:
         Rows with sigma, scale, form, error, and the variance of the plain velocity.
     """
     architecture = architecture_for(pipe.transformer)
     calls = record_calls(pipe, prompts, range(len(prompts)), settings)
+    forms: dict[str, tuple[ScheduleConfig, PatchAdapter | None]] = {k: (v, None) for k, v in STARTS.items()}
+    attachment = None
+    if adapter is not None:
+        forms["adapter"] = (ScheduleConfig(**adapter.form), adapter)
+        attachment = adapter.attach(pipe.transformer)
     clean: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     for index, (inputs, tokens) in enumerate(calls):
@@ -61,8 +77,10 @@ def velocity_errors(
         if index < 5 or index % every:
             continue
         for scale in (2, 4):
-            for name, config in STARTS.items():
-                variance = preset.detail_variance.get(scale)
+            for name, (config, learnt) in forms.items():
+                if learnt is not None and scale not in learnt.scales:
+                    continue
+                variance = (learnt or preset).detail_variance.get(scale)
                 coarse = architecture.coarse_step(
                     pipe.transformer.forward,
                     inputs,
@@ -70,6 +88,7 @@ def velocity_errors(
                     config,
                     clean[index - 5] if config.detail == "carried" else torch.zeros_like(z),
                     None if variance is None else torch.tensor(variance),
+                    learnt,
                 )
                 rows.append(
                     {
@@ -80,31 +99,54 @@ def velocity_errors(
                         "velocity_variance": float(plain.var()),
                     }
                 )
+    if attachment is not None:
+        attachment.remove()
     return rows
 
 
 @torch.no_grad()
-def step_costs(pipe: Any, prompt: str, settings: dict[str, Any], *, batch: int, repeats: int = 30) -> dict[str, Any]:
-    """Time of a step at each scale next to its FLOPs, and of the scheduler alone; scales by turns, medians."""
+def step_costs(
+    pipe: Any,
+    prompt: str,
+    settings: dict[str, Any],
+    *,
+    batch: int,
+    adapter: PatchAdapter | None = None,
+    repeats: int = 30,
+) -> dict[str, Any]:
+    """Time of a step at each scale next to its FLOPs, and of the scheduler alone; scales by turns, medians.
+
+    With an adapter, also what it adds to a coarse step, as a share of that step without it.
+    """
     architecture = architecture_for(pipe.transformer)
     config = ScheduleConfig()
     calls = record_calls(pipe, [prompt] * batch, range(batch), {**settings, "num_inference_steps": 8})
     inputs, tokens = calls[-1]
     forward = pipe.transformer.forward
     one = architecture.rows(inputs, [0])
-    forms: dict[int, Callable[[], Any]] = {1: lambda: forward(**inputs)}
+    forms: dict[int | str, Callable[[], Any]] = {1: lambda: forward(**inputs)}
     flops = {1: architecture.count_flops(to_meta(one))}
     clean = torch.zeros_like(architecture.latents(inputs))
     for scale in (2, 4):
         forms[scale] = lambda s=scale: architecture.coarse_step(forward, inputs, s, config, clean)
         flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, config)[0]))
-    times: dict[int, list[float]] = {s: [] for s in forms}
+    attachment = None
+    if adapter is not None:
+        attachment = adapter.attach(pipe.transformer)
+        trained = ScheduleConfig(**adapter.form)
+        for scale in adapter.scales:
+            forms[f"adapter at {scale}"] = lambda s=scale: architecture.coarse_step(
+                forward, inputs, s, trained, clean, adapter=adapter
+            )
+    times: dict[int | str, list[float]] = {s: [] for s in forms}
     for turn in range(repeats + 3):
         for scale, form in forms.items():
             started = time.perf_counter()
             form()
             if turn >= 3:
                 times[scale].append(time.perf_counter() - started)
+    if attachment is not None:
+        attachment.remove()
     medians = {s: statistics.median(t) for s, t in times.items()}
     latents = [architecture.latents(c) for c, _ in calls]
     height, width = latents[0].shape[-2:]
@@ -112,9 +154,12 @@ def step_costs(pipe: Any, prompt: str, settings: dict[str, Any], *, batch: int, 
     spent = [_scheduler_time(latents, [float(architecture.sigma(c)[0]) for c, _ in calls], velocity) for _ in range(9)]
     return {
         "batch": batch,
-        "flop_ratio": {s: flops[1] / flops[s] for s in forms},
-        "time_ratio": {s: medians[1] / medians[s] for s in forms},
-        "efficiency": {s: medians[1] / medians[s] / (flops[1] / flops[s]) for s in forms},
+        "flop_ratio": {s: flops[1] / flops[s] for s in flops},
+        "time_ratio": {s: medians[1] / medians[s] for s in flops},
+        "efficiency": {s: medians[1] / medians[s] / (flops[1] / flops[s]) for s in flops},
+        "adapter_share": {
+            s: medians[f"adapter at {s}"] / medians[s] - 1 for s in (adapter.scales if adapter is not None else ())
+        },
         "scheduler_share_of_a_plain_step": statistics.median(spent) / medians[1],
         "repeats": repeats,
     }
@@ -136,16 +181,17 @@ def _scheduler_time(latents: Sequence[Tensor], sigmas: Sequence[float], velocity
 
 def velocity_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `velocity_errors` as Markdown: a line per scale and noise level, a column per form."""
+    forms = list(dict.fromkeys(row["form"] for row in rows))
     lines = [
         "Mean squared error of a coarse step's velocity to the plain one.",
         "",
-        "| scale | sigma | " + " | ".join(STARTS) + " | variance of the plain velocity |",
-        "|---" * (len(STARTS) + 3) + "|",
+        "| scale | sigma | " + " | ".join(forms) + " | variance of the plain velocity |",
+        "|---" * (len(forms) + 3) + "|",
     ]
     for scale in sorted({row["scale"] for row in rows}):
         for sigma in sorted({row["sigma"] for row in rows}, reverse=True):
             cells = {r["form"]: r for r in rows if r["scale"] == scale and r["sigma"] == sigma}
-            errors = " | ".join(f"{cells[name]['error']:.3f}" for name in STARTS)
+            errors = " | ".join(f"{cells[name]['error']:.3f}" if name in cells else "" for name in forms)
             variance = next(iter(cells.values()))["velocity_variance"]
             lines.append(f"| {scale} | {sigma:.2f} | {errors} | {variance:.2f} |")
     return "\n".join(lines) + "\n"

@@ -121,7 +121,8 @@ def _velocity(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
     asked = quality.held_out(config.split, config.prompts, config.seed)
     settings = call_settings(preset, **config.settings)
-    rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings)
+    adapter = _adapter_loader(config)(None)
+    rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings, adapter=adapter)
     table = steps.velocity_table(rows)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.with_suffix(".md").write_text(table)
@@ -133,7 +134,10 @@ def _cost(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
     prompt = quality.held_out(config.split, 1, config.seed)[0].prompt
     settings = call_settings(preset, **config.settings)
-    rows = [steps.step_costs(pipe, prompt, settings, batch=batch) for batch in sorted({1, config.batch})]
+    adapter = _adapter_loader(config)(None)
+    rows = [
+        steps.step_costs(pipe, prompt, settings, batch=batch, adapter=adapter) for batch in sorted({1, config.batch})
+    ]
     for row in rows:
         print(json.dumps(row))
     return {"rows": rows}

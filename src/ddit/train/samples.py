@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddit.adapter import config_hash
 from ddit.files import replacing, write_json
-from ddit.generate import recorded
+from ddit.generate import for_batch, recorded
 from ddit.models import architecture_for
 from ddit.models.base import Inputs
 from ddit.progress import progress
@@ -183,7 +183,8 @@ def _draw_shard(
         chosen = slice(begin, begin + batch)
         generators = [torch.Generator().manual_seed(_seed(seed, i)) for i in numbers[chosen]]
         with recorded(pipe) as calls:
-            latents = pipe(prompts[chosen], generator=generators, output_type="latent", **settings)[0]
+            call = for_batch(settings, len(generators))
+            latents = pipe(prompts[chosen], generator=generators, output_type="latent", **call)[0]
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         final = [inputs for (inputs, _), level in zip(calls, levels, strict=True) if level == levels[-1]]
         facts = {"sigmas": sorted(set(levels), reverse=True), "passes": len(final)}
