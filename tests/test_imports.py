@@ -24,9 +24,15 @@ GROUPS = (
     ("ddit.models",),
     ("ddit.models.*",),
     ("ddit.models.base",),
-    ("ddit.patches", "ddit.schedule", "ddit.report", "ddit.preset", "ddit.config", "ddit.progress"),
+    ("ddit.patches", "ddit.schedule", "ddit.report", "ddit.preset", "ddit.config", "ddit.progress", "ddit.files"),
 )
-OUTSIDE = {"ddit.config": set(), "ddit.preset": set(), "ddit.report": {"matplotlib"}, "ddit.progress": {"rich"}}
+OUTSIDE = {
+    "ddit.config": set(),
+    "ddit.preset": set(),
+    "ddit.report": {"matplotlib"},
+    "ddit.progress": {"rich"},
+    "ddit.files": set(),
+}
 """Packages that modules of the last group may import; torch and einops where nothing is said here."""
 WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}}
 """Modules of the last group that one of them may import; `ddit.config` alone where nothing is said here."""

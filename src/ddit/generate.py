@@ -22,7 +22,7 @@ from ddit.config import ScheduleConfig
 from ddit.embedded import MODEL_FOLDER
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
-from ddit.preset import Preset
+from ddit.preset import Preset, for_batch
 from ddit.report import Report
 
 EMBEDDED = "embedded"
@@ -106,12 +106,6 @@ def check_size(pipe: Any, settings: dict[str, Any]) -> None:
 def call_settings(preset: Preset, **chosen: Any) -> dict[str, Any]:
     """Arguments of a pipeline's call: the preset's, overridden by those chosen that are not ``None``."""
     return {**preset.call, **{k: v for k, v in chosen.items() if v is not None}}
-
-
-def for_batch(settings: dict[str, Any], count: int) -> dict[str, Any]:
-    """Arguments for a call with ``count`` prompts: pipelines want as many negative prompts, not one for all."""
-    negative = {k: [v] * count for k, v in settings.items() if k.startswith("negative_prompt") and isinstance(v, str)}
-    return {**settings, **negative}
 
 
 def run(

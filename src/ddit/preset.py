@@ -47,3 +47,9 @@ class Preset:
     def save(self, folder: str | Path) -> None:
         """Write the preset into a folder."""
         (Path(folder) / FILE).write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")
+
+
+def for_batch(settings: dict[str, Any], count: int) -> dict[str, Any]:
+    """Arguments for a call with ``count`` prompts: pipelines want as many negative prompts, not one for all."""
+    negative = {k: [v] * count for k, v in settings.items() if k.startswith("negative_prompt") and isinstance(v, str)}
+    return {**settings, **negative}

@@ -198,7 +198,7 @@ def grid_ids(side: int) -> Tensor:
 
 def export(folder: Path, model: nn.ModuleDict, average: dict[str, Tensor], vae: AutoencoderKL) -> Path:
     """Save the averaged weights as a `FluxPipeline` in float16."""
-    current = {name: model.get_parameter(name).detach().clone() for name in average}
+    current = {name: value.detach().clone() for name, value in model.state_dict().items()}
     model.load_state_dict(average, strict=False)
     text: Any = model["text"]
     transformer: Any = model["transformer"]
@@ -213,5 +213,5 @@ def export(folder: Path, model: nn.ModuleDict, average: dict[str, Tensor], vae: 
     )
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     pipe.to(dtype=torch.float32)
-    model.load_state_dict(current, strict=False)
+    model.load_state_dict(current)
     return folder

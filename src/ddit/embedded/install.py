@@ -12,9 +12,8 @@ import torch
 from ddit.embedded import MODEL_FOLDER
 from ddit.embedded.components import TEXT_TOKENS
 from ddit.embedded.scenes import IMAGE_SIZE, scenes
-from ddit.generate import for_batch
 from ddit.patches import detail
-from ddit.preset import Preset
+from ddit.preset import Preset, for_batch
 
 CALL = {
     "height": IMAGE_SIZE,

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ddit.adapter import config_hash
 from ddit.files import replacing, write_json
-from ddit.generate import for_batch, recorded
+from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import Inputs
+from ddit.preset import for_batch
 from ddit.progress import progress
 
 MANIFEST = "samples.json"
