@@ -262,7 +262,7 @@ def _draw(args: argparse.Namespace) -> None:
             )
     report = dynamic.report
     assert report is not None
-    result = {"prompt": args.prompt, "seeds": seeds, "model": args.model, **report.to_dict()}
+    result = {"command": _command(), "prompt": args.prompt, "seeds": seeds, "model": args.model, **report.to_dict()}
     result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=_environment(args.device))
     for i in range(len(prompts)):
         print(f"scales: {report.strip(i)}")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 RESOLUTIONS = (128, 64, 32)
 """Picture sizes in pixels the flow is trained at: 256, 64 and 16 image tokens."""
-
-
 CROP = 8
 """Height and width in tokens of a crop; three times as many crops as pictures fit in a batch."""
 
@@ -20,22 +18,18 @@ class TrainingConfig:
     """Number of drawings."""
     vae_steps: int = 3_000
     text_steps: int = 500
-    flow_steps: int = 8_000
+    flow_steps: int = 12_000
     batch: dict[int, int] | None = None
     """Batch size of each resolution; ``None`` is 24 at 128, 48 at 64 and 64 at 32 pixels."""
-    early_mix: tuple[float, float, float] = (0.1, 0.7, 0.2)
-    """Share of steps at 128, 64 and 32 pixels while words and layout are learnt."""
-    late_mix: tuple[float, float, float] = (0.7, 0.22, 0.08)
-    """The same, later on, while detail is learnt."""
-    late_from: float = 0.3
-    """Fraction of ``flow_steps`` after which ``late_mix`` holds."""
-    crops: float = 0.6
+    mix: tuple[float, float, float] = (0.9, 0.07, 0.03)
+    """Share of steps at 128, 64 and 32 pixels."""
+    crops: float = 0.55
     """Share of the steps at 128 pixels that see `CROP` x `CROP` tokens around a place their prompts name."""
-    lr: float = 1e-3
+    lr: float = 1.2e-3
     """Learning rate of the flow after its warm-up: Muon for the blocks' matrices, half of it in AdamW for the rest."""
-    decay_from: float = 0.8
+    decay_from: float = 0.7
     """Fraction of ``flow_steps`` after which the learning rate falls linearly to zero."""
-    noise_mean: float = 0.2
+    noise_mean: float = 0.4
     """Noise levels at 32 pixels are ``sigmoid(n)`` with ``n`` normal of this mean."""
     noise_std: float = 1.3
     """Deviation of ``n``."""
@@ -43,7 +37,7 @@ class TrainingConfig:
     """Weight of the masks' loss beside the flow's (see `train_flow`)."""
     bf16: bool = True
     """Compute the flow's loss in bfloat16; weights and optimizers stay in float32."""
-    ema: float = 0.998
+    ema: float = 0.995
     checkpoint_every: int = 200
     """Steps of the flow between two checkpoints."""
     unconditional: float = 0.1

@@ -67,12 +67,10 @@ def train_flow(
         for step in range(first, config.flow_steps):
             # A generator per step: a resumed run draws what an uninterrupted one would have.
             rng = np.random.default_rng([config.seed, 4, step])
-            late = step >= config.late_from * config.flow_steps
-            size = int(rng.choice(RESOLUTIONS, p=config.late_mix if late else config.early_mix))
-            place = str(rng.choice(list(around))) if size == 128 and rng.random() < config.crops else None
-            pick = np.sort(
-                rng.choice(around[place] if place else everywhere, size=config.batches[size] * (3 if place else 1))
-            )
+            size = int(rng.choice(RESOLUTIONS, p=config.mix))
+            place = str(rng.choice(list(around))) if size == max(RESOLUTIONS) and rng.random() < config.crops else None
+            among, count = (around[place], 3 * config.batches[size]) if place else (everywhere, config.batches[size])
+            pick = np.sort(rng.choice(among, size=count))
             x = torch.from_numpy(latents[size][pick].astype(np.float32)).to(device)
             covers = torch.from_numpy(masks[pick]).to(device).float() / 255
             positions = grid_ids(math.isqrt(x.shape[1])).to(device)

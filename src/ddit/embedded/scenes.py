@@ -173,9 +173,9 @@ def draw_with_masks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray,
 def _place(thing: Thing, picture, x, y, light: float, rng: np.random.Generator):
     assert thing.size and thing.texture and thing.place, "complete the scene before drawing it"
     cx, cy = PLACES[thing.place][1]
-    cx, cy = cx + rng.uniform(-3, 3), cy + rng.uniform(-3, 3)
+    cx, cy = cx + rng.uniform(-2, 2), cy + rng.uniform(-2, 2)
     radius = rng.uniform(*SIZES[thing.size])
-    angle = rng.uniform(-0.4, 0.4)
+    angle = rng.uniform(-0.1, 0.1)
     ink = _hsv(COLOURS[thing.colour] + rng.uniform(-6, 6), rng.uniform(0.8, 0.95), rng.uniform(0.8, 0.95))
     u, v = _rotate(x - cx, y - cy, angle)
     shadow = rng.uniform(2.5, 4.5)
