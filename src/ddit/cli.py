@@ -406,13 +406,13 @@ def _choose_threshold(args: argparse.Namespace) -> None:
         raise ValueError(f"margin is {args.margin}; it must lie between 0 and 1")
     from dataclasses import replace
 
-    from ddit.embedded import MODEL_FOLDER
-
-    folder = MODEL_FOLDER if args.model == "embedded" else Path(args.model)
-    for path in (args.out.with_suffix(".json"), folder / "ddit.json"):
-        _check_writable(path)
     from ddit.eval.suites import SuiteConfig, choose_threshold
-    from ddit.preset import Preset
+    from ddit.generate import model_folder
+    from ddit.preset import FILE, Preset
+
+    folder = model_folder(args.model)
+    for path in (args.out.with_suffix(".json"), folder / FILE):
+        _check_writable(path)
 
     config = SuiteConfig(
         model=args.model,

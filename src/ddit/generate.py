@@ -44,6 +44,11 @@ class Run:
     """``None`` for a plain run."""
 
 
+def model_folder(model: str) -> Path:
+    """Where a model's files are, if they are on this machine."""
+    return Path(MODEL_FOLDER if model == EMBEDDED else model)
+
+
 def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Preset]:
     """A pipeline from a folder, a hub id or the embedded model, with its preset.
 
@@ -52,7 +57,7 @@ def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str 
     """
     from diffusers import DiffusionPipeline
 
-    folder = Path(MODEL_FOLDER if model == EMBEDDED else model)
+    folder = model_folder(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
     if not folder.exists() and model.count("/") != 1:

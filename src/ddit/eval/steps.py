@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -63,44 +64,41 @@ def velocity_errors(
     architecture = architecture_for(pipe.transformer)
     calls = record_calls(pipe, prompts, range(len(prompts)), settings)
     forms: dict[str, tuple[ScheduleConfig, PatchAdapter | None]] = {k: (v, None) for k, v in STARTS.items()}
-    attachment = None
     if adapter is not None:
         forms["adapter"] = (ScheduleConfig(**adapter.form), adapter)
-        attachment = adapter.attach(pipe.transformer)
     clean: list[Tensor] = []
     rows: list[dict[str, Any]] = []
-    for index, (inputs, tokens) in enumerate(calls):
-        z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
-        height, width = z.shape[-2:]
-        plain = architecture.velocity(tokens, (height, width))
-        clean.append(z - sigma.reshape(-1, 1, 1, 1) * plain)
-        if index < 5 or index % every:
-            continue
-        for scale in (2, 4):
-            for name, (config, learnt) in forms.items():
-                if learnt is not None and scale not in learnt.scales:
-                    continue
-                variance = (learnt or preset).detail_variance.get(scale)
-                coarse = architecture.coarse_step(
-                    pipe.transformer.forward,
-                    inputs,
-                    scale,
-                    config,
-                    clean[index - 5] if config.detail == "carried" else torch.zeros_like(z),
-                    None if variance is None else torch.tensor(variance),
-                    learnt,
-                )
-                rows.append(
-                    {
-                        "sigma": float(sigma[0]),
-                        "scale": scale,
-                        "form": name,
-                        "error": float((coarse - plain).square().mean()),
-                        "velocity_variance": float(plain.var()),
-                    }
-                )
-    if attachment is not None:
-        attachment.remove()
+    with _attached(adapter, pipe.transformer):
+        for index, (inputs, tokens) in enumerate(calls):
+            z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
+            height, width = z.shape[-2:]
+            plain = architecture.velocity(tokens, (height, width))
+            clean.append(z - sigma.reshape(-1, 1, 1, 1) * plain)
+            if index < 5 or index % every:
+                continue
+            for scale in (2, 4):
+                for name, (config, learnt) in forms.items():
+                    if learnt is not None and scale not in learnt.scales:
+                        continue
+                    variance = (learnt or preset).detail_variance.get(scale)
+                    coarse = architecture.coarse_step(
+                        pipe.transformer.forward,
+                        inputs,
+                        scale,
+                        config,
+                        clean[index - 5] if config.detail == "carried" else torch.zeros_like(z),
+                        None if variance is None else torch.tensor(variance),
+                        learnt,
+                    )
+                    rows.append(
+                        {
+                            "sigma": float(sigma[0]),
+                            "scale": scale,
+                            "form": name,
+                            "error": float((coarse - plain).square().mean()),
+                            "velocity_variance": float(plain.var()),
+                        }
+                    )
     return rows
 
 
@@ -130,23 +128,20 @@ def step_costs(
     for scale in (2, 4):
         forms[scale] = lambda s=scale: architecture.coarse_step(forward, inputs, s, config, clean)
         flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, config)[0]))
-    attachment = None
     if adapter is not None:
-        attachment = adapter.attach(pipe.transformer)
         trained = ScheduleConfig(**adapter.form)
         for scale in adapter.scales:
             forms[f"adapter at {scale}"] = lambda s=scale: architecture.coarse_step(
                 forward, inputs, s, trained, clean, adapter=adapter
             )
     times: dict[int | str, list[float]] = {s: [] for s in forms}
-    for turn in range(repeats + 3):
-        for scale, form in forms.items():
-            started = time.perf_counter()
-            form()
-            if turn >= 3:
-                times[scale].append(time.perf_counter() - started)
-    if attachment is not None:
-        attachment.remove()
+    with _attached(adapter, pipe.transformer):
+        for turn in range(repeats + 3):
+            for scale, form in forms.items():
+                started = time.perf_counter()
+                form()
+                if turn >= 3:
+                    times[scale].append(time.perf_counter() - started)
     medians = {s: statistics.median(t) for s, t in times.items()}
     latents = [architecture.latents(c) for c, _ in calls]
     height, width = latents[0].shape[-2:]
@@ -163,6 +158,16 @@ def step_costs(
         "scheduler_share_of_a_plain_step": statistics.median(spent) / medians[1],
         "repeats": repeats,
     }
+
+
+@contextmanager
+def _attached(adapter: PatchAdapter | None, transformer: Any) -> Iterator[None]:
+    attachment = None if adapter is None else adapter.attach(transformer)
+    try:
+        yield
+    finally:
+        if attachment is not None:
+            attachment.remove()
 
 
 def _scheduler_time(latents: Sequence[Tensor], sigmas: Sequence[float], velocity: Tensor) -> float:

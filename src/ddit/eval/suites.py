@@ -71,10 +71,11 @@ def choose_threshold(
     """
     names = {f"dynamic:threshold={t:g}": t for t in thresholds}
     config = replace(config, split="tune", methods=("plain", *names))
-    result = run_suite("quality", config, {**about, "margin": margin})
-    good = [row for row in result["methods"][1:] if row["adherence_change"] >= -margin]
+    figures = _quality(config)
+    good = [row for row in figures["methods"][1:] if row["adherence_change"] >= -margin]
     best = min(good, key=lambda row: row["flops_fraction"], default=None)
-    result["chosen"] = 0.0 if best is None else names[best["method"]]
+    chosen = 0.0 if best is None else names[best["method"]]
+    result = {**about, "suite": "quality", "margin": margin, **figures, "chosen": chosen}
     write_json(config.out.with_suffix(".json"), result)
     return result
 
