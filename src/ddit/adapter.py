@@ -22,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ddit.config import Detail, Positions, Start
+from ddit.config import Positions, Start
 from ddit.models import architecture_for
 
 
@@ -129,7 +129,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         rank: Rank of LoRA; 0 leaves it out.
         start: What the adapter adds to, see `ddit.ScheduleConfig.start`.
         positions: Positions of large patches, see `ddit.ScheduleConfig.positions`.
-        detail: See `ddit.ScheduleConfig.detail`; with ``carried`` the adapter sees the carried detail.
+        anchored: See `ddit.ScheduleConfig.anchored`; the adapter then sees what the last step at scale 1 predicted.
         residual: Whether there is a residual path from the latents to the output.
         size_vector: Whether there is a patch-size vector.
         detail_variance: Scale -> variance per channel of what pooling loses, measured on the base's samples; used where
@@ -152,7 +152,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         rank: int = 32,
         start: Start = "noise-consistent",
         positions: Positions = "grid",
-        detail: Detail = "carried",
+        anchored: bool = True,
         residual: bool = True,
         size_vector: bool = True,
         detail_variance: dict[str, list[float]] | None = None,
@@ -160,8 +160,8 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         ddit_version: str = "",
     ) -> None:
         super().__init__()
-        self.carried = start == "noise-consistent" and detail == "carried"
-        self.inputs = {s: features * s * s * (2 if self.carried else 1) for s in scales}
+        self.anchored = anchored
+        self.inputs = {s: features * s * s * (2 if anchored else 1) for s in scales}
         self.parts = nn.ModuleDict(
             {
                 str(s): ScaleParts(
@@ -188,7 +188,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         rank: int = 32,
         start: Start = "noise-consistent",
         positions: Positions | None = None,
-        detail: Detail = "carried",
+        anchored: bool | None = None,
         residual: bool = True,
         size_vector: bool = True,
         detail_variance: Mapping[int, Sequence[float]] | None = None,
@@ -197,6 +197,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
 
         Args:
             positions: By default ``grid`` for ``noise-consistent`` and ``interpolated`` (the paper's) for ``bilinear``.
+            anchored: By default yes for ``noise-consistent`` and no (the paper's) for ``bilinear``.
 
         Raises:
             ValueError: For an unsupported model, scales that are no powers of two above 1, or a negative rank.
@@ -219,7 +220,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             rank=rank,
             start=start,
             positions=positions or ("grid" if start == "noise-consistent" else "interpolated"),
-            detail=detail,
+            anchored=start == "noise-consistent" if anchored is None else anchored,
             residual=residual,
             size_vector=size_vector,
             detail_variance={str(s): list(v) for s, v in (detail_variance or {}).items()},
@@ -254,7 +255,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
     @property
     def form(self) -> dict[str, Any]:
         """The fields of `ddit.ScheduleConfig` that say how a coarse step is computed, as in training."""
-        return {name: self.config[name] for name in ("start", "positions", "detail")}
+        return {name: self.config[name] for name in ("start", "positions", "anchored")}
 
     @property
     def detail_variance(self) -> dict[int, list[float]]:

@@ -21,7 +21,7 @@ from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first, to_meta
 from ddit.report import Report
 from ddit.schedule import Policy, make_policy
-from ddit.state import Generation
+from ddit.state import Generation, Memory
 
 _MARK = "_ddit_handle"
 _FORWARDS = ("forward", "_old_forward")
@@ -284,25 +284,40 @@ class Handle:
 
     def _mixed_step(self, inputs: Inputs, scales: list[int], size: tuple[int, int]) -> Tensor:
         """One call with a scale for each sample: samples of one scale run together."""
-        arch, generation = self._architecture, self._generation
-        clean = generation.expect(len(generation.velocities))
-        groups: dict[int, list[int]] = defaultdict(list)
+        memory = self._generation.memory()
+        groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for sample, scale in enumerate(scales):
-            groups[scale].append(sample)
-        if len(groups) == 1:
-            return self._group(inputs, scales[0], clean, size)
-        parts, order = [], []
-        for scale, samples in groups.items():
-            parts.append(self._group(arch.rows(inputs, samples), scale, clean[samples], size))
-            order += samples
-        return torch.cat(parts)[torch.tensor(order).argsort()]
+            groups[scale, memory.known[sample]].append(sample)
+        parts = [self._group(inputs, scale, samples, memory, size) for (scale, _), samples in groups.items()]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([sample for samples in groups.values() for sample in samples])
+        return torch.cat(parts)[order.argsort()]
 
-    def _group(self, inputs: Inputs, scale: int, clean: Tensor, size: tuple[int, int]) -> Tensor:
-        arch = self._architecture
+    def _group(self, inputs: Inputs, scale: int, samples: list[int], memory: Memory, size: tuple[int, int]) -> Tensor:
+        """Velocity of samples of one scale, all with a step at scale 1 behind them or all without."""
+        arch, config = self._architecture, self.config
+        rows = inputs if len(samples) == len(memory.known) else arch.rows(inputs, samples)
         if scale == 1:
-            return arch.velocity(first(self._forward(**inputs)), size).float()
-        variance = self._variance.get(scale)
-        return arch.coarse_step(self._forward, inputs, scale, self.config, clean, variance, self.adapter)
+            return arch.velocity(first(self._forward(**rows)), size).float()
+        anchor = before = None
+        if config.anchored and memory.known[samples[0]]:
+            missing = memory.unasked(scale, samples)
+            if missing:
+                low = arch.before(self._forward, arch.rows(inputs, missing), scale, config, memory.anchor.rows(missing))
+                memory.remember(scale, missing, low.detach())
+                self._generation.compared(missing)
+            anchor, before = memory.anchor.rows(samples), memory.before[scale][samples]
+        return arch.coarse_step(
+            self._forward,
+            rows,
+            scale,
+            config,
+            anchor=anchor,
+            before=before,
+            variance=self._variance.get(scale),
+            adapter=self.adapter,
+        )
 
     def _examples(self, inputs: Inputs) -> dict[int, Inputs]:
         """Inputs of one sample at every scale, without data: from these, costs are counted when asked for."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ddit import __version__
-from ddit.config import Detail, Difference, PolicyName, Positions, ScheduleConfig, Start, Switch
+from ddit.config import Difference, PolicyName, Positions, ScheduleConfig, Start
 from ddit.files import write_json
 from ddit.train.config import CHOICES, TrainConfig
 
@@ -127,8 +127,6 @@ def _schedule_options(command: argparse.ArgumentParser) -> None:
         "start": Start,
         "positions": Positions,
         "difference": Difference,
-        "detail": Detail,
-        "switch": Switch,
     }
     for field in fields(ScheduleConfig):
         flag = "--schedule" if field.name == "steps" else f"--{field.name.replace('_', '-')}"
@@ -139,7 +137,10 @@ def _schedule_options(command: argparse.ArgumentParser) -> None:
             command.add_argument(flag, dest=f"schedule_{field.name}", choices=get_args(choices[field.name]))
         else:
             assert field.default is not MISSING
-            command.add_argument(flag, dest=f"schedule_{field.name}", type=type(field.default))
+            kind: Any = {"action": argparse.BooleanOptionalAction, "default": None}
+            if not isinstance(field.default, bool):
+                kind = {"type": type(field.default)}
+            command.add_argument(flag, dest=f"schedule_{field.name}", **kind)
 
 
 def _train_options(command: argparse.ArgumentParser) -> None:
@@ -151,7 +152,7 @@ def _train_options(command: argparse.ArgumentParser) -> None:
             command.add_argument(flag, type=int, nargs="+", help="default: 2 4")
         elif field.name in CHOICES:
             command.add_argument(flag, choices=get_args(CHOICES[field.name]), help=default)
-        elif isinstance(field.default, bool):
+        elif str(field.type).startswith("bool"):
             command.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=default)
         else:
             kind = type(field.default) if field.default is not None else _optional_type(str(field.type))

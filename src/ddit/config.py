@@ -11,8 +11,6 @@ PolicyName = Literal["dynamic", "fixed", "first"]
 Start = Literal["noise-consistent", "bilinear"]
 Positions = Literal["grid", "interpolated"]
 Difference = Literal["plain", "per-sigma"]
-Detail = Literal["carried", "wiener"]
-Switch = Literal["hold", "measure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +39,13 @@ class ScheduleConfig:
     """Number of first steps not decided by the rule. The rule needs ``order`` of them at least."""
     warmup_scale: int = 1
     """Scale of the warm-up steps."""
-    difference: Difference = "plain"
-    """``plain``: from step to step, as in the paper. ``per-sigma``: per unit of noise level, times ``(1/50)**order``,
-    which does not depend on the number of steps and equals ``plain`` for 50 even steps."""
-    switch: Switch = "hold"
-    """What is compared with ``threshold`` in the ``order`` steps after a change of scale, whose own bend the
-    difference would see: ``hold`` keeps the last statistic from before, ``measure`` takes the new one (the paper)."""
+    difference: Difference = "per-sigma"
+    """``plain``: of the latents from step to step, as in the paper. ``per-sigma``: of the path's velocity over the last
+    steps at scale 1, per unit of noise level; it depends neither on the number of steps nor on what large patches do
+    to the path, and equals ``plain`` for 50 even steps at scale 1."""
+    refresh: int = 4
+    """Policy ``dynamic``: at most this many steps in a row with large patches, then one at scale 1 renews what the
+    rule measures and what later steps start from. 0 is no limit (the paper), for ``difference="plain"`` only."""
 
     steps: tuple[int, ...] = ()
     """Scales of policy ``fixed``, one per step; the last one holds for further steps."""
@@ -58,9 +57,9 @@ class ScheduleConfig:
     the pooled latents, ``bilinear`` is the paper's initialisation (FlexiViT's PI-resize)."""
     positions: Positions = "grid"
     """Positions of large patches: ``grid`` counts 0, 1, 2, ..., ``interpolated`` takes the patches' centres."""
-    detail: Detail = "carried"
-    """What is expected inside a large patch (``noise-consistent`` only): ``carried`` is the detail that the last step
-    at scale 1 predicted, ``wiener`` is nothing but its variance."""
+    anchored: bool = True
+    """Steps with large patches start from the velocity of the last step at scale 1 and add what has changed on the
+    coarse grid since. ``False`` is the paper's: each stands on its own."""
 
     def __post_init__(self) -> None:
         for name, options in (
@@ -68,8 +67,6 @@ class ScheduleConfig:
             ("start", Start),
             ("positions", Positions),
             ("difference", Difference),
-            ("detail", Detail),
-            ("switch", Switch),
         ):
             check_choice(name, getattr(self, name), options)
         for name in ("scales", "steps"):
@@ -92,6 +89,13 @@ class ScheduleConfig:
             raise ValueError(f"steps use {unknown}, which scales {self.scales} do not hold; add them to scales")
         if not _is_integer(self.warmup_scale) or self.warmup_scale not in self.scales:
             raise ValueError(f"warmup_scale is {self.warmup_scale!r}; it must be one of scales {self.scales}")
+        if not isinstance(self.anchored, bool):
+            raise ValueError(f"anchored is {self.anchored!r}; it must be True or False")
+        if not _is_integer(self.refresh) or self.refresh < (self.difference == "per-sigma"):
+            raise ValueError(
+                f"refresh is {self.refresh!r}; it must be a whole number of at least 1, "
+                "or 0 (no limit) with difference='plain'"
+            )
         if not _is_integer(self.warmup) or self.warmup < self.order:
             raise ValueError(
                 f"warmup is {self.warmup!r}; order {self.order} needs {self.order + 1} latents, "

@@ -20,6 +20,8 @@ class Step:
     """Per sample, scale -> statistic of the rule; empty where there were too few latents."""
     seconds: float
     """Host time inside the transformer's calls of this step, all guidance passes together."""
+    compared: frozenset[int] = frozenset()
+    """Samples for which the coarse grid was also asked at the last step at scale 1, to see what has changed since."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Report:
         return sum(step.seconds for step in self.steps)
 
     def _fraction(self, costs: Mapping[int, int]) -> float:
-        used = [costs[s] for step in self.steps for s in step.scales]
-        return sum(used) / (len(used) * costs[1])
+        calls = [(s, 1 + (i in step.compared)) for step in self.steps for i, s in enumerate(step.scales)]
+        return sum(costs[s] * count for s, count in calls) / (len(calls) * costs[1])
 
     def strip(self, sample: int = 0) -> str:
         """The schedule of one sample on a line, such as ``1 1 1 4 4 2 1``."""

@@ -14,39 +14,52 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ddit.config import Difference, ScheduleConfig
-from ddit.patches import pad_to_multiple
+from ddit.config import ScheduleConfig
+from ddit.patches import expand, pad_to_multiple
 
 REFERENCE_STEP = 1 / 50
 """Step of sigma at which ``per-sigma`` and ``plain`` differences agree: the paper's 50 steps."""
 
 
-def difference(
-    latents: Sequence[Tensor], sigmas: Sequence[float], *, order: int = 3, kind: Difference = "plain"
-) -> Tensor:
-    """Finite difference of the latents over the last ``order + 1`` steps.
+def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
+    """Finite difference of the latents over the last ``order + 1`` steps: differences of differences.
 
-    ``plain``, order 3, is the paper's ``d3 z = z_0 - 3 z_1 + 3 z_2 - z_3`` (z_0 the newest): differences of
-    differences from step to step. ``per-sigma`` is Newton's divided difference times ``order! * (-1/50)**order``.
+    Order 3 is the paper's ``d3 z = z_0 - 3 z_1 + 3 z_2 - z_3`` (z_0 the newest).
 
     Args:
         latents: At least ``order + 1`` tensors of one shape, newest last.
-        sigmas: Noise level of each, strictly falling.
 
     Returns:
-        The difference, shape of one latent, float32.
+        Shape of one latent, float32.
     """
     if len(latents) <= order:
         raise ValueError(f"a difference of order {order} needs {order + 1} latents, there are {len(latents)}")
     rows = [z.float() for z in latents[-order - 1 :]]
-    times = list(sigmas[-order - 1 :])
-    for level in range(1, order + 1):
+    for _ in range(order):
         rows = [new - old for old, new in pairwise(rows)]
-        if kind == "per-sigma":
-            gaps = [old - new for old, new in zip(times, times[level:], strict=False)]
-            if any(gap == 0 for gap in gaps):
-                raise ValueError(f"noise levels {times} repeat; a difference per unit of sigma needs distinct ones")
-            rows = [row * (level * REFERENCE_STEP / gap) for row, gap in zip(rows, gaps, strict=True)]
+    return rows[0]
+
+
+def difference_per_sigma(velocities: Sequence[Tensor], sigmas: Sequence[Tensor]) -> Tensor:
+    """The same from velocities ``dz/dsigma`` at any noise levels, as it would be between steps of `REFERENCE_STEP`.
+
+    A difference of order n of the latents is one of order n - 1 of the velocity: Newton's divided difference times
+    ``(n - 1)! (-1/50)**n``.
+
+    Args:
+        velocities: n tensors ``[B, ...]``, newest last.
+        sigmas: Their noise levels ``[B]``, falling.
+
+    Returns:
+        ``[B, ...]``, float32.
+    """
+    rows = [-REFERENCE_STEP * v.float() for v in velocities]
+    for level in range(1, len(rows)):
+        gaps = [old - new for old, new in zip(sigmas, sigmas[level:], strict=False)]
+        rows = [
+            (new - old) * expand(level * REFERENCE_STEP / gap, new)
+            for (old, new), gap in zip(pairwise(rows), gaps, strict=True)
+        ]
     return rows[0]
 
 
@@ -109,27 +122,30 @@ def choose_scale(stats: Mapping[int, float], threshold: float) -> int:
 class Policy(Protocol):
     """Chooses the scales of one step. Passed to `ddit.apply` as ``policy=`` in place of the built-in ones."""
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
         """Scale of each sample.
 
         Args:
             step: Number of the step, from 0.
             total: Number of steps of this generation, ``None`` where nobody knows.
             stats: Per sample, scale -> statistic; empty dictionaries while there are too few latents.
+            coarse: Per sample, how many steps in a row have run with large patches until now.
         """
         ...
 
 
 class Dynamic:
-    """The paper's rule, after a warm-up."""
+    """The paper's rule, after a warm-up, with a step at scale 1 whenever ``refresh`` steps had large patches."""
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
-        if step < self.config.warmup:
-            return [self.config.warmup_scale] * len(stats)
-        return [choose_scale(sample, self.config.threshold) for sample in stats]
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
+        config = self.config
+        if step < config.warmup:
+            return [config.warmup_scale] * len(stats)
+        due = [config.refresh > 0 and steps >= config.refresh for steps in coarse]
+        return [1 if now else choose_scale(sample, config.threshold) for now, sample in zip(due, stats, strict=True)]
 
 
 class Fixed:
@@ -138,7 +154,7 @@ class Fixed:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
         steps = self.config.steps
         return [steps[min(step, len(steps) - 1)]] * len(stats)
 
@@ -149,7 +165,7 @@ class First:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
         if total is None:
             raise ValueError(
                 "policy 'first' needs the number of steps, which only a pipeline knows; "

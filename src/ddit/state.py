@@ -10,9 +10,51 @@ import torch
 from torch import Tensor
 
 from ddit.config import ScheduleConfig
+from ddit.models.base import Anchor
 from ddit.patches import expand
 from ddit.report import Step
-from ddit.schedule import Policy, difference, project, statistics
+from ddit.schedule import Policy, difference, difference_per_sigma, project, statistics
+
+
+@dataclass
+class Memory:
+    """What one guidance pass keeps of each sample's last step at scale 1."""
+
+    anchor: Anchor
+    known: list[bool]
+    """Per sample, whether there was such a step."""
+    before: dict[int, Tensor] = field(default_factory=dict)
+    """Scale -> what the coarse grid says at the anchor, `ddit.models.base.Architecture.before`."""
+    asked: dict[int, set[int]] = field(default_factory=dict)
+    """Scale -> samples of which ``before`` holds the answer."""
+
+    def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float) -> None:
+        """A step at scale 1 is the new anchor of these samples."""
+        now = Anchor(latents, velocity, torch.full_like(self.anchor.sigma, sigma))
+        if all(samples):
+            self.anchor = now
+        else:
+            chosen = torch.tensor(samples, device=latents.device)
+            rows, old = expand(chosen, latents) > 0, self.anchor
+            self.anchor = Anchor(
+                torch.where(rows, now.latents, old.latents),
+                torch.where(rows, now.velocity, old.velocity),
+                torch.where(chosen, now.sigma, old.sigma),
+            )
+        new = {i for i, at_one in enumerate(samples) if at_one}
+        self.known = [known or i in new for i, known in enumerate(self.known)]
+        self.asked = {scale: asked - new for scale, asked in self.asked.items()}
+
+    def unasked(self, scale: int, samples: Sequence[int]) -> list[int]:
+        """Those samples whose ``before`` is missing at a scale."""
+        return [i for i in samples if i not in self.asked.get(scale, set())]
+
+    def remember(self, scale: int, samples: Sequence[int], low: Tensor) -> None:
+        """Keep ``before`` of some samples, ``[len(samples), ...]``."""
+        if scale not in self.before:
+            self.before[scale] = low.new_zeros(len(self.known), *low.shape[1:])
+        self.before[scale][list(samples)] = low
+        self.asked.setdefault(scale, set()).update(samples)
 
 
 @dataclass
@@ -21,14 +63,19 @@ class Generation:
 
     config: ScheduleConfig
     path: list[Tensor] = field(default_factory=list)
-    """Latents of the last ``order + 1`` steps in float32, newest last."""
+    """Latents of the last steps in float32, newest last: ``order + 1`` for plain differences, else one."""
     sigmas: list[float] = field(default_factory=list)
     seen: Tensor | None = None
     """The latents of the current step as the transformer got them."""
     velocities: list[Tensor] = field(default_factory=list)
     """Answers of the current step, one per guidance pass."""
-    clean: list[Tensor] = field(default_factory=list)
-    """Per guidance pass, the clean latents that each sample's last step at scale 1 predicted; zeros before."""
+    memories: list[Memory] = field(default_factory=list)
+    """One per guidance pass."""
+    nodes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Velocity ``[B, C, ..., H, W]`` of the path and noise level ``[B]`` of each sample's last ``order`` steps at
+    scale 1, newest last."""
+    counts: list[int] = field(default_factory=list)
+    """How many of these each sample has had."""
     scales: list[int] = field(default_factory=list)
     """Decision for the current step, one scale per sample."""
     steps: list[Step] = field(default_factory=list)
@@ -64,48 +111,72 @@ class Generation:
             sigma: Their noise level.
             total: Number of steps, where known.
         """
-        self._follow(z)
-        keep = self.config.order + 1
+        self._follow(z, sigma)
+        plain, keep = self.config.difference == "plain", self.config.order + 1
         self.sigmas = [*self.sigmas, sigma][-keep:]
-        self.path = self.path[-keep:]
-        stats: list[dict[int, float]] = [{} for _ in range(len(z))]
-        if len(self.path) == keep:
-            d = difference(self.path, self.sigmas, order=self.config.order, kind=self.config.difference)
-            table = statistics(d, patch_size, self.config.scales, self.config.percentile)
-            stats = [{s: values[b] for s, values in table.items()} for b in range(len(z))]
-            if self.config.switch == "hold" and self.steps:
-                held = self.steps[-1].statistics
-                stats = [now if self._steady(b) else dict(held[b]) for b, now in enumerate(stats)]
-        chosen, allowed = policy.choose(len(self.steps), total, stats), self.config.scales
+        self.path = self.path[-keep if plain else -1 :]
+        stats = self._statistics(len(z), patch_size, plain)
+        chosen, allowed = policy.choose(len(self.steps), total, stats, self._coarse(len(z))), self.config.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         self.scales = list(chosen)
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
         return self.scales
 
-    def _steady(self, sample: int) -> bool:
-        """Whether the steps between the latents of the path all ran at one scale."""
-        return len({step.scales[sample] for step in self.steps[-self.config.order :]}) == 1
+    def _statistics(self, batch: int, patch_size: int, plain: bool) -> list[dict[int, float]]:
+        """Per sample, scale -> statistic, where there are enough latents or steps at scale 1."""
+        order, scales, percentile = self.config.order, self.config.scales, self.config.percentile
+        if plain:
+            ready = list(range(batch)) if len(self.path) > order else []
+            values = difference(self.path, order) if ready else None
+        elif self.steps and 1 not in self.steps[-1].scales:
+            return [dict(held) for held in self.steps[-1].statistics]
+        else:
+            ready = [i for i, count in enumerate(self.counts) if count >= order]
+            nodes = [(v[ready], t[ready]) for v, t in self.nodes] if ready else []
+            values = difference_per_sigma([v for v, _ in nodes], [t for _, t in nodes]) if ready else None
+        stats: list[dict[int, float]] = [{} for _ in range(batch)]
+        if values is not None:
+            table = statistics(values, patch_size, scales, percentile)
+            for row, sample in enumerate(ready):
+                stats[sample] = {s: column[row] for s, column in table.items()}
+        return stats
+
+    def _coarse(self, batch: int) -> list[int]:
+        """How many steps in a row each sample has run with large patches until now."""
+        runs = [0] * batch
+        for sample in range(batch):
+            for step in reversed(self.steps):
+                if step.scales[sample] == 1:
+                    break
+                runs[sample] += 1
+        return runs
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to run at scale 1 and whose latents can't be read; the path starts anew after it."""
-        self.path, self.sigmas, self.velocities, self.clean = [], [sigma], [], []
+        self.path, self.sigmas, self.velocities, self.memories, self.nodes = [], [sigma], [], [], []
+        self.counts = [0] * len(tokens)
         self.seen, self.scales = tokens.clone(), [1] * len(tokens)
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
 
-    def expect(self, guidance_pass: int) -> Tensor:
-        """Clean latents predicted so far for a guidance pass, zeros where there are none."""
-        while len(self.clean) <= guidance_pass:
-            self.clean.append(torch.zeros_like(self._seen, dtype=torch.float32))
-        return self.clean[guidance_pass]
+    def memory(self) -> Memory:
+        """Of the guidance pass that is next to be answered."""
+        while len(self.memories) <= len(self.velocities):
+            empty = torch.zeros_like(self._seen, dtype=torch.float32)
+            nothing = Anchor(empty, empty, empty.new_zeros(len(empty)))
+            self.memories.append(Memory(nothing, [False] * len(empty)))
+        return self.memories[len(self.velocities)]
+
+    def compared(self, samples: Sequence[int]) -> None:
+        """Record a further call on the coarse grid in this step; guidance passes count once, as for all costs."""
+        if not self.velocities:
+            self.steps[-1] = replace(self.steps[-1], compared=self.steps[-1].compared | set(samples))
 
     def record(self, velocity: Tensor, seconds: float) -> None:
-        """Keep the answer ``[B, C, ..., H, W]`` to a call, and what it says of the clean latents at scale 1."""
-        clean = self.expect(len(self.velocities))
-        if 1 in self.scales:
-            predicted = torch.add(self._seen.float(), velocity.float(), alpha=-self.sigmas[-1])
-            scales = expand(torch.tensor(self.scales), clean)
-            self.clean[len(self.velocities)] = torch.where(scales == 1, predicted, clean)
+        """Keep the answer ``[B, C, ..., H, W]`` to a call, from which later steps with large patches start."""
+        if self.config.anchored and 1 in self.scales and max(self.config.scales) > 1:
+            fine = [scale == 1 for scale in self.scales]
+            self.memory().renew(fine, self._seen.float(), velocity.float(), self.sigmas[-1])
         self.velocities.append(velocity)
         self.add_seconds(seconds)
 
@@ -113,16 +184,41 @@ class Generation:
         """Count time towards the current step."""
         self.steps[-1] = replace(self.steps[-1], seconds=self.steps[-1].seconds + seconds)
 
-    def _follow(self, z: Tensor) -> None:
+    def _follow(self, z: Tensor, sigma: float) -> None:
         """Append to the path. Latents below float32 are rounded, so their step is projected (see `project`)."""
-        if self.path and z.dtype != torch.float32:
-            step = z.float() - self._seen.float()
-            step = project(step, self.velocities) if self.velocities else step
-            self.path.append(self.path[-1] + step)
+        step = None
+        if self.path:
+            step = z.float() - (self.path[-1] if z.dtype == torch.float32 else self._seen.float())
+            if z.dtype != torch.float32 and self.velocities:
+                step = project(step, self.velocities)
+            self.path.append(z.to(torch.float32, copy=True) if z.dtype == torch.float32 else self.path[-1] + step)
         else:
             self.path.append(z.to(torch.float32, copy=True))
+        if step is not None and self.steps and sigma < self.sigmas[-1]:
+            self._add_node(step / (sigma - self.sigmas[-1]))
         self.seen = self.path[-1] if z.dtype == torch.float32 else z.clone()
         self.velocities = []
+
+    def _add_node(self, velocity: Tensor) -> None:
+        """The last step's velocity joins the nodes of the samples that took it at scale 1."""
+        fine = [scale == 1 for scale in self.steps[-1].scales]
+        if self.config.difference == "plain" or not any(fine):
+            return
+        if not self.counts:
+            self.counts = [0] * len(fine)
+        self.counts = [count + at_one for count, at_one in zip(self.counts, fine, strict=True)]
+        new = (velocity, velocity.new_full((len(velocity),), self.sigmas[-1]))
+        if not self.nodes:
+            self.nodes = [new] * self.config.order
+        if all(fine):
+            self.nodes = [*self.nodes[1:], new]
+            return
+        chosen = torch.tensor(fine, device=velocity.device)
+        rows = expand(chosen, velocity) > 0
+        self.nodes = [
+            (torch.where(rows, newer[0], older[0]), torch.where(chosen, newer[1], older[1]))
+            for older, newer in zip(self.nodes, [*self.nodes[1:], new], strict=True)
+        ]
 
     def _like(self, z: Tensor) -> bool:
         return z.shape == self._seen.shape and z.dtype == self._seen.dtype and z.device == self._seen.device

@@ -16,19 +16,21 @@ from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
-from ddit.models.base import Inputs, to_meta
+from ddit.models.base import Anchor, Inputs, to_meta
 from ddit.preset import Preset
 from ddit.schedule import make_policy
 from ddit.state import Generation
 
 STARTS: dict[str, ScheduleConfig] = {
-    "bilinear, interpolated positions": ScheduleConfig(start="bilinear", positions="interpolated"),
-    "bilinear, grid positions": ScheduleConfig(start="bilinear", positions="grid"),
-    "noise-consistent, interpolated positions": ScheduleConfig(positions="interpolated", detail="wiener"),
-    "noise-consistent, grid positions": ScheduleConfig(positions="grid", detail="wiener"),
-    "noise-consistent, grid positions, carried detail": ScheduleConfig(positions="grid", detail="carried"),
+    "bilinear, interpolated positions": ScheduleConfig(start="bilinear", positions="interpolated", anchored=False),
+    "bilinear, grid positions": ScheduleConfig(start="bilinear", positions="grid", anchored=False),
+    "noise-consistent, interpolated positions": ScheduleConfig(positions="interpolated", anchored=False),
+    "noise-consistent, grid positions": ScheduleConfig(positions="grid", anchored=False),
+    "anchored": ScheduleConfig(),
 }
 """The forms of a coarse step that are compared."""
+AGE = 5
+"""How many steps ago an anchor is in `velocity_errors`, about as many as in use."""
 
 
 def record_calls(
@@ -53,7 +55,8 @@ def velocity_errors(
 ) -> list[dict[str, Any]]:
     """Mean squared error of coarse velocities to the plain one, along plain trajectories.
 
-    ``carried`` gets the clean latents of the plain step five steps earlier, about as old as they are in use.
+    Anchors are plain steps of the same run, `AGE` steps earlier. Their velocity taken again, with no call at all, is
+    one more form: what a cache would do.
 
     Args:
         adapter: Compared as one more form, at the scales it has.
@@ -66,36 +69,42 @@ def velocity_errors(
     forms: dict[str, tuple[ScheduleConfig, PatchAdapter | None]] = {k: (v, None) for k, v in STARTS.items()}
     if adapter is not None:
         forms["adapter"] = (ScheduleConfig(**adapter.form), adapter)
-    clean: list[Tensor] = []
+    anchors: list[Anchor] = []
     rows: list[dict[str, Any]] = []
+    forward = pipe.transformer.forward
     with _attached(adapter, pipe.transformer):
         for index, (inputs, tokens) in enumerate(calls):
             z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
             height, width = z.shape[-2:]
             plain = architecture.velocity(tokens, (height, width))
-            clean.append(z - sigma.reshape(-1, 1, 1, 1) * plain)
-            if index < 5 or index % every:
+            anchors.append(Anchor(z, plain, sigma))
+            if index < AGE or index % every:
                 continue
+            anchor = anchors[index - AGE]
             for scale in (2, 4):
+                answers = {"last velocity again": anchor.velocity}
                 for name, (config, learnt) in forms.items():
                     if learnt is not None and scale not in learnt.scales:
                         continue
+                    used = anchor if config.anchored else None
                     variance = (learnt or preset).detail_variance.get(scale)
-                    coarse = architecture.coarse_step(
-                        pipe.transformer.forward,
+                    answers[name] = architecture.coarse_step(
+                        forward,
                         inputs,
                         scale,
                         config,
-                        clean[index - 5] if config.detail == "carried" else torch.zeros_like(z),
-                        None if variance is None else torch.tensor(variance),
-                        learnt,
+                        anchor=used,
+                        before=architecture.before(forward, inputs, scale, config, used) if used else None,
+                        variance=None if variance is None else torch.tensor(variance),
+                        adapter=learnt,
                     )
+                for name, answer in answers.items():
                     rows.append(
                         {
                             "sigma": float(sigma[0]),
                             "scale": scale,
                             "form": name,
-                            "error": float((coarse - plain).square().mean()),
+                            "error": float((answer - plain).square().mean()),
                             "velocity_variance": float(plain.var()),
                         }
                     )
@@ -124,16 +133,22 @@ def step_costs(
     one = architecture.rows(inputs, [0])
     forms: dict[int | str, Callable[[], Any]] = {1: lambda: forward(**inputs)}
     flops = {1: architecture.count_flops(to_meta(one))}
-    clean = torch.zeros_like(architecture.latents(inputs))
+    anchor = Anchor(
+        architecture.latents(inputs), torch.zeros_like(architecture.latents(inputs)), architecture.sigma(inputs)
+    )
+    before = {s: architecture.before(forward, inputs, s, config, anchor) for s in (2, 4)}
+
+    def coarse(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Tensor:
+        used = {"anchor": anchor, "before": before[scale]} if config.anchored else {}
+        return architecture.coarse_step(forward, inputs, scale, config, adapter=adapter, **used)
+
     for scale in (2, 4):
-        forms[scale] = lambda s=scale: architecture.coarse_step(forward, inputs, s, config, clean)
+        forms[scale] = lambda s=scale: coarse(s, config)
         flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, config)[0]))
     if adapter is not None:
         trained = ScheduleConfig(**adapter.form)
         for scale in adapter.scales:
-            forms[f"adapter at {scale}"] = lambda s=scale: architecture.coarse_step(
-                forward, inputs, s, trained, clean, adapter=adapter
-            )
+            forms[f"adapter at {scale}"] = lambda s=scale: coarse(s, trained, adapter)
     times: dict[int | str, list[float]] = {s: [] for s in forms}
     with _attached(adapter, pipe.transformer):
         for turn in range(repeats + 3):

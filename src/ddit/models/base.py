@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -19,10 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddit.config import ScheduleConfig
 from ddit.patches import (
+    anchored_velocity,
     coarse_input,
-    coarse_velocity,
     crop,
-    detail,
+    detail_velocity,
+    expand,
+    grow,
+    low_velocity,
     pack,
     pad_to_multiple,
     patch_features,
@@ -37,7 +41,7 @@ class Adapter(Protocol):
     """What a coarse step needs of `ddit.adapter.PatchAdapter`."""
 
     config: Any
-    carried: bool
+    anchored: bool
     inputs: dict[int, int]
 
     @classmethod
@@ -46,6 +50,27 @@ class Adapter(Protocol):
     def attach(self, transformer: nn.Module) -> Any: ...
 
     def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
+
+
+@dataclass
+class Anchor:
+    """The last step at scale 1, which later steps with large patches start from. Latents are float32."""
+
+    latents: Tensor
+    """Noisy latents ``[B, C, ..., H, W]``."""
+    velocity: Tensor
+    """The model's own answer to them."""
+    sigma: Tensor
+    """Their noise level ``[B]``."""
+
+    @property
+    def clean(self) -> Tensor:
+        """Clean latents that the step predicted."""
+        return self.latents - expand(self.sigma, self.latents) * self.velocity
+
+    def rows(self, index: list[int]) -> Anchor:
+        """The same for some samples of the batch."""
+        return Anchor(self.latents[index], self.velocity[index], self.sigma[index])
 
 
 _COUNTED: dict[tuple[Any, ...], int] = {}
@@ -149,13 +174,29 @@ class Architecture(ABC):
         small, level = coarse_input(padded, sigma, scale, self.patch_size, config.start)
         return self.coarse(inputs, small.to(z.dtype), level, scale, config), small
 
+    def low_velocity(self, forward: Callable[..., Any], inputs: Inputs, scale: int, config: ScheduleConfig) -> Tensor:
+        """Velocity of what pooling keeps ``[B, C, ..., H/s, W/s]``, float32: one call on the coarse grid."""
+        coarse, small = self.coarse_inputs(inputs, scale, config)
+        height, width = small.shape[-2:]
+        output = self.velocity(first(forward(**coarse)), (height, width)).float()
+        return low_velocity(small, output, self.sigma(inputs), scale, config.start)
+
+    def before(
+        self, forward: Callable[..., Any], inputs: Inputs, scale: int, config: ScheduleConfig, anchor: Anchor
+    ) -> Tensor:
+        """`low_velocity` at the anchor, to be compared with that of later steps. Adapters stay silent."""
+        dtype = self.latents(inputs).dtype
+        return self.low_velocity(forward, self.renoised(inputs, anchor.latents.to(dtype), anchor.sigma), scale, config)
+
     def coarse_step(
         self,
         forward: Callable[..., Any],
         inputs: Inputs,
         scale: int,
         config: ScheduleConfig,
-        clean: Tensor | None = None,
+        *,
+        anchor: Anchor | None = None,
+        before: Tensor | None = None,
         variance: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> Tensor:
@@ -163,38 +204,36 @@ class Architecture(ABC):
 
         Args:
             forward: The transformer's own forward.
-            clean: Clean latents as the last step at scale 1 predicted them, shape of the latents; zero where
-                there was none.
-            variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
-            adapter: Attached to the transformer; adds what it learnt to the step.
+            anchor: The last step at scale 1 of these samples, where there was one and ``config.anchored`` asks for it.
+            before: What `before` gives for it.
+            variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples; used
+                without an anchor.
+            adapter: Attached to the transformer; adds what it learnt to the step. One that was trained on steps with an
+                anchor stays silent in a step without.
 
         Returns:
             Velocity ``[B, C, ..., H, W]``, float32.
         """
         z, sigma = self.latents(inputs), self.sigma(inputs)
-        coarse, small = self.coarse_inputs(inputs, scale, config)
-        height, width = small.shape[-2:]
         multiple = scale * self.patch_size
         padded = pad_to_multiple(z.float(), multiple)
-        expected, left = None, variance
-        if clean is not None and config.start == "noise-consistent":
-            expected = detail(pad_to_multiple(clean.float(), multiple), scale)
-            explained = expected.square().flatten(2).mean(-1)
-            if config.detail == "wiener":
-                expected, left = None, explained if variance is None else variance
-            elif variance is not None:
-                # Law of total variance: what the prediction does not explain is left to be estimated.
-                left = (variance.to(explained) - explained).clamp_min(0)
         correction = None
-        if adapter is None:
-            output = first(forward(**coarse))
+        if adapter is None or (adapter.anchored and anchor is None):
+            low = self.low_velocity(forward, inputs, scale, config)
         else:
-            patches = pack(patch_features(padded, sigma, scale, config.start, expected, adapter.carried), multiple)
+            clean = pad_to_multiple(anchor.clean, multiple) if adapter.anchored and anchor is not None else None
+            patches = pack(patch_features(padded, sigma, scale, config.start, clean), multiple)
             with adapter.at(scale, patches) as call:
-                output = first(forward(**coarse))
+                low = self.low_velocity(forward, inputs, scale, config)
             correction = unpack(call.correction.float(), multiple, padded.shape)
-        answer = self.velocity(output, (height, width)).float()
-        velocity = coarse_velocity(padded, sigma, small, answer, scale, self.patch_size, config.start, expected, left)
+        if anchor is not None:
+            assert before is not None, "an anchor comes with what the coarse grid said there"
+            carried = pad_to_multiple(anchor.velocity, multiple)
+            velocity = anchored_velocity(carried, low, before, scale, self.patch_size, config.start)
+        else:
+            velocity = grow(low, scale, self.patch_size, config.start)
+            if config.start == "noise-consistent":
+                velocity = velocity + detail_velocity(padded, sigma, scale, variance)
         return crop(velocity if correction is None else velocity + correction, *z.shape[-2:])
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ddit.config import Detail, Positions, Start, check_choice
+from ddit.config import Positions, Start, check_choice
 
 OptimizerName = Literal["prodigy", "adamw"]
 Noise = Literal["schedule", "uniform", "logit-normal"]
@@ -26,7 +26,6 @@ CHOICES: dict[str, Any] = {
     "lr_schedule": LrSchedule,
     "start": Start,
     "positions": Positions,
-    "detail": Detail,
 }
 LIVE = ("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out")
 """Fields that may change when a run is resumed."""
@@ -68,8 +67,8 @@ class TrainConfig:
     """What the adapter adds to: the training-free step, or the paper's initialisation (``bilinear``)."""
     positions: Positions | None = None
     """Positions of large patches; by default ``grid``, for ``bilinear`` the paper's ``interpolated``."""
-    detail: Detail = "carried"
-    """``carried``: the adapter sees the detail that the last step at scale 1 predicted."""
+    anchored: bool | None = None
+    """Whether large patches start from the last step at scale 1; by default yes, for ``bilinear`` no (the paper's)."""
     residual: bool = True
     """Whether there is a residual path."""
     size_vector: bool = True
@@ -98,8 +97,8 @@ class TrainConfig:
     weighting: Weighting = "bounded"
     """Weight of a noise level in the loss. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
     velocity of what lies inside a large patch divides by sigma. ``none`` is the paper's; the others are SD3's."""
-    no_carry: float = 0.1
-    """Share of samples that see no carried detail."""
+    gap: float = 0.1
+    """Mean distance in noise level to the last step at scale 1."""
 
     dtype: Dtype = "float32"
     """Of the frozen base."""
@@ -134,7 +133,7 @@ class TrainConfig:
                 _at_least(name, getattr(self, name), 1)
         for name in ("rank", "lr_warmup", "pictures", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name, high in (("ema", 1.0), ("no_carry", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
+        for name, high in (("ema", 1.0), ("gap", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {high:g}")
@@ -146,9 +145,14 @@ class TrainConfig:
         return self.lr or {"prodigy": 1.0, "adamw": 1e-4}[self.optimizer]
 
     @property
+    def takes_anchor(self) -> bool:
+        """``anchored``, or what it stands for where it is ``None``."""
+        return self.start == "noise-consistent" if self.anchored is None else self.anchored
+
+    @property
     def adapter_settings(self) -> dict[str, Any]:
         """Arguments of `ddit.PatchAdapter.for_model`."""
-        names = ("scales", "rank", "start", "positions", "detail", "residual", "size_vector")
+        names = ("scales", "rank", "start", "positions", "anchored", "residual", "size_vector")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
-from ddit.models.base import Architecture, Inputs, first
+from ddit.models.base import Anchor, Architecture, Inputs, first
 from ddit.patches import detail, expand, pad_to_multiple
 from ddit.train.config import Noise, TrainConfig
 from ddit.train.samples import Samples
@@ -32,8 +32,8 @@ class Draw:
     scale: int
     sigma: float
     """Noise level of the step."""
-    earlier: float | None
-    """Noise level at which the carried detail was predicted; ``None`` for no carried detail."""
+    anchor: float
+    """Noise level of the last step at scale 1 before, for an adapter that starts from it."""
     noise: int
     """Seed of the noise."""
 
@@ -43,9 +43,8 @@ def draw(config: TrainConfig, samples: Samples, records: int, step: int, number:
     rng = np.random.default_rng([config.seed, step, number])
     record, scale = int(rng.integers(records)), int(rng.choice(config.scales))
     sigma = max(noise_level(config.noise, samples.sigmas, rng), LEAST_SIGMA)
-    earlier = float(rng.uniform(sigma, 1.0))
-    carries = rng.random() >= config.no_carry
-    return Draw(record, scale, sigma, earlier if carries else None, int(rng.integers(2**62)))
+    anchor = min(sigma + float(rng.exponential(config.gap)), 1.0)
+    return Draw(record, scale, sigma, anchor, int(rng.integers(2**62)))
 
 
 def noise_level(kind: Noise, sigmas: Sequence[float], rng: np.random.Generator) -> float:
@@ -69,15 +68,25 @@ class Batch:
     """``[B]``"""
     target: Tensor
     """The model's own velocity ``[B, C, ..., H, W]``, float32."""
-    clean: Tensor
-    """Clean latents that the model predicted at an earlier noise level; zeros where nothing is carried."""
+    anchor: Anchor | None
+    """The step at scale 1 before, for an adapter that starts from it."""
 
 
 @torch.no_grad()
 def make_batch(
-    transformer: Any, architecture: Architecture, samples: Samples, draws: Sequence[Draw], device: Any, dtype: Any
+    transformer: Any,
+    architecture: Architecture,
+    samples: Samples,
+    draws: Sequence[Draw],
+    device: Any,
+    dtype: Any,
+    *,
+    anchored: bool,
 ) -> Batch:
-    """Ask the teacher, which is the transformer itself while the adapter is silent."""
+    """Ask the teacher, which is the transformer itself while the adapter is silent.
+
+    Latents with an anchor lie where a step from the anchor with the teacher's velocity leads, as in use.
+    """
     clean, call = samples.load([d.record for d in draws])
     clean = clean.to(device).float()
     call = {
@@ -86,21 +95,22 @@ def make_batch(
     eps = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(d.noise)) for d in draws])
     eps = eps.to(device)
 
-    def ask(levels: Sequence[float]) -> tuple[Inputs, Tensor, Tensor]:
-        sigma = torch.tensor(levels, device=device, dtype=torch.float32)
-        noisy = torch.lerp(clean, eps, expand(sigma, clean)).to(dtype)
-        inputs = architecture.renoised(call, noisy, sigma)
-        velocity = architecture.velocity(first(transformer(**inputs)), (clean.shape[-2], clean.shape[-1]))
-        return inputs, sigma, velocity.float()
+    def levels(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=device)
 
-    inputs, sigma, target = ask([d.sigma for d in draws])
-    carried = torch.zeros_like(clean)
-    if any(d.earlier is not None for d in draws):
-        before, level, velocity = ask([d.earlier or 1.0 for d in draws])
-        predicted = architecture.latents(before).float() - expand(level, clean) * velocity
-        has = torch.tensor([d.earlier is not None for d in draws], device=device)
-        carried = torch.where(expand(has, clean) > 0, predicted, carried)
-    return Batch(inputs, [d.scale for d in draws], sigma, target, carried)
+    def ask(latents: Tensor, sigma: Tensor) -> tuple[Inputs, Tensor]:
+        inputs = architecture.renoised(call, latents.to(dtype), sigma)
+        velocity = architecture.velocity(first(transformer(**inputs)), (clean.shape[-2], clean.shape[-1]))
+        return inputs, velocity.float()
+
+    sigma, anchor = levels([d.sigma for d in draws]), None
+    begin = levels([d.anchor for d in draws]) if anchored else sigma
+    noisy = torch.lerp(clean, eps, expand(begin, clean))
+    if anchored:
+        anchor = Anchor(noisy, ask(noisy, begin)[1], begin)
+        noisy = noisy + expand(sigma - begin, clean) * anchor.velocity
+    inputs, target = ask(noisy, sigma)
+    return Batch(inputs, [d.scale for d in draws], sigma, target, anchor)
 
 
 def groups(scales: Sequence[int]) -> dict[int, list[int]]:
@@ -122,14 +132,19 @@ def errors(
     rows: list[int],
 ) -> Tensor:
     """Mean squared error of the coarse velocity of each row, ``[rows]``; ``adapter=None`` is the training-free step."""
+    forward, inputs = transformer.forward, architecture.rows(batch.inputs, rows)
+    anchor = batch.anchor.rows(rows) if batch.anchor else None
+    with torch.no_grad():
+        before = architecture.before(forward, inputs, scale, form, anchor) if anchor else None
     velocity = architecture.coarse_step(
-        transformer.forward,
-        architecture.rows(batch.inputs, rows),
+        forward,
+        inputs,
         scale,
         form,
-        batch.clean[rows],
-        variance.get(scale),
-        adapter,
+        anchor=anchor,
+        before=before,
+        variance=variance.get(scale),
+        adapter=adapter,
     )
     return (velocity - batch.target[rows]).square().flatten(1).mean(1)
 

@@ -193,7 +193,15 @@ class Run:
         """See `make_batch`."""
         transformer, device = self.pipe.transformer, self.accelerator.device
         with self.accelerator.autocast():
-            return make_batch(transformer, self.architecture, self.samples, draws, device, transformer.dtype)
+            return make_batch(
+                transformer,
+                self.architecture,
+                self.samples,
+                draws,
+                device,
+                transformer.dtype,
+                anchored=self.adapter.anchored,
+            )
 
     def errors(self, batch: Batch, scale: int, rows: list[int], adapter: PatchAdapter | None) -> Tensor:
         """See `distill.errors`."""
@@ -206,9 +214,9 @@ class Run:
         share = torch.zeros((), device=self.accelerator.device)
         batch = self.ask_teacher(draws)
         for scale, rows in groups(batch.scales).items():
+            error = self.errors(batch, scale, rows, self.adapter)
+            loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
             with self.adapter.low_rank_at(scale):
-                error = self.errors(batch, scale, rows, self.adapter)
-                loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
                 loss.backward()
             share += loss.detach()
         return share

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ddit.train.trainer import Run
 
 SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
-"""Noise levels that are validated; what is carried comes from a third of the way back to 1."""
+"""Noise levels that are validated; the last step at scale 1 is ``GAP`` earlier."""
+GAP = 0.1
 
 
 @torch.no_grad()
@@ -27,8 +28,7 @@ def validate(run: Run) -> list[dict[str, Any]]:
     for scale in run.config.scales:
         for sigma in SIGMAS:
             learnt, free = [], []
-            earlier = sigma + (1 - sigma) / 3
-            draws = [Draw(r, scale, sigma, earlier, noise=r) for r in records]
+            draws = [Draw(r, scale, sigma, min(sigma + GAP, 1.0), noise=r) for r in records]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
                 batch = run.ask_teacher(part)
