@@ -21,10 +21,12 @@ import ddit
 import tiny
 from ddit import ScheduleConfig
 from ddit.api import Handle
-from ddit.config import Detail, Difference, Positions, Start, Switch
+from ddit.config import Difference, Positions, Start
+from ddit.patches import grow
+from ddit.state import Generation
 
 PLAIN = ScheduleConfig(threshold=0.0)
-COARSE = ScheduleConfig(threshold=1e9)
+COARSE = ScheduleConfig(threshold=1e9, refresh=0)
 STEPS = 8
 GUIDED: dict[str, Any] = dict(negative_prompt="", true_cfg_scale=2.0)
 
@@ -65,7 +67,7 @@ class Table:
     def __init__(self, *samples: list[int]):
         self.samples = samples
 
-    def choose(self, step, total, stats):
+    def choose(self, step, total, stats, coarse):
         return [sample[min(step, len(sample) - 1)] for sample in self.samples]
 
 
@@ -271,12 +273,20 @@ def test_another_wrapper_put_on_later_survives_removal(pipe):
 def test_huge_threshold_is_coarsest_after_warmup(pipe):
     """And the transformer really runs on fewer tokens."""
     record = Record(pipe.transformer)
-    handle = ddit.apply(pipe, config=ScheduleConfig(threshold=1e9, warmup=5))
+    handle = ddit.apply(pipe, config=ScheduleConfig(threshold=1e9, warmup=5, refresh=0, anchored=False))
     tiny.sample(pipe)
     assert handle.report.strip() == "1 1 1 1 1 4 4 4"
     assert record.tokens == [64] * 5 + [4] * 3
     assert len(handle.report.steps[2].statistics[0]) == 0
     assert set(handle.report.steps[3].statistics[0]) == {2, 4}
+
+
+def test_refresh_limits_the_steps_with_large_patches(pipe):
+    """In a row, and for each sample."""
+    config = ScheduleConfig(threshold=1e9, refresh=2)
+    handle = ddit.apply(pipe, config=config)
+    tiny.sample(pipe, num_images_per_prompt=2)
+    assert handle.report.scales == [[1, 1, 1, 4, 4, 1, 4, 4]] * 2
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -297,7 +307,10 @@ def test_fixed_policy(pipe):
     handle = ddit.apply(pipe, config=fixed(4, 2, 1, 2))
     tiny.sample(pipe)
     assert handle.report.strip() == "4 2 1 2 2 2 2 2"
-    assert record.tokens == [4, 16, 64, 16, 16, 16, 16, 16]
+    assert record.tokens == [4, 16, 64, *[16] * 6]  # the fourth twice: there and at the anchor
+    assert [step.compared for step in handle.report.steps] == [
+        frozenset({0}) if i == 3 else frozenset() for i in range(8)
+    ]
 
 
 def test_first_policy_knows_the_pipelines_steps(pipe):
@@ -313,35 +326,53 @@ def test_first_policy_is_refused_on_a_bare_transformer(pipe):
         tiny.sample(pipe)
 
 
-@pytest.mark.parametrize("switch", ["hold", "measure"])
-def test_the_statistic_is_held_across_a_change_of_scale(pipe, switch: Switch):
-    """For `order` steps after the change at step 4 the rule sees the last statistic; then it measures again."""
-    handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, switch=switch))
+@pytest.mark.parametrize("kind", ["plain", "per-sigma"])
+def test_the_statistic_is_that_of_steps_at_scale_one(pipe, kind: Difference):
+    """The paper's difference sees whatever the path does; ours only learns from steps at scale 1."""
+    handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, 2, 2, 1, 2, difference=kind))
     tiny.sample(pipe, steps=10)
     stats = [step.statistics[0].get(2) for step in handle.report.steps]
-    assert stats[:3] == [None] * 3
-    assert (stats[4] == stats[5] == stats[6]) == (switch == "hold")
-    assert len({stats[3], stats[4], *stats[7:]}) == 5
+    assert stats[:3] == [None] * 3 and stats[3] != stats[4]
+    if kind == "plain":
+        assert len(set(stats[3:])) == 7
+    else:
+        assert len(set(stats[4:8])) == 1 and len({*stats[7:9]}) == 2 and stats[9] == stats[8]
+
+
+def test_the_statistic_of_uneven_steps_at_scale_one(pipe):
+    """Latents on a cubic of sigma, the samples' steps at scale 1 at different places: the same third derivative."""
+    config = fixed(1, 2, difference="per-sigma", scales=(1, 2))
+    policy = Table([1, 1, 1, 2, 1, 2, 2, 1], [1, 1, 1, 1, 2, 2, 1, 1])
+    x = torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generation = Generation(config)
+    levels = [1 - 0.02 * i for i in range(9)]
+    for sigma in levels:
+        z = (x[0] + x[1] * sigma + x[2] * sigma**2 + 300 * x[3] * sigma**3).float().expand(2, -1, -1, -1)
+        generation.decide(z, sigma, policy, 2, None)
+        generation.record(torch.zeros_like(z), 0.0)
+    first, second = (torch.tensor([s.statistics[b][2] for s in generation.steps[3:]]) for b in (0, 1))
+    torch.testing.assert_close(first, first[:1].expand(6), rtol=0.02, atol=0)
+    torch.testing.assert_close(second, first, rtol=0.02, atol=0)
 
 
 def test_custom_policy_sees_step_total_and_statistics(pipe):
     seen = []
 
     class Mine:
-        def choose(self, step, total, stats):
-            seen.append((step, total, len(stats), len(stats[0])))
+        def choose(self, step, total, stats, coarse):
+            seen.append((step, total, len(stats), len(stats[0]), *coarse))
             return [2 if step % 2 else 1 for _ in stats]
 
-    handle = ddit.apply(pipe, policy=Mine(), config=ScheduleConfig(switch="measure"))
+    handle = ddit.apply(pipe, policy=Mine(), config=ScheduleConfig(difference="plain"))
     tiny.sample(pipe, num_images_per_prompt=2)
     assert handle.report.scales == [[1, 2] * 4] * 2
-    assert seen == [(i, STEPS, 2, 0 if i < 3 else 2) for i in range(STEPS)]
+    assert seen == [(i, STEPS, 2, 0 if i < 3 else 2, *[i % 2 == 0 and i > 0] * 2) for i in range(STEPS)]
 
 
 @pytest.mark.parametrize("chosen", [[3], [8], [], [1, 1], ["2"], [None], None, 2])
 def test_nonsense_of_a_policy_is_refused(chosen):
     class Bad:
-        def choose(self, step, total, stats):
+        def choose(self, step, total, stats, coarse):
             return chosen
 
     transformer = tiny.transformer()
@@ -351,15 +382,43 @@ def test_nonsense_of_a_policy_is_refused(chosen):
 
 @pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
 @pytest.mark.parametrize("positions", ["grid", "interpolated"])
-@pytest.mark.parametrize("detail", ["carried", "wiener"])
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("measured", [False, True])
-def test_every_setting_of_the_coarse_step_runs(start: Start, positions: Positions, detail: Detail, measured):
+def test_every_setting_of_the_coarse_step_runs(start: Start, positions: Positions, anchored, measured):
     variance = {2: [0.1] * 4, 4: [0.2] * 4} if measured else None
-    config = fixed(1, 2, 4, start=start, positions=positions, detail=detail)
+    config = fixed(1, 2, 4, start=start, positions=positions, anchored=anchored)
     transformer = tiny.transformer()
     ddit.apply(transformer, config=config, detail_variance=variance)
     latents = denoise(transformer, steps=4)
     assert latents.isfinite().all() and latents.std() > 0.1
+
+
+def test_an_anchored_step_adds_half_of_what_changed_on_the_coarse_grid():
+    """By hand: v = v_anchor + U (w(now) - w(anchor)) / 2, with w the unanchored step's share that pooling keeps."""
+    transformer, config = tiny.transformer(), fixed(1, 2)
+    calls = [call_inputs(sigma=0.8, seed=1), call_inputs(sigma=0.7, seed=2)]
+    with torch.no_grad():
+        plain = transformer(**calls[0])[0]
+        with ddit.apply(transformer, config=config) as handle:
+            assert torch.equal(transformer(**calls[0])[0], plain)
+            ours = transformer(**calls[1])[0]
+            assert handle.report.scales == [[1, 2]]
+        arch = handle._architecture
+        low = [arch.low_velocity(transformer.forward, call, 2, config) for call in calls]
+        v = arch.velocity(plain, (8, 8)) + grow((low[1] - low[0]) / 2, 2, 2, "noise-consistent")
+    torch.testing.assert_close(arch.velocity(ours, (8, 8)), v, rtol=1e-4, atol=1e-5)
+
+
+def test_an_anchored_step_without_change_repeats_the_velocity():
+    """The same call again, now with large patches: nothing has changed since, so the answer is the model's own."""
+    transformer = tiny.transformer()
+    ddit.apply(transformer, config=fixed(1, 2, 4, difference="plain"))
+    with torch.no_grad():
+        plain = transformer(**call_inputs(sigma=0.8))[0]
+        for _ in range(2):
+            call = call_inputs(sigma=0.8)
+            call["timestep"] = call["timestep"] - 1e-7  # else it would be a further guidance pass
+            torch.testing.assert_close(transformer(**call)[0], plain, rtol=1e-4, atol=1e-4)
 
 
 # --- one generation, the next, and broken ones ---
@@ -523,7 +582,7 @@ def test_the_rule_decides_for_each_sample(pipe):
     values = sorted(stats[2] for step in handle.report.steps[3:] for stats in step.statistics)
     gaps = [(b / a, (a * b) ** 0.5) for a, b in itertools.pairwise(values)]
     middle = max(gaps[len(gaps) // 4 : -len(gaps) // 4])[1]
-    config = ScheduleConfig(threshold=middle)
+    config = ScheduleConfig(threshold=middle, refresh=2)
     handle = ddit.apply(pipe, config=config)
     together = tiny.sample(pipe, latents=z, num_images_per_prompt=4)
     schedules = handle.report.scales
@@ -545,7 +604,7 @@ def test_num_images_per_prompt(pipe):
 @pytest.mark.parametrize("config", [COARSE, fixed(1, 2, 4, 2)], ids=["dynamic", "fixed"])
 def test_both_guidance_passes_take_one_decision(pipe, config):
     record = Record(pipe.transformer)
-    handle = ddit.apply(pipe, config=config)
+    handle = ddit.apply(pipe, config=replace(config, anchored=False))
     tiny.sample(pipe, **GUIDED)
     assert len(handle.report.steps) == STEPS
     assert len(record.calls) == 2 * STEPS
@@ -559,7 +618,7 @@ def test_guidance_is_bit_equal_at_threshold_zero(pipe):
     assert len(handle.report.steps) == STEPS
 
 
-def test_each_guidance_pass_carries_its_own_detail(pipe):
+def test_each_guidance_pass_has_its_own_anchor(pipe):
     """Passes with the same prompt equal a run without guidance, whose step is the same mixture."""
     ddit.apply(pipe, config=fixed(1, 2, 4, 1))
     once = tiny.sample(pipe)
@@ -649,7 +708,7 @@ def test_grids_that_do_not_divide_are_padded(grid, scale):
     ours = denoise(transformer, steps=4, grid=grid)
     assert ours.shape == (1, grid[0] * grid[1], 16) and ours.isfinite().all()
     padded = -(-grid[0] // scale) * -(-grid[1] // scale)
-    assert record.tokens == [grid[0] * grid[1], padded, padded, grid[0] * grid[1]]
+    assert record.tokens == [grid[0] * grid[1], *[padded] * 3, grid[0] * grid[1]]  # one of them at the anchor
     assert handle.report.tokens == {1: grid[0] * grid[1], scale: padded}
 
 

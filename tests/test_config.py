@@ -23,7 +23,8 @@ REFUSED = {
     "start": ["pool", None],
     "positions": ["centre", None],
     "difference": ["persigma", None],
-    "detail": ["zero", None],
+    "anchored": [1, None, "yes"],
+    "refresh": [-1, 1.0, True, None],
 }
 
 
@@ -74,10 +75,10 @@ def test_lists_become_tuples_and_scales_are_sorted():
     assert config.steps == (4, 2, 1)
 
 
-def test_defaults_are_the_papers():
+def test_defaults():
     config = ScheduleConfig()
     assert (config.threshold, config.percentile, config.order, config.scales) == (1e-3, 0.4, 3, (1, 2, 4))
-    assert (config.policy, config.difference) == ("dynamic", "plain")
+    assert (config.policy, config.difference) == ("dynamic", "per-sigma")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,9 @@ def test_defaults_are_the_papers():
     [
         ScheduleConfig(),
         ScheduleConfig(policy="fixed", steps=(4, 2, 1), positions="interpolated", start="bilinear"),
-        ScheduleConfig(order=1, warmup=7, warmup_scale=2, scales=(1, 2, 8), difference="per-sigma", detail="wiener"),
+        ScheduleConfig(
+            order=1, warmup=7, warmup_scale=2, scales=(1, 2, 8), difference="plain", anchored=False, refresh=0
+        ),
     ],
 )
 def test_round_trip(config):

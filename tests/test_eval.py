@@ -82,7 +82,7 @@ def test_cost_and_velocity_suites(model, tmp_path, capsys):
         assert main(["evaluate", *flags, "--out", str(out)]) == 0
         rows = json.loads(out.with_suffix(".json").read_text())["rows"]
         assert rows
-    assert {row["form"] for row in rows} == set(steps.STARTS)
+    assert {row["form"] for row in rows} == {"last velocity again", *steps.STARTS}
     assert all(row["error"] > 0 and 0 < row["sigma"] < 1 for row in rows)
 
 
@@ -96,8 +96,8 @@ def test_an_adapter_is_one_more_form(model, tmp_path, capsys):
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     errors = {(r["scale"], r["sigma"], r["form"]): r["error"] for r in rows}
     for (scale, sigma, form), error in errors.items():
-        if form == "adapter":  # untrained: the training-free step, but for the variance that the preset has
-            assert error == pytest.approx(errors[scale, sigma, "noise-consistent, grid positions, carried detail"])
+        if form == "adapter":  # untrained: the training-free step
+            assert error == pytest.approx(errors[scale, sigma, "anchored"])
     assert "| adapter |" in out.with_suffix(".md").read_text()
     assert main(["evaluate", "--suite", "cost", *flags, "--out", str(out)]) == 0
     assert set(json.loads(out.with_suffix(".json").read_text())["rows"][0]["adapter_share"]) == {"2", "4"}

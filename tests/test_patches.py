@@ -8,14 +8,16 @@ import torch.nn.functional as F
 
 from ddit.config import Start
 from ddit.patches import (
+    anchored_velocity,
     coarse_input,
     coarse_positions,
-    coarse_velocity,
     consistent_level,
     crop,
     depth_to_space,
     detail,
+    detail_velocity,
     grow,
+    low_velocity,
     pad_to_multiple,
     resize_matrices,
     shrink,
@@ -212,42 +214,34 @@ def blocky(scale, dtype=torch.float64):
     return x, eps, z, sigma, small, ideal
 
 
+def step(z, sigma, small, output, scale, variance=None):
+    """The noise-consistent step without an anchor."""
+    low = low_velocity(small, output, sigma, scale, "noise-consistent")
+    return grow(low, scale, 2, "noise-consistent") + detail_velocity(z, sigma, scale, variance)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("scale", [2, 4])
 def test_velocity_is_exact_without_detail(scale, dtype, tolerance):
     """Nothing lies inside the patches: with an ideal model the coarse step returns eps - x itself."""
     x, eps, z, sigma, small, ideal = blocky(scale, dtype)
-    velocity = coarse_velocity(z, sigma, small, ideal, scale, 2, "noise-consistent")
+    velocity = step(z, sigma, small, ideal, scale)
     assert velocity.dtype == dtype
     torch.testing.assert_close(velocity, eps - x, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("scale", [2, 4])
-def test_velocity_is_exact_when_the_detail_is_known(scale):
-    """``expected`` equal to the picture's detail, trusted: eps - x again, for any picture."""
-    x, eps, sigma = noise(4, 3, 8, 16), noise(4, 3, 8, 16, seed=1), SIGMAS.reshape(-1, 1, 1, 1)
-    z = (1 - sigma) * x + sigma * eps
-    small, _ = coarse_input(z, SIGMAS, scale, 2, "noise-consistent")
-    ideal = scale * F.avg_pool2d(eps, scale) - F.avg_pool2d(x, scale)
-    velocity = coarse_velocity(z, SIGMAS, small, ideal, scale, 2, "noise-consistent", expected=detail(x, scale))
-    torch.testing.assert_close(velocity, eps - x, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("scale", [2, 4])
-def test_wiener_gain_is_the_design_formula(scale, per_sample):
+def test_wiener_gain_is_the_design_formula(scale):
     """v = U v_lo + k_s (z - U D z), k_s = (sigma n - (1 - sigma) h) / ((1 - sigma)^2 h + sigma^2 n)."""
     z, output = noise(4, 3, 8, 16), noise(4, 3, 8 // scale, 16 // scale, seed=1)
     h = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
-    h = h * torch.arange(1, 5, dtype=torch.float64)[:, None] if per_sample else h
     small, level = coarse_input(z, SIGMAS, scale, 2, "noise-consistent")
     level, sigma = level.reshape(-1, 1, 1, 1), SIGMAS.reshape(-1, 1, 1, 1)
-    n, H = 1 - 1 / scale**2, h.reshape(-1, 3, 1, 1)
+    n, H = 1 - 1 / scale**2, h.reshape(-1, 1, 1)
     k = (sigma * n - (1 - sigma) * H) / ((1 - sigma) ** 2 * H + sigma**2 * n)
     v_lo = (small + (1 - level) * output) / scale - (small - level * output)
     expected = v_lo.repeat_interleave(scale, -1).repeat_interleave(scale, -2) + k * detail(z, scale)
-    ours = coarse_velocity(z, SIGMAS, small, output, scale, 2, "noise-consistent", variance=h)
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step(z, SIGMAS, small, output, scale, h), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -261,23 +255,26 @@ def test_wiener_estimate_is_the_best_linear_one(scale):
     true = detail(x, scale).square().mean().reshape(1)
 
     def error(variance):
-        velocity = coarse_velocity(z, sigma, small, ideal, scale, 2, "noise-consistent", variance=variance)
-        return (velocity - (eps - x)).square().mean().item()
+        return (step(z, sigma, small, ideal, scale, variance) - (eps - x)).square().mean().item()
 
     # h of the formula is the variance of the detail; noise of the pixels leaves n of it there as well.
     assert error(true) < min(error(true * 0.7), error(true * 1.4), error(true * 0))
 
 
-def test_an_expected_detail_with_no_variance_equals_none():
-    """Variance zero and no variance mean the same: trust what is expected."""
-    z, output, expected = noise(4, 3, 8, 8), noise(4, 3, 4, 4, seed=1), noise(4, 3, 8, 8, seed=2)
+def test_no_variance_is_zero_variance():
+    z, output = noise(4, 3, 8, 8), noise(4, 3, 4, 4, seed=1)
     small, _ = coarse_input(z, SIGMAS, 2, 2, "noise-consistent")
-    arguments = (z, SIGMAS, small, output, 2, 2, "noise-consistent")
-    zero = coarse_velocity(*arguments, expected=expected, variance=torch.zeros(3))
-    torch.testing.assert_close(zero, coarse_velocity(*arguments, expected=expected))
+    torch.testing.assert_close(step(z, SIGMAS, small, output, 2, torch.zeros(3)), step(z, SIGMAS, small, output, 2))
 
 
-def test_bilinear_velocity_is_the_grown_output():
+def test_bilinear_velocity_is_the_output():
     output = noise(2, 3, 4, 4)
-    velocity = coarse_velocity(noise(2, 3, 8, 8), SIGMAS[:2], output, output, 2, 2, "bilinear")
-    assert torch.equal(velocity, grow(output, 2, 2, "bilinear"))
+    assert low_velocity(output, output, SIGMAS[:2], 2, "bilinear") is output
+
+
+def test_an_anchor_adds_half_of_the_change():
+    v, low, before = noise(2, 3, 8, 8), noise(2, 3, 4, 4, seed=1), noise(2, 3, 4, 4, seed=2)
+    ours = anchored_velocity(v, low, before, 2, 2, "noise-consistent")
+    change = (low - before).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    torch.testing.assert_close(ours, v + change / 2)
+    assert torch.equal(anchored_velocity(v, low, low, 2, 2, "bilinear"), v)

@@ -1,6 +1,7 @@
 """The rule: differences, patches, quantile and choice, against hand-computed values and the paper's formulas."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from ddit.schedule import (
     channel_moments,
     choose_scale,
     difference,
+    difference_per_sigma,
     make_policy,
     patch_deviation,
     project,
@@ -79,13 +81,13 @@ def paper_statistic(d, patch, percentile):
 def test_third_difference_by_hand():
     """1, 2, 4, 9: first differences 1, 2, 5; second 1, 3; third 2."""
     z = [torch.tensor([[[[float(v)]]]]) for v in (1, 2, 4, 9)]
-    values = [difference(z, EVEN[:4], order=order).item() for order in (1, 2, 3)]
+    values = [difference(z, order).item() for order in (1, 2, 3)]
     assert values == [5, 3, 2]
 
 
 def test_only_the_newest_latents_count():
     z = path(7)
-    assert torch.equal(difference(z, EVEN[:7]), difference(z[-4:], EVEN[3:7]))
+    assert torch.equal(difference(z), difference(z[-4:]))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 12), (2, 3, 2, 8, 12), (1, 4, 9, 7), (3, 1, 2, 5, 11)])
@@ -93,7 +95,7 @@ def test_only_the_newest_latents_count():
 def test_plain_is_the_papers_formula(order, shape):
     """Also for videos and for grids that the patch does not divide."""
     z = path(6, shape, seed=order)
-    ours = difference(z, EVEN[:6], order=order)
+    ours = difference(z, order)
     theirs = paper_difference(z, order)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for scale in (2, 4):
@@ -102,55 +104,53 @@ def test_plain_is_the_papers_formula(order, shape):
             np.testing.assert_allclose(statistic(channel_moments(ours), 2 * scale, rho), expected, rtol=1e-5)
 
 
+def levels(*sigmas):
+    """Noise levels of two samples, the second one's all lower."""
+    return [torch.tensor([s, s - 0.3]) for s in sigmas]
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_per_sigma_is_newtons_divided_difference(order):
-    """On uneven noise levels."""
-    z = path(5, seed=order)
-    sigmas = [1.0, 0.93, 0.9, 0.79, 0.71]
-    ours = difference(z, sigmas, order=order, kind="per-sigma")
-    np.testing.assert_allclose(ours, newton_difference(z, sigmas, order), rtol=1e-4, atol=1e-5)
+    """On uneven noise levels: a difference of order n of the latents is one of order n - 1 of the velocity."""
+    v = path(order, seed=order)
+    sigmas = [1.0, 0.93, 0.9][:order]
+    ours = difference_per_sigma(v, levels(*sigmas))
+    theirs = -newton_difference(v, sigmas, order - 1) / 50
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_per_sigma_equals_plain_for_fifty_even_steps(order):
-    z = path(5)
-    plain = difference(z, EVEN[10:15], order=order)
-    torch.testing.assert_close(difference(z, EVEN[10:15], order=order, kind="per-sigma"), plain, rtol=1e-4, atol=1e-5)
+    z = path(order + 1)
+    v = [-50 * (new - old) for old, new in pairwise(z)]
+    ours = difference_per_sigma(v, levels(*EVEN[10 : 10 + order]))
+    torch.testing.assert_close(ours, difference(z, order), rtol=1e-4, atol=1e-4)
 
 
 def test_per_sigma_does_not_depend_on_the_number_of_steps():
     """A cubic path at 20 and at 50 steps; the plain difference is (50 / 20)^3 times as large."""
     c = path(4, (1, 2, 8, 8), dtype=torch.float64)
 
-    def value(steps, kind):
+    def value(steps, plain):
         sigmas = [1 - i / steps for i in range(steps // 2 + 1)]
         z = [(c[0] + c[1] * s + c[2] * s**2 + 5 * c[3] * s**3).float() for s in sigmas]
-        return statistic(channel_moments(difference(z, sigmas, kind=kind)), 4, 0.4).item()
+        v = [-steps * (new - old) for old, new in pairwise(z)][-3:]
+        d = difference(z) if plain else difference_per_sigma(v, [torch.tensor([s]) for s in sigmas[-4:-1]])
+        return statistic(channel_moments(d), 4, 0.4).item()
 
-    assert value(20, "per-sigma") == pytest.approx(value(50, "per-sigma"), rel=0.02)
-    assert value(20, "plain") / value(50, "plain") == pytest.approx(2.5**3, rel=0.02)
+    assert value(20, False) == pytest.approx(value(50, False), rel=0.02)
+    assert value(20, True) / value(50, True) == pytest.approx(2.5**3, rel=0.02)
 
 
-def test_a_polynomial_of_lower_degree_has_no_difference():
-    """Constant velocity: second and third differences vanish, on uneven steps too when taken per sigma."""
-    x, v = path(2, dtype=torch.float64)
-    sigmas = [1.0, 0.96, 0.9, 0.85]
-    z = [(x + s * v).float() for s in sigmas]
+def test_a_constant_velocity_has_no_difference():
+    (v,) = path(1)
     for order in (2, 3):
-        assert difference(z, sigmas, order=order, kind="per-sigma").abs().max() < 1e-4
-    assert difference(z, sigmas, order=2).abs().max() > 1e-2
+        assert difference_per_sigma([v] * order, levels(1.0, 0.96, 0.9)[:order]).abs().max() == 0
 
 
 def test_too_few_latents_are_refused():
     with pytest.raises(ValueError, match="needs 4 latents, there are 3"):
-        difference(path(3), EVEN[:3])
-
-
-def test_repeated_noise_levels_are_refused_per_sigma_only():
-    z, sigmas = path(4), [1.0, 0.9, 0.9, 0.8]
-    assert difference(z, sigmas).isfinite().all()
-    with pytest.raises(ValueError, match="repeat"):
-        difference(z, sigmas, kind="per-sigma")
+        difference(path(3))
 
 
 # --- patches and quantile ---
@@ -209,7 +209,7 @@ def test_nan_is_refused_with_a_reason(value):
     z = path(4)
     z[-1][1, 0, :] = value
     with pytest.raises(ValueError, match="NaN"):
-        statistics(difference(z, EVEN[:4]), 2, (1, 2, 4), 0.4)
+        statistics(difference(z), 2, (1, 2, 4), 0.4)
 
 
 # --- choice ---
@@ -237,25 +237,26 @@ def test_threshold_zero_chooses_scale_one_even_for_a_flat_difference():
 def test_dynamic_policy_warms_up():
     policy = make_policy(ScheduleConfig(warmup=4, warmup_scale=2, threshold=1.0))
     stats = [{2: 0.0, 4: 0.0}, {2: 0.0, 4: 9.0}, {2: 9.0, 4: 9.0}]
-    assert policy.choose(3, None, stats) == [2, 2, 2]
-    assert policy.choose(4, None, stats) == [4, 2, 1]
+    assert policy.choose(3, None, stats, [9, 9, 9]) == [2, 2, 2]
+    assert policy.choose(4, None, stats, [3, 0, 0]) == [4, 2, 1]
+    assert policy.choose(4, None, stats, [4, 0, 5]) == [1, 2, 1]
 
 
 def test_fixed_policy_holds_its_last_scale():
     policy = make_policy(ScheduleConfig(policy="fixed", steps=(4, 2, 1)))
-    assert [policy.choose(i, None, [{}, {}]) for i in range(5)] == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
+    assert [policy.choose(i, None, [{}, {}], [0, 0]) for i in range(5)] == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(("fraction", "coarse"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_first_policy_counts_steps(fraction, coarse):
     policy = make_policy(ScheduleConfig(policy="first", fraction=fraction, scales=(1, 2)))
-    assert [policy.choose(i, 8, [{}])[0] for i in range(8)] == [2] * coarse + [1] * (8 - coarse)
+    assert [policy.choose(i, 8, [{}], [0])[0] for i in range(8)] == [2] * coarse + [1] * (8 - coarse)
 
 
 def test_first_policy_needs_the_number_of_steps():
     policy = make_policy(ScheduleConfig(policy="first"))
     with pytest.raises(ValueError, match="number of steps"):
-        policy.choose(0, None, [{}])
+        policy.choose(0, None, [{}], [0])
 
 
 # --- latents below float32 ---
@@ -299,7 +300,7 @@ def test_rounded_latents_do_not_drown_the_signal(guidance, floor):
         for velocity in [cond] if guidance is None else [cond, uncond]:
             generation.record(velocity.bfloat16(), 0.0)
     kept = [step.statistics[0] for step in generation.steps]
-    naive = [statistics(difference(history[:i], EVEN[:i]), 2, (1, 2, 4), 0.4) for i in range(4, 51, 5)]
+    naive = [statistics(difference(history[:i]), 2, (1, 2, 4), 0.4) for i in range(4, 51, 5)]
     assert kept[:3] == [{}] * 3
     assert max(max(stats.values()) for stats in kept[3:]) < floor
     assert min(stats[s][0] for stats in naive for s in stats) > 5e-3
@@ -307,13 +308,13 @@ def test_rounded_latents_do_not_drown_the_signal(guidance, floor):
 
 def test_float32_latents_are_followed_exactly():
     """No projection where nothing is rounded: a curved path keeps its difference."""
-    config = ScheduleConfig(threshold=0.0)
+    config = ScheduleConfig(threshold=0.0, difference="plain")
     z = path(6)
     generation = Generation(config)
     for i, latents in enumerate(z):
         generation.decide(latents, EVEN[i], make_policy(config), 2, None)
         generation.record(torch.zeros_like(latents), 0.0)
-    expected = statistics(difference(z, EVEN[:6]), 2, config.scales, config.percentile)
+    expected = statistics(difference(z), 2, config.scales, config.percentile)
     assert [dict(s) for s in generation.steps[-1].statistics] == [
         {s: v[b] for s, v in expected.items()} for b in (0, 1)
     ]

@@ -156,8 +156,8 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
     assert table == [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
     assert len(set(table)) == 300
     assert {d.record for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
-    assert all(0.02 <= d.sigma <= 1 and (d.earlier is None or d.sigma <= d.earlier <= 1) for d in table)
-    assert 0.04 < np.mean([d.earlier is None for d in table]) < 0.2
+    assert all(0.02 <= d.sigma <= 1 and d.sigma <= d.anchor <= 1 for d in table)
+    assert 0.05 < np.mean([d.anchor - d.sigma for d in table]) < 0.1  # 0.1 but for those that end at 1
 
 
 def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
@@ -173,7 +173,9 @@ def test_schedule_noise_visits_every_step_alike():
     np.testing.assert_allclose(shares, 0.25, atol=0.03)
 
 
-def test_the_teacher_is_the_plain_model(base):
+@pytest.mark.parametrize("anchored", [True, False])
+def test_the_teacher_is_the_plain_model(base, anchored):
+    """With an anchor the latents lie where the teacher's velocity leads from there."""
     pipe = tiny.pipeline()
     samples = Samples(base / "samples", json.loads((base / "samples" / "samples.json").read_text()))
     architecture = architecture_for(pipe.transformer)
@@ -181,16 +183,26 @@ def test_the_teacher_is_the_plain_model(base):
         pipe.transformer,
         architecture,
         samples,
-        [Draw(3, 2, 0.5, 0.8, 1), Draw(4, 4, 0.3, None, 2)],
+        [Draw(3, 2, 0.5, 0.8, 1), Draw(4, 4, 0.3, 0.9, 2)],
         "cpu",
         torch.float32,
+        anchored=anchored,
     )
     answer = architecture.velocity(pipe.transformer(**batch.inputs)[0], (16, 16))
     torch.testing.assert_close(answer, batch.target, rtol=1e-4, atol=1e-5)
     clean, _ = samples.load([3, 4])
     noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(architecture.latents(batch.inputs)[0], 0.5 * clean[0] + 0.5 * noise)
-    assert batch.clean[0].abs().sum() > 0 and batch.clean[1].abs().sum() == 0
+    latents = architecture.latents(batch.inputs)[0]
+    if not anchored:
+        assert batch.anchor is None
+        torch.testing.assert_close(latents, 0.5 * clean[0] + 0.5 * noise)
+        return
+    assert batch.anchor is not None
+    torch.testing.assert_close(batch.anchor.latents[0], 0.2 * clean[0] + 0.8 * noise)
+    before = architecture.renoised(batch.inputs, batch.anchor.latents, batch.anchor.sigma)
+    velocity = architecture.velocity(pipe.transformer(**before)[0], (16, 16))
+    torch.testing.assert_close(batch.anchor.velocity, velocity, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents, batch.anchor.latents[0] - 0.3 * velocity[0], rtol=1e-4, atol=1e-5)
 
 
 # Training

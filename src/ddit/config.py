@@ -45,7 +45,8 @@ class ScheduleConfig:
     to the path, and equals ``plain`` for 50 even steps at scale 1."""
     refresh: int = 4
     """Policy ``dynamic``: at most this many steps in a row with large patches, then one at scale 1 renews what the
-    rule measures and what later steps start from. 0 is no limit (the paper), for ``difference="plain"`` only."""
+    rule measures and what later steps start from. 0 is no limit (the paper); with ``per-sigma`` differences the rule
+    then learns nothing new after its first step with large patches."""
 
     steps: tuple[int, ...] = ()
     """Scales of policy ``fixed``, one per step; the last one holds for further steps."""
@@ -91,11 +92,8 @@ class ScheduleConfig:
             raise ValueError(f"warmup_scale is {self.warmup_scale!r}; it must be one of scales {self.scales}")
         if not isinstance(self.anchored, bool):
             raise ValueError(f"anchored is {self.anchored!r}; it must be True or False")
-        if not _is_integer(self.refresh) or self.refresh < (self.difference == "per-sigma"):
-            raise ValueError(
-                f"refresh is {self.refresh!r}; it must be a whole number of at least 1, "
-                "or 0 (no limit) with difference='plain'"
-            )
+        if not _is_integer(self.refresh) or self.refresh < 0:
+            raise ValueError(f"refresh is {self.refresh!r}; it must be a whole number, and 0 is no limit")
         if not _is_integer(self.warmup) or self.warmup < self.order:
             raise ValueError(
                 f"warmup is {self.warmup!r}; order {self.order} needs {self.order + 1} latents, "

@@ -171,8 +171,8 @@ class First:
                 "policy 'first' needs the number of steps, which only a pipeline knows; "
                 "apply ddit to the pipeline, or use policy 'fixed' with a list of scales"
             )
-        coarse = step < round(self.config.fraction * total)
-        return [max(self.config.scales) if coarse else 1] * len(stats)
+        scale = max(self.config.scales) if step < round(self.config.fraction * total) else 1
+        return [scale] * len(stats)
 
 
 POLICIES = {"dynamic": Dynamic, "fixed": Fixed, "first": First}
