@@ -70,12 +70,24 @@ def test_every_part_has_its_share(pipe):
             assert not torch.allclose(tiny.sample(pipe), free), part
 
 
+def test_an_anchored_adapter_is_silent_without_an_anchor(pipe):
+    """It was never trained on such steps; one without anchors speaks at once."""
+    config = ScheduleConfig(policy="fixed", steps=(2,))
+    with ddit.apply(pipe, config=config):
+        free = tiny.sample(pipe)
+    for anchored in (True, False):
+        adapter = adapter_for(pipe.transformer, anchored=anchored)
+        with ddit.apply(pipe, adapter=adapter, config=config):
+            assert torch.equal(tiny.sample(pipe), free) == anchored
+
+
 @pytest.mark.parametrize("scale", [2, 4])
 def test_gradients_reach_the_parts_of_the_scale_that_ran(scale):
     model = tiny.transformer().requires_grad_(False)
     adapter = adapter_for(model)
-    config = ScheduleConfig(policy="fixed", steps=(scale,))
+    config = ScheduleConfig(policy="fixed", steps=(1, scale))
     with ddit.apply(model, adapter=adapter, config=config):
+        tiny_call(model, sigma=0.7)
         tiny_call(model).square().mean().backward()
     for name, p in adapter.named_parameters():
         assert (p.grad is not None and p.grad.abs().sum() > 0) == name.startswith(f"parts.{scale}."), name

@@ -43,7 +43,7 @@ def apply(
     Args:
         pipe_or_transformer: A diffusers pipeline with a supported ``transformer``, or that transformer.
         adapter: A `ddit.PatchAdapter`, or the folder or hub id of one. Its own ``start``, ``positions`` and
-            ``detail`` hold.
+            ``anchored`` hold.
         config: The schedule; the paper's by default.
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the

@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--device", default="cpu")
     finish = _add(stages, "install", _install_embedded, "measure a trained model's preset and ship it with the package")
     finish.add_argument("--folder", type=Path, default=Path("runs/embedded"))
+    distilled = _add(stages, "install-adapter", _install_adapter, "ship an adapter with the package")
+    distilled.add_argument("--folder", type=Path, default=Path("runs/adapter"))
     tune = _add(stages, "threshold", _choose_threshold, "choose the threshold to ship, on the prompts kept for tuning")
     tune.add_argument("--model", default="embedded", help="folder of a model (default: the embedded one)")
     tune.add_argument("--thresholds", type=float, nargs="+", default=[1e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3])
@@ -112,7 +114,7 @@ def _add(commands: Any, name: str, run: Callable[..., None] | None, text: str) -
 
 def _model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    command.add_argument("--adapter", help="folder or hub id of an adapter")
+    command.add_argument("--adapter", help="folder or hub id of an adapter; none for none")
     command.add_argument("--steps", type=int, help="denoising steps")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
@@ -237,7 +239,8 @@ def _draw(args: argparse.Namespace) -> None:
 
     lib.check_prompt(args.prompt, args.model)
     pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device)
-    adapter = lib.load_adapter(args.adapter, dtype=args.dtype, device=args.device) if args.adapter else None
+    chosen = args.adapter or lib.default_adapter(args.model)
+    adapter = lib.load_adapter(chosen, dtype=args.dtype, device=args.device) if chosen not in (None, "none") else None
     config = _schedule(args, dict(preset.schedule))
     settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
     lib.check_size(pipe, settings)
@@ -263,7 +266,14 @@ def _draw(args: argparse.Namespace) -> None:
             )
     report = dynamic.report
     assert report is not None
-    result = {"command": _command(), "prompt": args.prompt, "seeds": seeds, "model": args.model, **report.to_dict()}
+    result = {
+        "command": _command(),
+        "prompt": args.prompt,
+        "seeds": seeds,
+        "model": args.model,
+        "adapter": chosen,
+        **report.to_dict(),
+    }
     result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=_environment(args.device))
     for i in range(len(prompts)):
         print(f"scales: {report.strip(i)}")
@@ -398,6 +408,12 @@ def _install_embedded(args: argparse.Namespace) -> None:
     from ddit.embedded.install import install
 
     print(f"wrote {install(args.folder)}")
+
+
+def _install_adapter(args: argparse.Namespace) -> None:
+    from ddit.embedded.install import install_adapter
+
+    print(f"wrote {install_adapter(args.folder)}")
 
 
 def _choose_threshold(args: argparse.Namespace) -> None:

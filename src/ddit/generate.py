@@ -19,7 +19,7 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.api import Handle, apply
 from ddit.config import ScheduleConfig
-from ddit.embedded import MODEL_FOLDER
+from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
@@ -71,12 +71,18 @@ def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str 
     return pipe.to(device), Preset.load(folder)
 
 
+def default_adapter(model: str) -> str | None:
+    """Name of the adapter that a model is used with where none is named."""
+    return EMBEDDED if model == EMBEDDED and ADAPTER_FOLDER.exists() else None
+
+
 def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:
-    """An adapter from a folder or a hub id.
+    """An adapter from a folder, a hub id, or that of the embedded model.
 
     Raises:
         ValueError: When there is none, or its files are damaged.
     """
+    name = str(ADAPTER_FOLDER) if name == EMBEDDED else name
     if not Path(name).exists() and name.count("/") != 1:
         raise ValueError(f"there is no folder {name!r} with an adapter, and it is no hub id (owner/name) either")
     adapter: Any = PatchAdapter.from_pretrained(name, dtype=getattr(torch, dtype))

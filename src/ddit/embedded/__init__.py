@@ -5,3 +5,5 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 MODEL_FOLDER = ASSETS / "model"
 """A `FluxPipeline` in diffusers' format."""
+ADAPTER_FOLDER = ASSETS / "adapter"
+"""A `ddit.PatchAdapter` for it."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ddit.embedded import MODEL_FOLDER
+from ddit.adapter import PatchAdapter
+from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER
 from ddit.embedded.components import TEXT_TOKENS
 from ddit.embedded.scenes import IMAGE_SIZE, scenes
 from ddit.patches import detail
@@ -28,6 +29,8 @@ CALL = {
 def install(folder: Path, *, schedule: dict[str, Any] | None = None) -> Path:
     """Copy ``folder/model`` into the package, with a preset measured on its own samples.
 
+    The adapter that ships is deleted: it was distilled from the model before.
+
     Args:
         folder: The run folder of `ddit.embedded.training.train`.
         schedule: Settings of the schedule to ship; by default those shipped before.
@@ -42,10 +45,29 @@ def install(folder: Path, *, schedule: dict[str, Any] | None = None) -> Path:
         schedule=Preset.load(MODEL_FOLDER).schedule if schedule is None else schedule,
         detail_variance=measure_detail(pipe),
     )
-    shutil.rmtree(MODEL_FOLDER, ignore_errors=True)
+    for before in (MODEL_FOLDER, ADAPTER_FOLDER):
+        shutil.rmtree(before, ignore_errors=True)
     shutil.copytree(folder / "model", MODEL_FOLDER)
     preset.save(MODEL_FOLDER)
     return MODEL_FOLDER
+
+
+def install_adapter(folder: Path) -> Path:
+    """Copy an adapter into the package in float16.
+
+    Args:
+        folder: The run folder of `ddit.train.trainer.train`.
+
+    Raises:
+        ValueError: When there is no adapter, or it was made for another model.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    adapter: Any = PatchAdapter.from_pretrained(folder / "adapter")
+    adapter.check(FluxTransformer2DModel.from_pretrained(MODEL_FOLDER, subfolder="transformer"))
+    shutil.rmtree(ADAPTER_FOLDER, ignore_errors=True)
+    adapter.half().save_pretrained(ADAPTER_FOLDER)
+    return ADAPTER_FOLDER
 
 
 def measure_detail(pipe: Any, count: int = 16, scales: tuple[int, ...] = (2, 4)) -> dict[int, list[float]]:
