@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from diffusers import FluxTransformer2DModel
 
 import tiny
+from ddit import PatchAdapter
 from ddit.cli import main
+from ddit.embedded import ADAPTER_FOLDER, ASSETS
 from ddit.preset import Preset
 
 PROMPT = tiny.PROMPT
@@ -134,3 +137,28 @@ def test_a_broken_preset_is_refused(tmp_path):
     (tmp_path / "ddit.json").write_text("{}")
     with pytest.raises(ValueError, match="not a preset"):
         Preset.load(tmp_path)
+
+
+def test_the_embedded_model_comes_with_its_adapter(tmp_path):
+    """Used unless told otherwise, small, and made for that model's configuration."""
+    report = tmp_path / "a.json"
+    flags = ["--steps", "5", "--threshold", "1", "--out", str(tmp_path / "a.png"), "--json", str(report)]
+    fractions = []
+    for adapter in ([], ["--adapter", "none"]):
+        assert main(["generate", PROMPT, *flags, *adapter]) == 0
+        values = json.loads(report.read_text())
+        assert values["adapter"] == ("none" if adapter else "embedded")
+        fractions.append(values["flops_fraction"])
+    assert fractions[0] > fractions[1]  # the adapter's own work counts
+    assert sum(file.stat().st_size for file in ADAPTER_FOLDER.iterdir()) < 8_000_000
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 24_000_000
+
+
+def test_another_models_adapter_is_not_shipped(tmp_path, model):
+    """Refused before the adapter that ships is touched."""
+    before = {file: file.read_bytes() for file in ADAPTER_FOLDER.iterdir()}
+    transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")
+    PatchAdapter.for_model(transformer).save_pretrained(tmp_path / "adapter")
+    assert main(["embedded", "install-adapter", "--folder", str(tmp_path)]) == 2
+    assert main(["embedded", "install-adapter", "--folder", str(tmp_path / "none")]) == 2
+    assert before == {file: file.read_bytes() for file in ADAPTER_FOLDER.iterdir()}

@@ -47,8 +47,7 @@ def apply(
         config: The schedule; the paper's by default.
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
-            model's own samples; by default the adapter's. Without it the step trusts what the last step at scale 1
-            predicted.
+            model's own samples; by default the adapter's. It counts where there was no step at scale 1 yet.
 
     Returns:
         A handle with ``.report`` and ``.remove()``; in a ``with`` block it removes itself.
