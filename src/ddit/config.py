@@ -41,8 +41,8 @@ class ScheduleConfig:
     """Scale of the warm-up steps."""
     difference: Difference = "per-sigma"
     """``plain``: of the latents from step to step, as in the paper. ``per-sigma``: of the path's velocity over the last
-    steps at scale 1, per unit of noise level; it depends neither on the number of steps nor on what large patches do
-    to the path, and equals ``plain`` for 50 even steps at scale 1."""
+    steps at scale 1, per unit of noise level; what large patches do to the path does not count, nor, on a
+    smooth path, the number of steps. Equals ``plain`` for 50 even steps at scale 1."""
     refresh: int = 4
     """Policy ``dynamic``: at most this many steps in a row with large patches, then one at scale 1 renews what the
     rule measures and what later steps start from. 0 is no limit (the paper); with ``per-sigma`` differences the rule
