@@ -81,13 +81,17 @@ def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:
     if foreign:
         raise ValueError(
             f"the schedule uses scales {foreign}, the adapter has {list(adapter.scales)}; "
-            f"set scales to {(1, *adapter.scales)} or fewer"
+            f"set scales to {(1, *adapter.scales)} or fewer, or leave the adapter out (--adapter none)"
         )
     default = ScheduleConfig()
     for name, value in adapter.form.items():
         asked = getattr(config, name)
         if asked not in (value, getattr(default, name)):
-            warnings.warn(f"{name}={asked!r} is not used: the adapter was trained with {value!r}", stacklevel=3)
+            warnings.warn(
+                f"{name}={asked!r} is not used: the adapter was trained with {value!r}; "
+                "leave it out (--adapter none) for another",
+                stacklevel=3,
+            )
     return replace(config, **adapter.form)
 
 
