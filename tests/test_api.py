@@ -579,6 +579,14 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(pipe):
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_samples_at_scale_one_share_a_call(pipe):
+    """Whether or not they had a step at scale 1 before."""
+    record = Record(pipe.transformer)
+    ddit.apply(pipe, policy=Table([1, 1], [2, 1], [2, 2]))
+    tiny.sample(pipe, steps=2, num_images_per_prompt=3)
+    assert [(c["hidden_states"].shape[:2]) for c in record.calls] == [(1, 64), (2, 16), (2, 64), (1, 16)]
+
+
 def test_the_rule_decides_for_each_sample(pipe):
     """A threshold between the samples' statistics: they part, and each goes the way it goes alone."""
     z = noise(4) * torch.tensor([0.5, 1.0, 1.0, 2.0]).reshape(4, 1, 1)

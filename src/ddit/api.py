@@ -44,7 +44,7 @@ def apply(
         pipe_or_transformer: A diffusers pipeline with a supported ``transformer``, or that transformer.
         adapter: A `ddit.PatchAdapter`, or the folder or hub id of one. Its own ``start``, ``positions`` and
             ``anchored`` hold.
-        config: The schedule; the paper's by default.
+        config: The schedule; by default the paper's threshold, with our steps.
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
             model's own samples; by default the adapter's. It counts where there was no step at scale 1 yet.
@@ -290,7 +290,7 @@ class Handle:
         memory = self._generation.memory()
         groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for sample, scale in enumerate(scales):
-            groups[scale, memory.known[sample]].append(sample)
+            groups[scale, scale > 1 and memory.known[sample]].append(sample)
         parts = [self._group(inputs, scale, samples, memory, size) for (scale, _), samples in groups.items()]
         if len(parts) == 1:
             return parts[0]
@@ -304,7 +304,7 @@ class Handle:
         if scale == 1:
             return arch.velocity(first(self._forward(**rows)), size).float()
         anchor = before = None
-        if config.anchored and memory.known[samples[0]]:
+        if memory.known[samples[0]]:
             missing = memory.unasked(scale, samples)
             if missing:
                 low = arch.before(self._forward, arch.rows(inputs, missing), scale, config, memory.anchor.rows(missing))

@@ -157,7 +157,7 @@ def run(
             generator=generators,
             output_type="np",
             callback_on_step_end=callback,
-            **for_batch(settings, len(prompts)),
+            **settings,
         ).images
         seconds = time.perf_counter() - started
         return Run(np.asarray(pictures), seconds, handle.report if handle else None)

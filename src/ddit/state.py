@@ -16,6 +16,13 @@ from ddit.report import Step
 from ddit.schedule import Policy, difference, difference_per_sigma, project, statistics
 
 
+def renewed(samples: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for the chosen samples of a batch, ``old`` for the others."""
+    if all(samples):
+        return new
+    return torch.where(expand(torch.tensor(samples), new).bool(), new, old)
+
+
 @dataclass
 class Memory:
     """What one guidance pass keeps of each sample's last step at scale 1."""
@@ -30,17 +37,12 @@ class Memory:
 
     def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float) -> None:
         """A step at scale 1 is the new anchor of these samples."""
-        now = Anchor(latents, velocity, torch.full_like(self.anchor.sigma, sigma))
-        if all(samples):
-            self.anchor = now
-        else:
-            chosen = torch.tensor(samples, device=latents.device)
-            rows, old = expand(chosen, latents) > 0, self.anchor
-            self.anchor = Anchor(
-                torch.where(rows, now.latents, old.latents),
-                torch.where(rows, now.velocity, old.velocity),
-                torch.where(chosen, now.sigma, old.sigma),
-            )
+        old, level = self.anchor, torch.full_like(self.anchor.sigma, sigma)
+        self.anchor = Anchor(
+            renewed(samples, latents, old.latents),
+            renewed(samples, velocity, old.velocity),
+            renewed(samples, level, old.sigma),
+        )
         new = {i for i, at_one in enumerate(samples) if at_one}
         self.known = [known or i in new for i, known in enumerate(self.known)]
         self.asked = {scale: asked - new for scale, asked in self.asked.items()}
@@ -186,38 +188,31 @@ class Generation:
 
     def _follow(self, z: Tensor, sigma: float) -> None:
         """Append to the path. Latents below float32 are rounded, so their step is projected (see `project`)."""
-        step = None
+        exact = z.dtype == torch.float32
+        here = z.to(torch.float32, copy=True)
         if self.path:
-            step = z.float() - (self.path[-1] if z.dtype == torch.float32 else self._seen.float())
-            if z.dtype != torch.float32 and self.velocities:
-                step = project(step, self.velocities)
-            self.path.append(z.to(torch.float32, copy=True) if z.dtype == torch.float32 else self.path[-1] + step)
-        else:
-            self.path.append(z.to(torch.float32, copy=True))
-        if step is not None and self.steps and sigma < self.sigmas[-1]:
-            self._add_node(step / (sigma - self.sigmas[-1]))
-        self.seen = self.path[-1] if z.dtype == torch.float32 else z.clone()
+            step = here - self._seen.float()
+            if not exact:
+                step = project(step, self.velocities) if self.velocities else step
+                here = self.path[-1] + step
+            self._add_node(step, sigma)
+        self.path.append(here)
+        self.seen = here if exact else z.clone()
         self.velocities = []
 
-    def _add_node(self, velocity: Tensor) -> None:
-        """The last step's velocity joins the nodes of the samples that took it at scale 1."""
+    def _add_node(self, step: Tensor, sigma: float) -> None:
+        """The path's velocity over the last step joins the nodes of the samples that took it at scale 1."""
         fine = [scale == 1 for scale in self.steps[-1].scales]
-        if self.config.difference == "plain" or not any(fine):
+        if self.config.difference == "plain" or not any(fine) or sigma >= self.sigmas[-1]:
             return
         if not self.counts:
             self.counts = [0] * len(fine)
         self.counts = [count + at_one for count, at_one in zip(self.counts, fine, strict=True)]
-        new = (velocity, velocity.new_full((len(velocity),), self.sigmas[-1]))
-        if not self.nodes:
-            self.nodes = [new] * self.config.order
-        if all(fine):
-            self.nodes = [*self.nodes[1:], new]
-            return
-        chosen = torch.tensor(fine, device=velocity.device)
-        rows = expand(chosen, velocity) > 0
+        new = (step / (sigma - self.sigmas[-1]), step.new_full((len(step),), self.sigmas[-1]))
+        nodes = self.nodes or [new] * self.config.order
         self.nodes = [
-            (torch.where(rows, newer[0], older[0]), torch.where(chosen, newer[1], older[1]))
-            for older, newer in zip(self.nodes, [*self.nodes[1:], new], strict=True)
+            (renewed(fine, newer[0], older[0]), renewed(fine, newer[1], older[1]))
+            for older, newer in zip(nodes, [*nodes[1:], new], strict=True)
         ]
 
     def _like(self, z: Tensor) -> bool:

@@ -145,11 +145,6 @@ class TrainConfig:
         return self.lr or {"prodigy": 1.0, "adamw": 1e-4}[self.optimizer]
 
     @property
-    def takes_anchor(self) -> bool:
-        """``anchored``, or what it stands for where it is ``None``."""
-        return self.start == "noise-consistent" if self.anchored is None else self.anchored
-
-    @property
     def adapter_settings(self) -> dict[str, Any]:
         """Arguments of `ddit.PatchAdapter.for_model`."""
         names = ("scales", "rank", "start", "positions", "anchored", "residual", "size_vector")
