@@ -24,7 +24,6 @@ REFUSED = {
     "positions": ["centre", None],
     "difference": ["persigma", None],
     "anchored": [1, None, "yes"],
-    "refresh": [-1, 1.0, True, None],
 }
 
 
@@ -86,9 +85,7 @@ def test_defaults():
     [
         ScheduleConfig(),
         ScheduleConfig(policy="fixed", steps=(4, 2, 1), positions="interpolated", start="bilinear"),
-        ScheduleConfig(
-            order=1, warmup=7, warmup_scale=2, scales=(1, 2, 8), difference="plain", anchored=False, refresh=0
-        ),
+        ScheduleConfig(order=1, warmup=7, warmup_scale=2, scales=(1, 2, 8), difference="plain", anchored=False),
     ],
 )
 def test_round_trip(config):

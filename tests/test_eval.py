@@ -82,7 +82,7 @@ def test_cost_and_velocity_suites(model, tmp_path, capsys):
         assert main(["evaluate", *flags, "--out", str(out)]) == 0
         rows = json.loads(out.with_suffix(".json").read_text())["rows"]
         assert rows
-    assert {row["form"] for row in rows} == {"last velocity again", *steps.STARTS}
+    assert {row["form"] for row in rows} == {"last velocity again", "forecast", *steps.STARTS}
     assert all(row["error"] > 0 and 0 < row["sigma"] < 1 for row in rows)
 
 

@@ -1,6 +1,7 @@
 """Geometry of large patches and the noise-consistent step."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from ddit.config import Start
 from ddit.patches import (
+    Line,
     anchored_velocity,
     coarse_input,
     coarse_positions,
@@ -17,7 +19,9 @@ from ddit.patches import (
     detail,
     detail_velocity,
     grow,
+    half_log_snr,
     low_velocity,
+    noise_at,
     pad_to_multiple,
     resize_matrices,
     shrink,
@@ -272,9 +276,42 @@ def test_bilinear_velocity_is_the_output():
     assert low_velocity(output, output, SIGMAS[:2], 2, "bilinear") is output
 
 
-def test_an_anchor_adds_half_of_the_change():
-    v, low, before = noise(2, 3, 8, 8), noise(2, 3, 4, 4, seed=1), noise(2, 3, 4, 4, seed=2)
-    ours = anchored_velocity(v, low, before, 2, 2, "noise-consistent")
-    change = (low - before).repeat_interleave(2, -1).repeat_interleave(2, -2)
+def test_an_anchored_step_adds_half_of_what_the_coarse_grid_says_against_its_forecast():
+    v, low, expected = noise(2, 3, 8, 8), noise(2, 3, 4, 4, seed=1), noise(2, 3, 4, 4, seed=2)
+    ours = anchored_velocity(v, low, expected, 2, 2, "noise-consistent")
+    change = (low - expected).repeat_interleave(2, -1).repeat_interleave(2, -2)
     torch.testing.assert_close(ours, v + change / 2)
     assert torch.equal(anchored_velocity(v, low, low, 2, 2, "bilinear"), v)
+
+
+def test_levels_of_noise():
+    """lambda of a noise level and back, from pure noise to none."""
+    sigma = torch.tensor([1.0, 0.999, 0.7, 0.5, 0.01, 0.0], dtype=torch.float64)
+    level = half_log_snr(sigma)
+    assert level.isfinite().all() and (level.diff() > 0).all() and level[3].abs() < 1e-12
+    torch.testing.assert_close(level[2], torch.tensor(math.log(3 / 7), dtype=torch.float64), atol=2e-3, rtol=0)
+    torch.testing.assert_close(noise_at(level), sigma)
+
+
+def test_a_line_goes_through_its_points():
+    """Each sample's own; flat through one point, and where both lie at one level."""
+    a, b = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
+    first, second = torch.tensor([-2.0, -1.0, 0.5]), torch.tensor([-1.0, 0.0, 0.5])
+    flat = Line.through(a, first)
+    assert torch.equal(flat.at(second), a)
+    line = Line.through(b, second, flat)
+    assert torch.equal(line.at(second), b)
+    torch.testing.assert_close(line.at(first)[:2], a[:2])
+    torch.testing.assert_close(line.at(second + 2)[:2], b[:2] + 2 * (b - a)[:2])
+    assert torch.equal(line.at(second + 2)[2], b[2])
+
+
+def test_rows_of_a_line():
+    a, b = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
+    level = torch.arange(3.0)
+    line = Line.through(b, level + 1, Line.through(a, level))
+    part, ahead = line.rows([2, 0]), level + 3
+    assert torch.equal(part.at(ahead[[2, 0]]), line.at(ahead)[[2, 0]])
+    turned = line.replaced([0, 2], part)
+    assert torch.equal(turned.at(ahead[[2, 1, 0]]), line.at(ahead)[[2, 1, 0]])
+    assert torch.equal(line.at(level + 1), b)  # as it was

@@ -13,6 +13,7 @@ from ddit.schedule import (
     choose_scale,
     difference,
     difference_per_sigma,
+    growth,
     make_policy,
     patch_deviation,
     project,
@@ -20,8 +21,6 @@ from ddit.schedule import (
     statistics,
 )
 from ddit.state import Generation
-
-EVEN = [1 - i / 50 for i in range(51)]
 
 
 def path(length, shape=(2, 3, 8, 12), seed=0, dtype=torch.float32):
@@ -49,11 +48,16 @@ def paper_difference(z, order):
     return {1: d1, 2: d2, 3: d3}[order](t)
 
 
-def newton_difference(z, sigmas, order):
-    """What a polynomial through the last points would differ by, over even steps of 1/50 downwards."""
-    z = np.stack([np.asarray(t, dtype=np.float64) for t in z[-order - 1 :]])
-    leading = np.polyfit(np.array(sigmas[-order - 1 :]), z.reshape(order + 1, -1), order)[0]
-    return (math.factorial(order) * (-1 / 50) ** order * leading).reshape(z.shape[1:])
+def forecast_error(v, levels, ahead=None):
+    """How far the last velocity is from a polynomial through the others, for a step of 1/50; or one still ahead."""
+    nodes, target = (v[:-1], v[-1]) if ahead is None else (v[1:], ahead[1])
+    where, here = (levels[:-1], levels[-1]) if ahead is None else (levels[1:], ahead[0])
+    if not nodes:
+        return -target / 50
+    table = np.stack([np.asarray(x, dtype=np.float64) for x in nodes])
+    line = np.polyfit(np.array(where), table.reshape(len(nodes), -1), len(nodes) - 1)
+    powers = here ** np.arange(len(nodes) - 1, -1, -1)
+    return -(np.asarray(target, dtype=np.float64) - (powers @ line).reshape(target.shape)) / 50
 
 
 def paper_statistic(d, patch, percentile):
@@ -104,48 +108,61 @@ def test_plain_is_the_papers_formula(order, shape):
             np.testing.assert_allclose(statistic(channel_moments(ours), 2 * scale, rho), expected, rtol=1e-5)
 
 
-def levels(*sigmas):
-    """Noise levels of two samples, the second one's all lower."""
-    return [torch.tensor([s, s - 0.3]) for s in sigmas]
+UNEVEN = [-3.0, -1.5, -1.2]
+
+
+def levels(*values):
+    """Levels of two samples, the second one's all lower and closer."""
+    return [torch.tensor([x, x / 2 - 1]) for x in values]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_per_sigma_is_newtons_divided_difference(order):
-    """On uneven noise levels: a difference of order n of the latents is one of order n - 1 of the velocity."""
+def test_per_sigma_is_the_error_of_a_forecast(order):
+    """By the other nodes, wherever they lie."""
     v = path(order, seed=order)
-    sigmas = [1.0, 0.93, 0.9][:order]
-    ours = difference_per_sigma(v, levels(*sigmas))
-    theirs = -newton_difference(v, sigmas, order - 1) / 50
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    ours = difference_per_sigma(v, levels(*UNEVEN[:order]))
+    for sample, where in enumerate(([*UNEVEN], [x / 2 - 1 for x in UNEVEN])):
+        theirs = forecast_error([x[sample] for x in v], where[:order])
+        np.testing.assert_allclose(ours[sample], theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_per_sigma_equals_plain_for_fifty_even_steps(order):
     z = path(order + 1)
     v = [-50 * (new - old) for old, new in pairwise(z)]
-    ours = difference_per_sigma(v, levels(*EVEN[10 : 10 + order]))
+    ours = difference_per_sigma(v, levels(0.1, 0.2, 0.3)[:order])
     torch.testing.assert_close(ours, difference(z, order), rtol=1e-4, atol=1e-4)
 
 
-def test_per_sigma_does_not_depend_on_the_number_of_steps():
-    """A cubic path at 20 and at 50 steps; the plain difference is (50 / 20)^3 times as large."""
-    c = path(4, (1, 2, 8, 8), dtype=torch.float64)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_growth_gives_the_error_of_a_forecast_still_ahead(order):
+    """Of velocities that are a polynomial of degree order - 1, from nodes wherever they lie."""
+    c = path(order, (1, 2, 8, 8), dtype=torch.float64)
 
-    def value(steps, plain):
-        sigmas = [1 - i / steps for i in range(steps // 2 + 1)]
-        z = [(c[0] + c[1] * s + c[2] * s**2 + 5 * c[3] * s**3).float() for s in sigmas]
-        v = [-steps * (new - old) for old, new in pairwise(z)][-3:]
-        d = difference(z) if plain else difference_per_sigma(v, [torch.tensor([s]) for s in sigmas[-4:-1]])
-        return statistic(channel_moments(d), 4, 0.4).item()
+    def velocity(level):
+        return torch.stack([c[k] * level**k for k in range(order)]).sum(0)
 
-    assert value(20, False) == pytest.approx(value(50, False), rel=0.02)
-    assert value(20, True) / value(50, True) == pytest.approx(2.5**3, rel=0.02)
+    for nodes, here in (([-3.0, -2.0, -1.5], -1.4), ([-3.0, -1.0, -0.5], 2.0)):
+        nodes = nodes[:order]
+        v = [velocity(x) for x in nodes]
+        ours = difference_per_sigma(v, [torch.tensor([x]) for x in nodes]) * growth(nodes, here)
+        theirs = forecast_error(v, nodes, (here, velocity(here)))
+        if order == 1:  # nothing is forecast: the velocity itself
+            theirs = -v[0].numpy() / 50
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_growth_by_hand():
+    """Even steps: triangular numbers for order 3, whole numbers for order 2."""
+    assert [growth([1.0, 2.0, 3.0], 3.0 + n) for n in (1, 2, 3, 4)] == [1, 3, 6, 10]
+    assert [growth([2.0, 3.0], 3.0 + n) for n in (1, 2, 3)] == [1, 2, 3]
+    assert growth([3.0], 9.0) == 1
 
 
 def test_a_constant_velocity_has_no_difference():
     (v,) = path(1)
     for order in (2, 3):
-        assert difference_per_sigma([v] * order, levels(1.0, 0.96, 0.9)[:order]).abs().max() == 0
+        assert difference_per_sigma([v] * order, levels(*UNEVEN[:order])).abs().max() == 0
 
 
 def test_too_few_latents_are_refused():
@@ -199,9 +216,9 @@ def test_ties_in_the_quantile():
 def test_statistics_skip_scale_one():
     d = path(1)[0]
     table = statistics(d, 2, (1, 2, 4), 0.4)
-    assert {s: len(v) for s, v in table.items()} == {2: 2, 4: 2}
-    assert table[4] == statistic(channel_moments(d), 8, 0.4).tolist()
-    assert statistics(d, 2, (1,), 0.4) == {}
+    assert [set(row) for row in table] == [{2, 4}] * 2
+    assert [row[4] for row in table] == statistic(channel_moments(d), 8, 0.4).tolist()
+    assert statistics(d, 2, (1,), 0.4) == [{}, {}]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -237,26 +254,25 @@ def test_threshold_zero_chooses_scale_one_even_for_a_flat_difference():
 def test_dynamic_policy_warms_up():
     policy = make_policy(ScheduleConfig(warmup=4, warmup_scale=2, threshold=1.0))
     stats = [{2: 0.0, 4: 0.0}, {2: 0.0, 4: 9.0}, {2: 9.0, 4: 9.0}]
-    assert policy.choose(3, None, stats, [9, 9, 9]) == [2, 2, 2]
-    assert policy.choose(4, None, stats, [3, 0, 0]) == [4, 2, 1]
-    assert policy.choose(4, None, stats, [4, 0, 5]) == [1, 2, 1]
+    assert policy.choose(3, None, stats) == [2, 2, 2]
+    assert policy.choose(4, None, stats) == [4, 2, 1]
 
 
 def test_fixed_policy_holds_its_last_scale():
     policy = make_policy(ScheduleConfig(policy="fixed", steps=(4, 2, 1)))
-    assert [policy.choose(i, None, [{}, {}], [0, 0]) for i in range(5)] == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
+    assert [policy.choose(i, None, [{}, {}]) for i in range(5)] == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(("fraction", "coarse"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_first_policy_counts_steps(fraction, coarse):
     policy = make_policy(ScheduleConfig(policy="first", fraction=fraction, scales=(1, 2)))
-    assert [policy.choose(i, 8, [{}], [0])[0] for i in range(8)] == [2] * coarse + [1] * (8 - coarse)
+    assert [policy.choose(i, 8, [{}])[0] for i in range(8)] == [2] * coarse + [1] * (8 - coarse)
 
 
 def test_first_policy_needs_the_number_of_steps():
     policy = make_policy(ScheduleConfig(policy="first"))
     with pytest.raises(ValueError, match="number of steps"):
-        policy.choose(0, None, [{}], [0])
+        policy.choose(0, None, [{}])
 
 
 # --- latents below float32 ---
@@ -293,7 +309,8 @@ def test_rounded_latents_do_not_drown_the_signal(guidance, floor):
     start, cond, uncond = path(3, (1, 16, 64, 64))
     v = cond.float() if guidance is None else torch.lerp(uncond.float(), cond.float(), guidance)
     generation, history = Generation(config), []
-    for sigma in EVEN[:50]:
+    for i in range(50):
+        sigma = 1 - i / 50
         z = (start.float() - (1 - sigma) * v).bfloat16()
         generation.decide(z, sigma, policy, 2, None)
         history.append(z)
@@ -303,7 +320,7 @@ def test_rounded_latents_do_not_drown_the_signal(guidance, floor):
     naive = [statistics(difference(history[:i]), 2, (1, 2, 4), 0.4) for i in range(4, 51, 5)]
     assert kept[:3] == [{}] * 3
     assert max(max(stats.values()) for stats in kept[3:]) < floor
-    assert min(stats[s][0] for stats in naive for s in stats) > 5e-3
+    assert min(min(stats.values()) for stats, *_ in naive) > 5e-3
 
 
 def test_float32_latents_are_followed_exactly():
@@ -312,9 +329,7 @@ def test_float32_latents_are_followed_exactly():
     z = path(6)
     generation = Generation(config)
     for i, latents in enumerate(z):
-        generation.decide(latents, EVEN[i], make_policy(config), 2, None)
+        generation.decide(latents, 1 - i / 50, make_policy(config), 2, None)
         generation.record(torch.zeros_like(latents), 0.0)
     expected = statistics(difference(z), 2, config.scales, config.percentile)
-    assert [dict(s) for s in generation.steps[-1].statistics] == [
-        {s: v[b] for s, v in expected.items()} for b in (0, 1)
-    ]
+    assert [dict(s) for s in generation.steps[-1].statistics] == expected

@@ -20,6 +20,7 @@ import tiny
 from ddit import PatchAdapter, ScheduleConfig
 from ddit.cli import main
 from ddit.models import architecture_for
+from ddit.patches import half_log_snr
 from ddit.preset import Preset
 from ddit.train import samples as sampling
 from ddit.train.config import TrainConfig
@@ -156,8 +157,12 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
     assert table == [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
     assert len(set(table)) == 300
     assert {d.record for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
-    assert all(0.02 <= d.sigma <= 1 and d.sigma <= d.anchor <= 1 for d in table)
-    assert 0.05 < np.mean([d.anchor - d.sigma for d in table]) < 0.1  # 0.1 but for those that end at 1
+    assert all(0.02 <= d.sigma <= d.anchors[1] <= d.anchors[0] <= 1 for d in table)
+    low = torch.tensor([[*d.anchors, d.sigma] for d in table if d.anchors[0] < 1])
+    gaps = half_log_snr(low).diff(dim=1)
+    assert 0.4 < gaps[:, 0].mean() < 0.7  # 0.6 but for those that end at 1
+    assert (gaps[:, 1] / gaps[:, 0]).mean() == pytest.approx(0.75, abs=0.1)
+    assert (gaps[:, 1] / gaps[:, 0]).max() < 1.51
 
 
 def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
@@ -175,7 +180,7 @@ def test_schedule_noise_visits_every_step_alike():
 
 @pytest.mark.parametrize("anchored", [True, False])
 def test_the_teacher_is_the_plain_model(base, anchored):
-    """With an anchor the latents lie where the teacher's velocity leads from there."""
+    """With anchors the latents lie where the teacher's velocity leads from there."""
     pipe = tiny.pipeline()
     samples = Samples(base / "samples", json.loads((base / "samples" / "samples.json").read_text()))
     architecture = architecture_for(pipe.transformer)
@@ -183,7 +188,7 @@ def test_the_teacher_is_the_plain_model(base, anchored):
         pipe.transformer,
         architecture,
         samples,
-        [Draw(3, 2, 0.5, 0.8, 1), Draw(4, 4, 0.3, 0.9, 2)],
+        [Draw(3, 2, 0.5, (0.9, 0.8), 1), Draw(4, 4, 0.3, (1.0, 0.9), 2)],
         "cpu",
         torch.float32,
         anchored=anchored,
@@ -194,15 +199,19 @@ def test_the_teacher_is_the_plain_model(base, anchored):
     noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(1))
     latents = architecture.latents(batch.inputs)[0]
     if not anchored:
-        assert batch.anchor is None
+        assert batch.anchors is None
         torch.testing.assert_close(latents, 0.5 * clean[0] + 0.5 * noise)
         return
-    assert batch.anchor is not None
-    torch.testing.assert_close(batch.anchor.latents[0], 0.2 * clean[0] + 0.8 * noise)
-    before = architecture.renoised(batch.inputs, batch.anchor.latents, batch.anchor.sigma)
-    velocity = architecture.velocity(pipe.transformer(**before)[0], (16, 16))
-    torch.testing.assert_close(batch.anchor.velocity, velocity, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(latents, batch.anchor.latents[0] - 0.3 * velocity[0], rtol=1e-4, atol=1e-5)
+    assert batch.anchors is not None
+    first, second = batch.anchors
+    torch.testing.assert_close(first.latents[0], 0.1 * clean[0] + 0.9 * noise)
+    for anchor in batch.anchors:
+        call = architecture.renoised(batch.inputs, anchor.latents, anchor.sigma)
+        velocity = architecture.velocity(pipe.transformer(**call)[0], (16, 16))
+        torch.testing.assert_close(anchor.velocity.value, velocity, rtol=1e-4, atol=1e-5)
+    assert second.velocity.previous is first.velocity.value
+    torch.testing.assert_close(second.latents[0], first.latents[0] - 0.1 * first.velocity.value[0])
+    torch.testing.assert_close(latents, second.latents[0] - 0.3 * second.velocity.value[0], rtol=1e-4, atol=1e-5)
 
 
 # Training

@@ -303,21 +303,23 @@ class Handle:
         rows = inputs if len(samples) == len(memory.known) else arch.rows(inputs, samples)
         if scale == 1:
             return arch.velocity(first(self._forward(**rows)), size).float()
-        anchor = before = None
+        anchor = low = None
         if memory.known[samples[0]]:
-            missing = memory.unasked(scale, samples)
-            if missing:
-                low = arch.before(self._forward, arch.rows(inputs, missing), scale, config, memory.anchor.rows(missing))
-                memory.remember(scale, missing, low.detach())
+            for missing, earlier in memory.unasked(scale, samples):
+                there = memory.anchor.rows(missing)
+                call = arch.rows(inputs, missing)
+                with torch.no_grad():
+                    line = arch.low_line(self._forward, call, scale, config, there, earlier, self.adapter)
+                memory.asked(scale, missing, line)
                 self._generation.compared(missing)
-            anchor, before = memory.anchor.rows(samples), memory.before[scale][samples]
+            anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
         return arch.coarse_step(
             self._forward,
             rows,
             scale,
             config,
             anchor=anchor,
-            before=before,
+            low=low,
             variance=self._variance.get(scale),
             adapter=self.adapter,
         )

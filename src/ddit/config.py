@@ -40,13 +40,10 @@ class ScheduleConfig:
     warmup_scale: int = 1
     """Scale of the warm-up steps."""
     difference: Difference = "per-sigma"
-    """``plain``: of the latents from step to step, as in the paper. ``per-sigma``: of the path's velocity over the last
-    steps at scale 1, per unit of noise level; what large patches do to the path does not count, nor, on a
-    smooth path, the number of steps. Equals ``plain`` for 50 even steps at scale 1."""
-    refresh: int = 4
-    """Policy ``dynamic``: at most this many steps in a row with large patches, then one at scale 1 renews what the
-    rule measures and what later steps start from. 0 is no limit (the paper); with ``per-sigma`` differences the rule
-    then learns nothing new after its first step with large patches."""
+    """``plain``: of the latents from step to step, as in the paper. ``per-sigma``: of the path's velocity at the last
+    steps at scale 1, wherever they lie, as it must be expected at the step to be decided: it grows with each step with
+    large patches, until one at scale 1 measures it anew. The number of steps and what large patches do to the path
+    then don't count. Close to ``plain`` for 50 steps at scale 1."""
 
     steps: tuple[int, ...] = ()
     """Scales of policy ``fixed``, one per step; the last one holds for further steps."""
@@ -59,8 +56,8 @@ class ScheduleConfig:
     positions: Positions = "grid"
     """Positions of large patches: ``grid`` counts 0, 1, 2, ..., ``interpolated`` takes the patches' centres."""
     anchored: bool = True
-    """Steps with large patches start from the velocity of the last step at scale 1 and add what has changed on the
-    coarse grid since. ``False`` is the paper's: each stands on its own."""
+    """Steps with large patches start from a forecast by the last steps at scale 1, which the coarse grid corrects.
+    ``False`` is the paper's: each stands on its own."""
 
     def __post_init__(self) -> None:
         for name, options in (
@@ -92,8 +89,6 @@ class ScheduleConfig:
             raise ValueError(f"warmup_scale is {self.warmup_scale!r}; it must be one of scales {self.scales}")
         if not isinstance(self.anchored, bool):
             raise ValueError(f"anchored is {self.anchored!r}; it must be True or False")
-        if not _is_integer(self.refresh) or self.refresh < 0:
-            raise ValueError(f"refresh is {self.refresh!r}; it must be a whole number, and 0 is no limit")
         if not _is_integer(self.warmup) or self.warmup < self.order:
             raise ValueError(
                 f"warmup is {self.warmup!r}; order {self.order} needs {self.order + 1} latents, "

@@ -8,6 +8,7 @@ s the scale. A patch of size ``s p`` is a patch of size p after resizing it to `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -194,25 +195,79 @@ def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | Non
     return (1 - gain) * seen / sigma
 
 
-TRUST = 0.5
-"""Share of the change on the coarse grid that an anchored step believes in, see `anchored_velocity`."""
+GAIN = 0.5
+"""Share of what the coarse grid says against the forecast that an anchored step believes, see `anchored_velocity`."""
 
 
 def anchored_velocity(
-    velocity: Tensor, low: Tensor, before: Tensor, scale: int, patch_size: int, start: Start
+    expected: Tensor, low: Tensor, low_expected: Tensor, scale: int, patch_size: int, start: Start
 ) -> Tensor:
-    """The last velocity at scale 1, plus half of what the coarse grid's has changed since.
+    """A forecast of the velocity, plus half of what the coarse grid answers against its own forecast.
 
-    What a model answers on the coarse grid is off by much the same at neighbouring noise levels, so that the change
-    is nearer to the truth than the answer: the coarse-grid correction of multigrid (full approximation scheme), with
-    noise levels in place of iterations. ``TRUST`` is the factor that did best on the embedded model where the velocity
-    still turns; where it is nearly straight, it costs nothing.
+    Both forecasts are straight lines through the last steps at scale 1. What a model answers on the coarse grid is off
+    by much the same at neighbouring noise levels, so that what it says against its own line is nearer to the truth than
+    the answer: a Kalman filter's innovation, or the coarse-grid correction of multigrid (full approximation scheme).
+    ``GAIN`` did best on the embedded model; any between .25 and .75 is as good there.
 
     Args:
-        velocity: Velocity of the last step at scale 1, ``[B, C, ..., H, W]``.
-        low, before: `low_velocity` now and at that step.
+        expected: Forecast velocity ``[B, C, ..., H, W]``.
+        low, low_expected: `low_velocity` of the coarse grid, as answered and as forecast.
     """
-    return velocity + TRUST * grow(low - before, scale, patch_size, start)
+    return expected + GAIN * grow(low - low_expected, scale, patch_size, start)
+
+
+def half_log_snr(sigma: Tensor) -> Tensor:
+    """``log((1 - sigma) / sigma)``, lambda of DPM-Solver (arXiv 2206.00927), in which velocities change evenly.
+
+    A thousandth, the finest step that models are trained on, is added above and below: pure noise is finite.
+    """
+    return torch.log((1 - sigma + 1e-3) / (sigma + 1e-3))
+
+
+def noise_at(level: Tensor) -> Tensor:
+    """The inverse of `half_log_snr`."""
+    odds = torch.exp(level)
+    return (1 + 1e-3 - 1e-3 * odds) / (1 + odds)
+
+
+@dataclass
+class Line:
+    """A straight line in lambda through the last two values of something: a forecast of the next."""
+
+    value: Tensor
+    """The newest, ``[B, ...]``."""
+    level: Tensor
+    """Its lambda (`half_log_snr`), ``[B]``."""
+    previous: Tensor
+    previous_level: Tensor
+    """At or below ``level``; where they are equal, the line is flat."""
+
+    @classmethod
+    def through(cls, value: Tensor, level: Tensor, before: Line | None = None) -> Line:
+        """The line through a new value and the newest of an earlier line, or a flat one."""
+        return cls(value, level, value, level) if before is None else cls(value, level, before.value, before.level)
+
+    def at(self, level: Tensor) -> Tensor:
+        """Value on the line, ``[B, ...]``."""
+        gap = self.level - self.previous_level
+        ratio = torch.where(gap > 0, (level - self.level) / gap, 0)
+        return self.value + expand(ratio, self.value) * (self.value - self.previous)
+
+    def rows(self, index: Sequence[int]) -> Line:
+        """The same for some samples of the batch."""
+        rows = list(index)
+        return self if len(rows) == len(self.value) else Line(*(part[rows] for part in self.parts))
+
+    def replaced(self, index: Sequence[int], line: Line) -> Line:
+        """The same with the lines of some samples of the batch in place of theirs."""
+        rows = torch.tensor(list(index))
+        pairs = zip(self.parts, line.parts, strict=True)
+        return Line(*(old.index_put((rows.to(old.device),), new) for old, new in pairs))
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All four."""
+        return self.value, self.level, self.previous, self.previous_level
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

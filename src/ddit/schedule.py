@@ -6,6 +6,7 @@ pixels, s a scale (patch size ``s * p``). Latents are ``[B, C, H, W]`` or ``[B, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -18,7 +19,7 @@ from ddit.config import ScheduleConfig
 from ddit.patches import expand, pad_to_multiple
 
 REFERENCE_STEP = 1 / 50
-"""Step of sigma at which ``per-sigma`` and ``plain`` differences agree: the paper's 50 steps."""
+"""Step of sigma for which ``per-sigma`` differences are given: one of the paper's 50."""
 
 
 def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
@@ -40,27 +41,41 @@ def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
     return rows[0]
 
 
-def difference_per_sigma(velocities: Sequence[Tensor], sigmas: Sequence[Tensor]) -> Tensor:
-    """The same from velocities ``dz/dsigma`` at any noise levels, as it would be between steps of `REFERENCE_STEP`.
+def difference_per_sigma(velocities: Sequence[Tensor], levels: Sequence[Tensor]) -> Tensor:
+    """The same from velocities ``dz/dsigma`` at uneven noise levels, times a step of `REFERENCE_STEP`.
 
-    A difference of order n of the latents is one of order n - 1 of the velocity: Newton's divided difference times
-    ``(n - 1)! (-1/50)**n``.
+    A third difference of the latents is what the newest step differs from a straight line through the two before. This
+    one is that for lines in lambda: the newest velocity minus the forecast by a polynomial of degree n - 2 through the
+    other n - 1, that is Newton's divided difference times the distances to them. At equal steps of lambda and sigma it
+    is `difference`.
 
     Args:
         velocities: n tensors ``[B, ...]``, newest last.
-        sigmas: Their noise levels ``[B]``, falling.
+        levels: Their `ddit.patches.half_log_snr` ``[B]``, rising.
 
     Returns:
         ``[B, ...]``, float32.
     """
-    rows = [-REFERENCE_STEP * v.float() for v in velocities]
+    rows = [v.float() for v in velocities]
     for level in range(1, len(rows)):
-        gaps = [old - new for old, new in zip(sigmas, sigmas[level:], strict=False)]
-        rows = [
-            (new - old) * expand(level * REFERENCE_STEP / gap, new)
-            for (old, new), gap in zip(pairwise(rows), gaps, strict=True)
-        ]
-    return rows[0]
+        gaps = [new - old for old, new in zip(levels, levels[level:], strict=False)]
+        rows = [(new - old) / expand(gap, new) for (old, new), gap in zip(pairwise(rows), gaps, strict=True)]
+    distance = -REFERENCE_STEP * math.prod((levels[-1] - old for old in levels[:-1]), start=torch.ones_like(levels[-1]))
+    return rows[0] * expand(distance, rows[0])
+
+
+def growth(levels: Sequence[float], here: float) -> float:
+    """How many times larger than at its last node a difference per sigma will be at a noise level ahead.
+
+    The error of a forecast through given nodes grows with the product of the distances to them: 1 one even step after
+    the last node, 3 two steps after, 6, 10, ... for order 3.
+
+    Args:
+        levels: `ddit.patches.half_log_snr` of the nodes of one sample, rising.
+        here: That of the step to be decided.
+    """
+    ahead = math.prod(here - node for node in levels[1:])
+    return ahead / math.prod(levels[-1] - node for node in levels[:-1])
 
 
 def channel_moments(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +109,8 @@ def statistic(moments: tuple[Tensor, Tensor], patch: int, percentile: float) -> 
     return torch.quantile(patch_deviation(moments, patch), percentile, dim=-1)
 
 
-def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentile: float) -> dict[int, list[float]]:
-    """The statistic of every scale above 1 and every sample, read by the host at once.
+def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentile: float) -> list[dict[int, float]]:
+    """Per sample, the statistic of every scale above 1, read by the host at once.
 
     Args:
         values: Differences ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
@@ -105,13 +120,13 @@ def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentil
     """
     coarse = [s for s in scales if s > 1]
     if not coarse:
-        return {}
+        return [{} for _ in values]
     moments = channel_moments(values)
     table = torch.stack([statistic(moments, s * patch_size, percentile) for s in coarse])
-    rows = table.tolist()
+    rows = table.T.tolist()
     if any(x != x for row in rows for x in row):
         raise ValueError("the latents hold NaN; the model's output is broken before any scale could be chosen")
-    return dict(zip(coarse, rows, strict=True))
+    return [dict(zip(coarse, row, strict=True)) for row in rows]
 
 
 def choose_scale(stats: Mapping[int, float], threshold: float) -> int:
@@ -122,30 +137,27 @@ def choose_scale(stats: Mapping[int, float], threshold: float) -> int:
 class Policy(Protocol):
     """Chooses the scales of one step. Passed to `ddit.apply` as ``policy=`` in place of the built-in ones."""
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
         """Scale of each sample.
 
         Args:
             step: Number of the step, from 0.
             total: Number of steps of this generation, ``None`` where nobody knows.
             stats: Per sample, scale -> statistic; empty dictionaries while there are too few latents.
-            coarse: Per sample, how many steps in a row have run with large patches until now.
         """
         ...
 
 
 class Dynamic:
-    """The paper's rule, after a warm-up, with a step at scale 1 whenever ``refresh`` steps had large patches."""
+    """The paper's rule, after a warm-up."""
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
-        config = self.config
-        if step < config.warmup:
-            return [config.warmup_scale] * len(stats)
-        due = [config.refresh > 0 and steps >= config.refresh for steps in coarse]
-        return [1 if now else choose_scale(sample, config.threshold) for now, sample in zip(due, stats, strict=True)]
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
+        if step < self.config.warmup:
+            return [self.config.warmup_scale] * len(stats)
+        return [choose_scale(sample, self.config.threshold) for sample in stats]
 
 
 class Fixed:
@@ -154,7 +166,7 @@ class Fixed:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
         steps = self.config.steps
         return [steps[min(step, len(steps) - 1)]] * len(stats)
 
@@ -165,7 +177,7 @@ class First:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]], coarse: list[int]) -> list[int]:
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
         if total is None:
             raise ValueError(
                 "policy 'first' needs the number of steps, which only a pipeline knows; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from ddit.config import ScheduleConfig
 from ddit.models.base import Anchor
-from ddit.patches import expand
+from ddit.patches import Line, expand, half_log_snr
 from ddit.report import Step
-from ddit.schedule import Policy, difference, difference_per_sigma, project, statistics
+from ddit.schedule import Policy, difference, difference_per_sigma, growth, project, statistics
 
 
 def renewed(samples: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
@@ -24,39 +25,83 @@ def renewed(samples: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
 
 
 @dataclass
+class Answers:
+    """What the coarse grid of one scale answered, for a whole batch."""
+
+    line: Line
+    """At the anchors."""
+    newest: Line
+    """Last answers."""
+    age: dict[int, int]
+    """Sample -> steps at scale 1 since its last answer. 0: ``line`` is to its present anchor."""
+
+
+@dataclass
 class Memory:
-    """What one guidance pass keeps of each sample's last step at scale 1."""
+    """What one guidance pass keeps of each sample's last steps at scale 1, and of coarse steps since."""
 
     anchor: Anchor
     known: list[bool]
-    """Per sample, whether there was such a step."""
-    before: dict[int, Tensor] = field(default_factory=dict)
-    """Scale -> what the coarse grid says at the anchor, `ddit.models.base.Architecture.before`."""
-    asked: dict[int, set[int]] = field(default_factory=dict)
-    """Scale -> samples of which ``before`` holds the answer."""
+    """Per sample, whether there was a step at scale 1."""
+    answers: dict[int, Answers] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, latents: Tensor) -> Memory:
+        """Before the first step, for latents ``[B, C, ..., H, W]``."""
+        zero = torch.zeros_like(latents, dtype=torch.float32)
+        level = zero.new_zeros(len(zero))
+        return cls(Anchor(zero, level, Line.through(zero, level)), [False] * len(zero))
 
     def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float) -> None:
         """A step at scale 1 is the new anchor of these samples."""
-        old, level = self.anchor, torch.full_like(self.anchor.sigma, sigma)
+        old = self.anchor.velocity
+        noise = torch.full_like(self.anchor.sigma, sigma)
+        level = half_log_snr(noise)
+        previous, previous_level = renewed(self.known, old.value, velocity), renewed(self.known, old.level, level)
         self.anchor = Anchor(
-            renewed(samples, latents, old.latents),
-            renewed(samples, velocity, old.velocity),
-            renewed(samples, level, old.sigma),
+            renewed(samples, latents, self.anchor.latents),
+            renewed(samples, noise, self.anchor.sigma),
+            Line(*map(partial(renewed, samples), (velocity, level, previous, previous_level), old.parts)),
         )
-        new = {i for i, at_one in enumerate(samples) if at_one}
-        self.known = [known or i in new for i, known in enumerate(self.known)]
-        self.asked = {scale: asked - new for scale, asked in self.asked.items()}
+        self.known = [known or now for known, now in zip(self.known, samples, strict=True)]
+        for answers in self.answers.values():
+            answers.age = {i: age + samples[i] for i, age in answers.age.items()}
 
-    def unasked(self, scale: int, samples: Sequence[int]) -> list[int]:
-        """Those samples whose ``before`` is missing at a scale."""
-        return [i for i in samples if i not in self.asked.get(scale, set())]
+    def unasked(self, scale: int, samples: Sequence[int]) -> list[tuple[list[int], Line | None]]:
+        """Samples whose anchor does not lie between two answers: never asked, or not since the anchor before."""
+        answers = self.answers.get(scale)
+        if answers is None:
+            return [(list(samples), None)]
+        new = [i for i in samples if i not in answers.age]
+        old = [i for i in samples if answers.age.get(i, 0) > 1]
+        return [(rows, line) for rows, line in ((new, None), (old, answers.line.rows(old))) if rows]
 
-    def remember(self, scale: int, samples: Sequence[int], low: Tensor) -> None:
-        """Keep ``before`` of some samples, ``[len(samples), ...]``."""
-        if scale not in self.before:
-            self.before[scale] = low.new_zeros(len(self.known), *low.shape[1:])
-        self.before[scale][list(samples)] = low
-        self.asked.setdefault(scale, set()).update(samples)
+    def asked(self, scale: int, samples: Sequence[int], line: Line) -> None:
+        """The coarse grid has been asked at the anchor of some samples, ``[len(samples), ...]``."""
+        self._keep(scale, samples, line, Line.through(line.value, line.level))
+
+    def line(self, scale: int, samples: Sequence[int], level: Tensor, answer: Tensor) -> Line:
+        """Keep an answer ``[len(samples), ...]``, and give the line of the samples' answers at their anchors.
+
+        An anchor between two answers was not asked for one: it lies on the line through them.
+        """
+        answers = self.answers[scale]
+        line, newest = answers.line.rows(samples), Line.through(answer.detach(), level, answers.newest.rows(samples))
+        between = [answers.age[i] == 1 for i in samples]
+        if any(between):
+            anchor = self.anchor.velocity.level[list(samples)]
+            bridge = Line.through(newest.at(anchor), anchor, line)
+            line = Line(*map(partial(renewed, between), bridge.parts, line.parts))
+        self._keep(scale, samples, line, newest)
+        return line
+
+    def _keep(self, scale: int, samples: Sequence[int], line: Line, newest: Line) -> None:
+        old, age = self.answers.get(scale), dict.fromkeys(samples, 0)
+        if len(samples) < len(self.known):
+            zeros = Line(*(part.new_zeros(len(self.known), *part.shape[1:]) for part in line.parts))
+            line = (old.line if old else zeros).replaced(samples, line)
+            newest = (old.newest if old else zeros).replaced(samples, newest)
+        self.answers[scale] = Answers(line, newest, {**(old.age if old else {}), **age})
 
 
 @dataclass
@@ -73,11 +118,12 @@ class Generation:
     """Answers of the current step, one per guidance pass."""
     memories: list[Memory] = field(default_factory=list)
     """One per guidance pass."""
-    nodes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Velocity ``[B, C, ..., H, W]`` of the path and noise level ``[B]`` of each sample's last ``order`` steps at
-    scale 1, newest last."""
-    counts: list[int] = field(default_factory=list)
-    """How many of these each sample has had."""
+    nodes: list[Tensor] = field(default_factory=list)
+    """Velocities ``[B, C, ..., H, W]`` of the path in each sample's last ``order`` steps at scale 1, newest last."""
+    levels: list[list[float]] = field(default_factory=list)
+    """Per sample, lambda (`ddit.patches.half_log_snr`) of these, fewer where there were not as many yet."""
+    measured: list[dict[int, float]] = field(default_factory=list)
+    """Per sample, scale -> statistic at the newest node."""
     scales: list[int] = field(default_factory=list)
     """Decision for the current step, one scale per sample."""
     steps: list[Step] = field(default_factory=list)
@@ -117,56 +163,47 @@ class Generation:
         plain, keep = self.config.difference == "plain", self.config.order + 1
         self.sigmas = [*self.sigmas, sigma][-keep:]
         self.path = self.path[-keep if plain else -1 :]
-        stats = self._statistics(len(z), patch_size, plain)
-        chosen, allowed = policy.choose(len(self.steps), total, stats, self._coarse(len(z))), self.config.scales
+        stats = self._plain_statistics(len(z), patch_size) if plain else self._expected_statistics(patch_size)
+        chosen, allowed = policy.choose(len(self.steps), total, stats), self.config.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         self.scales = list(chosen)
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
         return self.scales
 
-    def _statistics(self, batch: int, patch_size: int, plain: bool) -> list[dict[int, float]]:
-        """Per sample, scale -> statistic, where there are enough latents or steps at scale 1."""
-        order, scales, percentile = self.config.order, self.config.scales, self.config.percentile
-        if plain:
-            ready = list(range(batch)) if len(self.path) > order else []
-            values = difference(self.path, order) if ready else None
-        elif self.steps and 1 not in self.steps[-1].scales:
-            return [dict(held) for held in self.steps[-1].statistics]
-        else:
-            ready = [i for i, count in enumerate(self.counts) if count >= order]
-            nodes = [(v[ready], t[ready]) for v, t in self.nodes] if ready else []
-            values = difference_per_sigma([v for v, _ in nodes], [t for _, t in nodes]) if ready else None
-        stats: list[dict[int, float]] = [{} for _ in range(batch)]
-        if values is not None:
-            table = statistics(values, patch_size, scales, percentile)
-            for row, sample in enumerate(ready):
-                stats[sample] = {s: column[row] for s, column in table.items()}
-        return stats
+    def _plain_statistics(self, batch: int, patch_size: int) -> list[dict[int, float]]:
+        """Per sample, scale -> statistic of the latents' difference, once there are enough latents."""
+        if len(self.path) <= self.config.order:
+            return [{} for _ in range(batch)]
+        values = difference(self.path, self.config.order)
+        return statistics(values, patch_size, self.config.scales, self.config.percentile)
 
-    def _coarse(self, batch: int) -> list[int]:
-        """How many steps in a row each sample has run with large patches until now."""
-        runs = [0] * batch
-        for sample in range(batch):
-            for step in reversed(self.steps):
-                if step.scales[sample] == 1:
-                    break
-                runs[sample] += 1
-        return runs
+    def _expected_statistics(self, patch_size: int) -> list[dict[int, float]]:
+        """Per sample, scale -> statistic of the difference per sigma as it must be expected at this step."""
+        order = self.config.order
+        fine = self.steps[-1].scales if self.steps else ()
+        new = [i for i, scale in enumerate(fine) if scale == 1 and len(self.levels[i]) == order]
+        if new:
+            nodes = self.nodes if len(new) == len(fine) else [v[new] for v in self.nodes]
+            levels = torch.tensor([self.levels[i] for i in new], dtype=torch.float64).unbind(1)
+            values = difference_per_sigma(nodes, levels)
+            rows = statistics(values, patch_size, self.config.scales, self.config.percentile)
+            self.measured = [dict(zip(new, rows, strict=True)).get(i, old) for i, old in enumerate(self.measured)]
+        here = _lambda(self.sigmas[-1])
+        factors = [growth(levels, here) if row else 1.0 for levels, row in zip(self.levels, self.measured, strict=True)]
+        return [{s: f * x for s, x in row.items()} for f, row in zip(factors, self.measured, strict=True)]
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to run at scale 1 and whose latents can't be read; the path starts anew after it."""
-        self.path, self.sigmas, self.velocities, self.memories, self.nodes = [], [sigma], [], [], []
-        self.counts = [0] * len(tokens)
+        self.path, self.sigmas, self.velocities, self.memories = [], [sigma], [], []
+        self.nodes, self.levels, self.measured = [], [[] for _ in tokens], [{} for _ in tokens]
         self.seen, self.scales = tokens.clone(), [1] * len(tokens)
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
 
     def memory(self) -> Memory:
         """Of the guidance pass that is next to be answered."""
         while len(self.memories) <= len(self.velocities):
-            empty = torch.zeros_like(self._seen, dtype=torch.float32)
-            nothing = Anchor(empty, empty, empty.new_zeros(len(empty)))
-            self.memories.append(Memory(nothing, [False] * len(empty)))
+            self.memories.append(Memory.empty(self._seen))
         return self.memories[len(self.velocities)]
 
     def compared(self, samples: Sequence[int]) -> None:
@@ -196,23 +233,22 @@ class Generation:
                 step = project(step, self.velocities) if self.velocities else step
                 here = self.path[-1] + step
             self._add_node(step, sigma)
+        elif not self.levels:
+            self.levels, self.measured = [[] for _ in z], [{} for _ in z]
         self.path.append(here)
         self.seen = here if exact else z.clone()
         self.velocities = []
 
     def _add_node(self, step: Tensor, sigma: float) -> None:
         """The path's velocity over the last step joins the nodes of the samples that took it at scale 1."""
-        fine = [scale == 1 for scale in self.steps[-1].scales]
-        if self.config.difference == "plain" or not any(fine) or sigma >= self.sigmas[-1]:
+        fine, order, last = [scale == 1 for scale in self.steps[-1].scales], self.config.order, self.sigmas[-1]
+        if self.config.difference == "plain" or not any(fine) or sigma >= last:
             return
-        if not self.counts:
-            self.counts = [0] * len(fine)
-        self.counts = [count + at_one for count, at_one in zip(self.counts, fine, strict=True)]
-        new = (step / (sigma - self.sigmas[-1]), step.new_full((len(step),), self.sigmas[-1]))
-        nodes = self.nodes or [new] * self.config.order
-        self.nodes = [
-            (renewed(fine, newer[0], older[0]), renewed(fine, newer[1], older[1]))
-            for older, newer in zip(nodes, [*nodes[1:], new], strict=True)
+        new = step / (sigma - last)
+        nodes = self.nodes or [new] * order
+        self.nodes = [renewed(fine, newer, older) for older, newer in zip(nodes, [*nodes[1:], new], strict=True)]
+        self.levels = [
+            [*old, _lambda(last)][-order:] if at_one else old for old, at_one in zip(self.levels, fine, strict=True)
         ]
 
     def _like(self, z: Tensor) -> bool:
@@ -222,3 +258,7 @@ class Generation:
     def _seen(self) -> Tensor:
         assert self.seen is not None, "a step has begun"
         return self.seen
+
+
+def _lambda(sigma: float) -> float:
+    return float(half_log_snr(torch.tensor(sigma, dtype=torch.float64)))

@@ -16,7 +16,8 @@ from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
-from ddit.models.base import Anchor, Inputs, to_meta
+from ddit.models.base import Anchor, Inputs, held, to_meta
+from ddit.patches import Line, half_log_snr
 from ddit.preset import Preset
 from ddit.schedule import make_policy
 from ddit.state import Generation
@@ -29,8 +30,8 @@ STARTS: dict[str, ScheduleConfig] = {
     "anchored": ScheduleConfig(),
 }
 """The forms of a coarse step that are compared."""
-AGE = 5
-"""How many steps ago an anchor is in `velocity_errors`, about as many as in use."""
+AGE = 4
+"""How many steps lie between the last anchors and the step in `velocity_errors`, about as many as in use."""
 
 
 def record_calls(
@@ -55,8 +56,8 @@ def velocity_errors(
 ) -> list[dict[str, Any]]:
     """Mean squared error of coarse velocities to the plain one, along plain trajectories.
 
-    Anchors are plain steps of the same run, `AGE` steps earlier. Their velocity taken again, with no call at all, is
-    one more form: what a cache would do.
+    Anchors are plain steps of the same run, `AGE` and twice as many steps earlier. Two more forms take no call at all,
+    as a cache would: the last velocity again, and the forecast by a line through both.
 
     Args:
         adapter: Compared as one more form, at the scales it has.
@@ -76,25 +77,29 @@ def velocity_errors(
         for index, (inputs, tokens) in enumerate(calls):
             z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
             height, width = z.shape[-2:]
-            plain = architecture.velocity(tokens, (height, width))
-            anchors.append(Anchor(z, plain, sigma))
-            if index < AGE or index % every:
+            plain, level = architecture.velocity(tokens, (height, width)), half_log_snr(sigma)
+            before = anchors[index - AGE].velocity if index >= AGE else None
+            anchors.append(Anchor(z, sigma, Line.through(plain, level, before)))
+            if index < 2 * AGE or index % every:
                 continue
-            anchor = anchors[index - AGE]
+            earlier, anchor = anchors[index - 2 * AGE], anchors[index - AGE]
             for scale in (2, 4):
-                answers = {"last velocity again": anchor.velocity}
+                answers = {"last velocity again": anchor.velocity.value, "forecast": anchor.velocity.at(level)}
                 for name, (config, learnt) in forms.items():
                     if learnt is not None and scale not in learnt.scales:
                         continue
-                    used = anchor if config.anchored else None
+                    low = None
+                    if config.anchored:
+                        low = architecture.low_line(forward, inputs, scale, config, earlier, None, learnt)
+                        low = architecture.low_line(forward, inputs, scale, config, anchor, low, learnt)
                     variance = (learnt or preset).detail_variance.get(scale)
                     answers[name] = architecture.coarse_step(
                         forward,
                         inputs,
                         scale,
                         config,
-                        anchor=used,
-                        before=architecture.before(forward, inputs, scale, config, used) if used else None,
+                        anchor=anchor if config.anchored else None,
+                        low=held(low) if low else None,
                         variance=None if variance is None else torch.tensor(variance),
                         adapter=learnt,
                     )
@@ -133,13 +138,13 @@ def step_costs(
     one = architecture.rows(inputs, [0])
     forms: dict[int | str, Callable[[], Any]] = {1: lambda: forward(**inputs)}
     flops = {1: architecture.count_flops(to_meta(one))}
-    anchor = Anchor(
-        architecture.latents(inputs), torch.zeros_like(architecture.latents(inputs)), architecture.sigma(inputs)
-    )
-    before = {s: architecture.before(forward, inputs, s, config, anchor) for s in (2, 4)}
+    z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
+    level, zero = half_log_snr(sigma), torch.zeros_like(z)
+    anchor = Anchor(z, sigma, Line(zero, level, zero, level - 1))
+    low = {s: architecture.low_line(forward, inputs, s, config, anchor) for s in (2, 4)}
 
     def coarse(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Tensor:
-        used = {"anchor": anchor, "before": before[scale]} if config.anchored else {}
+        used = {"anchor": anchor, "low": held(low[scale])} if config.anchored else {}
         return architecture.coarse_step(forward, inputs, scale, config, adapter=adapter, **used)
 
     for scale in (2, 4):

@@ -20,16 +20,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddit.config import ScheduleConfig
 from ddit.patches import (
+    Line,
     anchored_velocity,
     coarse_input,
     crop,
     detail_velocity,
     expand,
     grow,
+    half_log_snr,
     low_velocity,
     pack,
     pad_to_multiple,
     patch_features,
+    shrink,
     unpack,
 )
 
@@ -58,19 +61,21 @@ class Anchor:
 
     latents: Tensor
     """Noisy latents ``[B, C, ..., H, W]``."""
-    velocity: Tensor
-    """The model's own answer to them."""
     sigma: Tensor
     """Their noise level ``[B]``."""
+    velocity: Line
+    """The model's own answer to them, and to those of the step at scale 1 before."""
 
     @property
     def clean(self) -> Tensor:
         """Clean latents that the step predicted."""
-        return self.latents - expand(self.sigma, self.latents) * self.velocity
+        return self.latents - expand(self.sigma, self.latents) * self.velocity.value
 
     def rows(self, index: list[int]) -> Anchor:
         """The same for some samples of the batch."""
-        return Anchor(self.latents[index], self.velocity[index], self.sigma[index])
+        if len(index) == len(self.latents):
+            return self
+        return Anchor(self.latents[index], self.sigma[index], self.velocity.rows(index))
 
 
 _COUNTED: dict[tuple[Any, ...], int] = {}
@@ -181,12 +186,50 @@ class Architecture(ABC):
         output = self.velocity(first(forward(**coarse)), (height, width)).float()
         return low_velocity(small, output, self.sigma(inputs), scale, config.start)
 
-    def before(
-        self, forward: Callable[..., Any], inputs: Inputs, scale: int, config: ScheduleConfig, anchor: Anchor
-    ) -> Tensor:
-        """`low_velocity` at the anchor, to be compared with that of later steps. Adapters stay silent."""
-        dtype = self.latents(inputs).dtype
-        return self.low_velocity(forward, self.renoised(inputs, anchor.latents.to(dtype), anchor.sigma), scale, config)
+    def coarse_answer(
+        self,
+        forward: Callable[..., Any],
+        inputs: Inputs,
+        scale: int,
+        config: ScheduleConfig,
+        adapter: Adapter | None,
+        anchor: Anchor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`low_velocity` as the adapter makes it, and what the adapter adds on the padded fine grid."""
+        if adapter is None or (adapter.anchored and anchor is None):
+            return self.low_velocity(forward, inputs, scale, config), None
+        multiple = scale * self.patch_size
+        padded = pad_to_multiple(self.latents(inputs).float(), multiple)
+        clean = pad_to_multiple(anchor.clean, multiple) if adapter.anchored and anchor is not None else None
+        patches = pack(patch_features(padded, self.sigma(inputs), scale, config.start, clean), multiple)
+        with adapter.at(scale, patches) as call:
+            answer = self.low_velocity(forward, inputs, scale, config)
+        return answer, unpack(call.correction.float(), multiple, padded.shape)
+
+    def low_line(
+        self,
+        forward: Callable[..., Any],
+        inputs: Inputs,
+        scale: int,
+        config: ScheduleConfig,
+        anchor: Anchor,
+        earlier: Line | None = None,
+        adapter: Adapter | None = None,
+    ) -> Line:
+        """What the coarse grid says at the anchor, and the line from there.
+
+        Args:
+            inputs: A later call of the same samples; their latents and noise level don't matter.
+            earlier: The same for an earlier anchor; without one, the line runs as steep as the pooled velocity's.
+        """
+        dtype, velocity = self.latents(inputs).dtype, anchor.velocity
+        there = self.renoised(inputs, anchor.latents.to(dtype), anchor.sigma)
+        low, _ = self.coarse_answer(forward, there, scale, config, adapter, anchor)
+        if earlier is not None:
+            return Line.through(low, velocity.level, earlier)
+        change = pad_to_multiple(velocity.value - velocity.previous, scale * self.patch_size)
+        change = shrink(change, scale, self.patch_size, config.start)
+        return Line(low, velocity.level, low - change, velocity.previous_level)
 
     def coarse_step(
         self,
@@ -196,7 +239,7 @@ class Architecture(ABC):
         config: ScheduleConfig,
         *,
         anchor: Anchor | None = None,
-        before: Tensor | None = None,
+        low: Callable[[Tensor, Tensor], Line] | None = None,
         variance: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> Tensor:
@@ -205,7 +248,8 @@ class Architecture(ABC):
         Args:
             forward: The transformer's own forward.
             anchor: The last step at scale 1 of these samples, where there was one and ``config.anchored`` asks for it.
-            before: What `before` gives for it.
+            low: Gives the line of the coarse grid's answers at the anchor, such as `low_line`; called with the level
+                ``[B]`` (`ddit.patches.half_log_snr`) and the answer of this step.
             variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples; used
                 without an anchor.
             adapter: Attached to the transformer; adds what it learnt to the step. One that was trained on steps with an
@@ -215,25 +259,18 @@ class Architecture(ABC):
             Velocity ``[B, C, ..., H, W]``, float32.
         """
         z, sigma = self.latents(inputs), self.sigma(inputs)
+        answer, correction = self.coarse_answer(forward, inputs, scale, config, adapter, anchor)
         multiple = scale * self.patch_size
-        padded = pad_to_multiple(z.float(), multiple)
-        correction = None
-        if adapter is None or (adapter.anchored and anchor is None):
-            low = self.low_velocity(forward, inputs, scale, config)
-        else:
-            clean = pad_to_multiple(anchor.clean, multiple) if adapter.anchored and anchor is not None else None
-            patches = pack(patch_features(padded, sigma, scale, config.start, clean), multiple)
-            with adapter.at(scale, patches) as call:
-                low = self.low_velocity(forward, inputs, scale, config)
-            correction = unpack(call.correction.float(), multiple, padded.shape)
         if anchor is not None:
-            assert before is not None, "an anchor comes with what the coarse grid said there"
-            carried = pad_to_multiple(anchor.velocity, multiple)
-            velocity = anchored_velocity(carried, low, before, scale, self.patch_size, config.start)
+            assert low is not None, "an anchor comes with what the coarse grid said there"
+            level = half_log_snr(sigma)
+            expected = pad_to_multiple(anchor.velocity.at(level), multiple)
+            line = low(level, answer)
+            velocity = anchored_velocity(expected, answer, line.at(level), scale, self.patch_size, config.start)
         else:
-            velocity = grow(low, scale, self.patch_size, config.start)
+            velocity = grow(answer, scale, self.patch_size, config.start)
             if config.start == "noise-consistent":
-                velocity = velocity + detail_velocity(padded, sigma, scale, variance)
+                velocity = velocity + detail_velocity(pad_to_multiple(z.float(), multiple), sigma, scale, variance)
         return crop(velocity if correction is None else velocity + correction, *z.shape[-2:])
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
@@ -263,6 +300,11 @@ class Architecture(ABC):
                         twin(**call)
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
+
+
+def held(line: Line) -> Callable[[Tensor, Tensor], Line]:
+    """A line that is known before the coarse grid is asked, in the form `Architecture.coarse_step` takes."""
+    return lambda level, answer: line
 
 
 def first(output: Any) -> Tensor:

@@ -97,8 +97,9 @@ class TrainConfig:
     weighting: Weighting = "bounded"
     """Weight of a noise level in the loss. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
     velocity of what lies inside a large patch divides by sigma. ``none`` is the paper's; the others are SD3's."""
-    gap: float = 0.1
-    """Mean distance in noise level to the last step at scale 1."""
+    gap: float = 0.6
+    """Mean distance in lambda = log((1 - sigma) / sigma) between the last two steps at scale 1. The step that is learnt
+    comes up to one and a half times as far after them."""
 
     dtype: Dtype = "float32"
     """Of the frozen base."""
@@ -133,7 +134,7 @@ class TrainConfig:
                 _at_least(name, getattr(self, name), 1)
         for name in ("rank", "lr_warmup", "pictures", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name, high in (("ema", 1.0), ("gap", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
+        for name, high in (("ema", 1.0), ("gap", math.inf), ("weight_decay", math.inf), ("clip", math.inf)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {high:g}")

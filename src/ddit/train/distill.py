@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
-from ddit.models.base import Anchor, Architecture, Inputs, first
-from ddit.patches import detail, expand, pad_to_multiple
+from ddit.models.base import Anchor, Architecture, Inputs, first, held
+from ddit.patches import Line, detail, expand, half_log_snr, noise_at, pad_to_multiple
 from ddit.train.config import Noise, TrainConfig
 from ddit.train.samples import Samples
 
@@ -32,8 +32,8 @@ class Draw:
     scale: int
     sigma: float
     """Noise level of the step."""
-    anchor: float
-    """Noise level of the last step at scale 1 before, for an adapter that starts from it."""
+    anchors: tuple[float, float]
+    """Noise levels of the last two steps at scale 1 before, newest last, for an adapter that starts from them."""
     noise: int
     """Seed of the noise."""
 
@@ -43,8 +43,15 @@ def draw(config: TrainConfig, samples: Samples, records: int, step: int, number:
     rng = np.random.default_rng([config.seed, step, number])
     record, scale = int(rng.integers(records)), int(rng.choice(config.scales))
     sigma = max(noise_level(config.noise, samples.sigmas, rng), LEAST_SIGMA)
-    anchor = min(sigma + float(rng.exponential(config.gap)), 1.0)
-    return Draw(record, scale, sigma, anchor, int(rng.integers(2**62)))
+    between = float(rng.exponential(config.gap))
+    anchor = higher(sigma, between * float(rng.uniform(0, 1.5)))
+    return Draw(record, scale, sigma, (higher(anchor, between), anchor), int(rng.integers(2**62)))
+
+
+def higher(sigma: float, distance: float) -> float:
+    """The noise level that lies so far above in lambda, at most 1."""
+    level = half_log_snr(torch.tensor(sigma, dtype=torch.float64)) - distance
+    return min(float(noise_at(level)), 1.0)
 
 
 def noise_level(kind: Noise, sigmas: Sequence[float], rng: np.random.Generator) -> float:
@@ -68,8 +75,8 @@ class Batch:
     """``[B]``"""
     target: Tensor
     """The model's own velocity ``[B, C, ..., H, W]``, float32."""
-    anchor: Anchor | None
-    """The step at scale 1 before, for an adapter that starts from it."""
+    anchors: tuple[Anchor, Anchor] | None
+    """The last two steps at scale 1 before, newest last, for an adapter that starts from them."""
 
 
 @torch.no_grad()
@@ -85,7 +92,7 @@ def make_batch(
 ) -> Batch:
     """Ask the teacher, which is the transformer itself while the adapter is silent.
 
-    Latents with an anchor lie where a step from the anchor with the teacher's velocity leads, as in use.
+    Latents with anchors lie where steps from one to the next with the teacher's velocity lead, as in use.
     """
     clean, call = samples.load([d.record for d in draws])
     clean = clean.to(device).float()
@@ -103,14 +110,19 @@ def make_batch(
         velocity = architecture.velocity(first(transformer(**inputs)), (clean.shape[-2], clean.shape[-1]))
         return inputs, velocity.float()
 
-    sigma, anchor = levels([d.sigma for d in draws]), None
-    begin = levels([d.anchor for d in draws]) if anchored else sigma
-    noisy = torch.lerp(clean, eps, expand(begin, clean))
-    if anchored:
-        anchor = Anchor(noisy, ask(noisy, begin)[1], begin)
-        noisy = noisy + expand(sigma - begin, clean) * anchor.velocity
-    inputs, target = ask(noisy, sigma)
-    return Batch(inputs, [d.scale for d in draws], sigma, target, anchor)
+    sigma = levels([d.sigma for d in draws])
+    if not anchored:
+        inputs, target = ask(torch.lerp(clean, eps, expand(sigma, clean)), sigma)
+        return Batch(inputs, [d.scale for d in draws], sigma, target, None)
+    before, begin = (levels(level) for level in zip(*(d.anchors for d in draws), strict=True))
+    noisy = torch.lerp(clean, eps, expand(before, clean))
+    line = Line.through(ask(noisy, before)[1], half_log_snr(before))
+    earlier = Anchor(noisy, before, line)
+    noisy = noisy + expand(begin - before, clean) * line.value
+    line = Line.through(ask(noisy, begin)[1], half_log_snr(begin), line)
+    anchor = Anchor(noisy, begin, line)
+    inputs, target = ask(noisy + expand(sigma - begin, clean) * line.value, sigma)
+    return Batch(inputs, [d.scale for d in draws], sigma, target, (earlier, anchor))
 
 
 def groups(scales: Sequence[int]) -> dict[int, list[int]]:
@@ -133,16 +145,17 @@ def errors(
 ) -> Tensor:
     """Mean squared error of the coarse velocity of each row, ``[rows]``; ``adapter=None`` is the training-free step."""
     forward, inputs = transformer.forward, architecture.rows(batch.inputs, rows)
-    anchor = batch.anchor.rows(rows) if batch.anchor else None
+    anchor = low = None
     with torch.no_grad():
-        before = architecture.before(forward, inputs, scale, form, anchor) if anchor else None
+        for anchor in (a.rows(rows) for a in batch.anchors or ()):
+            low = architecture.low_line(forward, inputs, scale, form, anchor, low, adapter)
     velocity = architecture.coarse_step(
         forward,
         inputs,
         scale,
         form,
         anchor=anchor,
-        before=before,
+        low=held(low) if low else None,
         variance=variance.get(scale),
         adapter=adapter,
     )

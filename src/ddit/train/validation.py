@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from ddit.generate import run as generate
-from ddit.train.distill import Draw
+from ddit.train.distill import Draw, higher
 
 if TYPE_CHECKING:
     from ddit.train.trainer import Run
 
 SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
-"""Noise levels that are validated; the last step at scale 1 is ``GAP`` earlier."""
-GAP = 0.1
+"""Noise levels that are validated."""
+GAP = 0.5
+"""How far before in lambda the last step at scale 1 lies, and the one before it from there."""
 
 
 @torch.no_grad()
@@ -28,7 +29,8 @@ def validate(run: Run) -> list[dict[str, Any]]:
     for scale in run.config.scales:
         for sigma in SIGMAS:
             learnt, free = [], []
-            draws = [Draw(r, scale, sigma, min(sigma + GAP, 1.0), noise=r) for r in records]
+            anchor = higher(sigma, GAP)
+            draws = [Draw(r, scale, sigma, (higher(anchor, GAP), anchor), noise=r) for r in records]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
                 batch = run.ask_teacher(part)
