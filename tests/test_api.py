@@ -324,8 +324,8 @@ def test_the_statistic_is_that_of_steps_at_scale_one(pipe, kind: Difference):
     """The paper's difference sees whatever the path does; ours only learns from steps at scale 1, and else grows."""
     handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, 2, 2, 1, 2, difference=kind))
     tiny.sample(pipe, steps=10)
-    stats = [step.statistics[0].get(2) for step in handle.report.steps]
-    assert stats[:3] == [None] * 3 and stats[3] != stats[4]
+    stats = [step.statistics[0].get(2, 0.0) for step in handle.report.steps]
+    assert stats[:3] == [0.0] * 3 and stats[3] != stats[4]
     levels = [float(half_log_snr(torch.tensor(step.sigma).double())) for step in handle.report.steps]
     grown = [stats[4] * growth(levels[1:4], at) / growth(levels[1:4], levels[4]) for at in levels[4:8]]
     assert (stats[4:8] == pytest.approx(grown)) == (kind == "per-sigma")

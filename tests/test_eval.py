@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -12,7 +13,8 @@ from diffusers import FluxTransformer2DModel
 import tiny
 from ddit.adapter import PatchAdapter
 from ddit.cli import main
-from ddit.eval import steps
+from ddit.eval import quality, steps
+from ddit.eval.parts import Part, Parts
 from ddit.eval.quality import held_out, parse_method
 from ddit.generate import run
 from ddit.preset import Preset
@@ -73,6 +75,39 @@ def test_quality_suite(model, tmp_path, capsys):
     assert all(0 <= r["adherence"] <= 1 and r["frechet"] >= 0 for r in rows)
     assert out.with_suffix(".png").stat().st_size > 1000
     assert "| plain:run_steps=2 | 2 |" in out.with_suffix(".md").read_text()
+
+
+def test_a_killed_evaluation_continues(model, tmp_path, monkeypatch, capsys):
+    """Finished batches are not drawn again; other settings, or a damaged file, draw anew."""
+    flags = ["--model", model, "--methods", "plain", "dynamic", "--prompts", "3", "--batch", "1"]
+    whole = tmp_path / "whole"
+    assert main(["evaluate", *flags, "--out", str(whole)]) == 0
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == dies:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(quality, "run", counted)
+    out, dies = tmp_path / "race", 7  # two to warm up, two batches of two, the third half way
+    assert main(["evaluate", *flags, "--out", str(out)]) == 130
+    folder = out.with_suffix(".parts")
+    assert sorted(p.name for p in folder.glob("*.npz")) == ["batch-0000.npz", "batch-0001.npz"]
+    (folder / "batch-0001.npz").write_bytes((folder / "batch-0001.npz").read_bytes()[:100])
+    calls.clear()
+    dies = 0
+    assert main(["evaluate", *flags, "--out", str(out)]) == 0
+    assert len(calls) == 2 + 2 * 2 and not folder.exists()
+    ours, theirs = (json.loads(p.with_suffix(".json").read_text())["methods"] for p in (out, whole))
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if "sec" not in k and "speed" not in k} == {
+            k: v for k, v in b.items() if "sec" not in k and "speed" not in k
+        }
+    Parts(folder, {"seed": 1}).save(0, [Part(*np.zeros((4, 1)))])
+    assert Parts(folder, {"seed": 1}).load(0) is not None
+    assert Parts(folder, {"seed": 2}).load(0) is None
 
 
 def test_cost_and_velocity_suites(model, tmp_path, capsys):

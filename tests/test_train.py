@@ -160,9 +160,9 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
     assert all(0.02 <= d.sigma <= d.anchors[1] <= d.anchors[0] <= 1 for d in table)
     low = torch.tensor([[*d.anchors, d.sigma] for d in table if d.anchors[0] < 1])
     gaps = half_log_snr(low).diff(dim=1)
-    assert 0.4 < gaps[:, 0].mean() < 0.7  # 0.6 but for those that end at 1
-    assert (gaps[:, 1] / gaps[:, 0]).mean() == pytest.approx(0.75, abs=0.1)
-    assert (gaps[:, 1] / gaps[:, 0]).max() < 1.51
+    assert 0.7 < gaps[:, 0].mean() < 1 and gaps[:, 0].max() < 1.81  # .9 but for those that end at 1
+    assert (gaps[:, 1] / gaps[:, 0]).mean() == pytest.approx(0.62, abs=0.1)
+    assert (gaps[:, 1] / gaps[:, 0]).max() < 1.26
 
 
 def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
@@ -220,14 +220,14 @@ def test_the_teacher_is_the_plain_model(base, anchored):
 @pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
 @pytest.mark.parametrize("anchored", [True, False])
 def test_it_learns(base, tmp_path, start, anchored):
-    lr = 3e-5 if anchored else 3e-3  # there is less to learn from an anchor
+    lr = 1e-4 if anchored else 3e-3  # there is less to learn from an anchor
     changes = {"steps": 60, "lr": lr, "ema": 0.0, "validate_every": 60, "batch": 4}
     config = settings(base, tmp_path, start=start, anchored=anchored, **changes)
     train(config)
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert {(r["scale"], r["sigma"]) for r in rows} == {(s, x) for s in (2, 4) for x in (0.95, 0.8, 0.6, 0.4, 0.2)}
     learnt, free = np.mean([r["error"] for r in rows]), np.mean([r["training_free"] for r in rows])
-    assert learnt < 0.9 * free
+    assert learnt < (0.98 if anchored else 0.9) * free
     adapter = PatchAdapter.from_pretrained(tmp_path / "adapter")
     assert adapter.config["steps_trained"] == 60 and set(adapter.detail_variance) == {2, 4}
     pipe = tiny.pipeline()

@@ -7,9 +7,11 @@ s the scale. A patch of size ``s p`` is a patch of size p after resizing it to `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -216,18 +218,24 @@ def anchored_velocity(
     return expected + GAIN * grow(low - low_expected, scale, patch_size, start)
 
 
-def half_log_snr(sigma: Tensor) -> Tensor:
-    """``log((1 - sigma) / sigma)``, lambda of DPM-Solver (arXiv 2206.00927), in which velocities change evenly.
+FINEST = 1e-3
+"""Step of the noise levels that models are trained on; `half_log_snr` adds it, so that pure noise is finite."""
 
-    A thousandth, the finest step that models are trained on, is added above and below: pure noise is finite.
-    """
-    return torch.log((1 - sigma + 1e-3) / (sigma + 1e-3))
+
+@overload
+def half_log_snr(sigma: float) -> float: ...
+@overload
+def half_log_snr(sigma: Tensor) -> Tensor: ...
+def half_log_snr(sigma: float | Tensor) -> float | Tensor:
+    """``log((1 - sigma) / sigma)``, lambda of DPM-Solver (arXiv 2206.00927), in which velocities change evenly."""
+    odds = (1 - sigma + FINEST) / (sigma + FINEST)
+    return torch.log(odds) if isinstance(odds, Tensor) else math.log(odds)
 
 
 def noise_at(level: Tensor) -> Tensor:
     """The inverse of `half_log_snr`."""
     odds = torch.exp(level)
-    return (1 + 1e-3 - 1e-3 * odds) / (1 + odds)
+    return (1 + FINEST - FINEST * odds) / (1 + odds)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ddit.config import ScheduleConfig
-from ddit.patches import expand, pad_to_multiple
+from ddit.patches import pad_to_multiple
 
 REFERENCE_STEP = 1 / 50
 """Step of sigma for which ``per-sigma`` differences are given: one of the paper's 50."""
@@ -41,27 +41,30 @@ def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
     return rows[0]
 
 
-def difference_per_sigma(velocities: Sequence[Tensor], levels: Sequence[Tensor]) -> Tensor:
+def difference_per_sigma(velocities: Sequence[Tensor], levels: Sequence[Sequence[float]]) -> Tensor:
     """The same from velocities ``dz/dsigma`` at uneven noise levels, times a step of `REFERENCE_STEP`.
 
     A third difference of the latents is what the newest step differs from a straight line through the two before. This
     one is that for lines in lambda: the newest velocity minus the forecast by a polynomial of degree n - 2 through the
-    other n - 1, that is Newton's divided difference times the distances to them. At equal steps of lambda and sigma it
-    is `difference`.
+    other n - 1 (Lagrange's formula). At equal steps of lambda and sigma it is `difference`.
 
     Args:
         velocities: n tensors ``[B, ...]``, newest last.
-        levels: Their `ddit.patches.half_log_snr` ``[B]``, rising.
+        levels: Their `ddit.patches.half_log_snr`, n for each sample, rising.
 
     Returns:
         ``[B, ...]``, float32.
     """
-    rows = [v.float() for v in velocities]
-    for level in range(1, len(rows)):
-        gaps = [new - old for old, new in zip(levels, levels[level:], strict=False)]
-        rows = [(new - old) / expand(gap, new) for (old, new), gap in zip(pairwise(rows), gaps, strict=True)]
-    distance = -REFERENCE_STEP * math.prod((levels[-1] - old for old in levels[:-1]), start=torch.ones_like(levels[-1]))
-    return rows[0] * expand(distance, rows[0])
+    nodes = torch.stack(list(velocities)).float()
+    shares = [[-REFERENCE_STEP * _share(sample, node) for sample in levels] for node in range(len(nodes))]
+    weights = torch.tensor(shares).to(nodes.device)
+    return (nodes * weights.reshape(*weights.shape, *[1] * (nodes.ndim - 2))).sum(0)
+
+
+def _share(levels: Sequence[float], node: int) -> float:
+    """Weight of a node in the newest minus its forecast by the others."""
+    distance = math.prod(levels[-1] - other for other in levels[:-1])
+    return distance / math.prod(levels[node] - other for i, other in enumerate(levels) if i != node)
 
 
 def growth(levels: Sequence[float], here: float) -> float:
@@ -78,13 +81,13 @@ def growth(levels: Sequence[float], here: float) -> float:
     return ahead / math.prod(levels[-1] - node for node in levels[:-1])
 
 
-def channel_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (population) over the channels: ``[B, C, ..., H, W]`` -> two of ``[B, ..., H, W]``."""
+def channel_moments(values: Tensor) -> Tensor:
+    """Mean and variance (population) over the channels: ``[B, C, ..., H, W]`` -> ``[2, B, ..., H, W]``."""
     mean = values.mean(1)
-    return mean, (values - mean[:, None]).square().mean(1)
+    return torch.stack([mean, (values - mean[:, None]).square().mean(1)])
 
 
-def patch_deviation(moments: tuple[Tensor, Tensor], patch: int) -> Tensor:
+def patch_deviation(moments: Tensor, patch: int) -> Tensor:
     """Standard deviation (population) inside each ``patch x patch`` square, over its pixels and channels.
 
     Law of total variance: the mean of the pixels' variances plus the variance of their means, so that one pass over
@@ -97,16 +100,17 @@ def patch_deviation(moments: tuple[Tensor, Tensor], patch: int) -> Tensor:
     Returns:
         ``[B, N]``.
     """
-    mean, variance = (
-        rearrange(pad_to_multiple(m, patch), "b ... (h y) (w x) -> b (... h w) (y x)", y=patch, x=patch)
-        for m in moments
-    )
+    pixels = pad_to_multiple(moments, patch)
+    mean, variance = rearrange(pixels, "m b ... (h y) (w x) -> m b (... h w) (y x)", y=patch, x=patch)
     return (variance.mean(-1) + mean.var(-1, correction=0)).sqrt()
 
 
-def statistic(moments: tuple[Tensor, Tensor], patch: int, percentile: float) -> Tensor:
+def statistic(moments: Tensor, patch: int, percentile: float) -> Tensor:
     """``sigma_s^(rho)`` of the paper: the ``percentile``-quantile over patches of their deviation, ``[B]``."""
-    return torch.quantile(patch_deviation(moments, patch), percentile, dim=-1)
+    ordered = patch_deviation(moments, patch).sort(-1).values
+    place = percentile * (ordered.shape[-1] - 1)
+    # As torch.quantile, which costs a small model's step half a percent.
+    return torch.lerp(ordered[:, math.floor(place)], ordered[:, math.ceil(place)], place % 1)
 
 
 def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentile: float) -> list[dict[int, float]]:

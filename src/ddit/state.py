@@ -55,8 +55,7 @@ class Memory:
     def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float) -> None:
         """A step at scale 1 is the new anchor of these samples."""
         old = self.anchor.velocity
-        noise = torch.full_like(self.anchor.sigma, sigma)
-        level = half_log_snr(noise)
+        noise, level = (torch.full_like(self.anchor.sigma, x) for x in (sigma, half_log_snr(sigma)))
         previous, previous_level = renewed(self.known, old.value, velocity), renewed(self.known, old.level, level)
         self.anchor = Anchor(
             renewed(samples, latents, self.anchor.latents),
@@ -185,11 +184,11 @@ class Generation:
         new = [i for i, scale in enumerate(fine) if scale == 1 and len(self.levels[i]) == order]
         if new:
             nodes = self.nodes if len(new) == len(fine) else [v[new] for v in self.nodes]
-            levels = torch.tensor([self.levels[i] for i in new], dtype=torch.float64).unbind(1)
-            values = difference_per_sigma(nodes, levels)
+            values = difference_per_sigma(nodes, [self.levels[i] for i in new])
             rows = statistics(values, patch_size, self.config.scales, self.config.percentile)
-            self.measured = [dict(zip(new, rows, strict=True)).get(i, old) for i, old in enumerate(self.measured)]
-        here = _lambda(self.sigmas[-1])
+            for i, row in zip(new, rows, strict=True):
+                self.measured[i] = row
+        here = half_log_snr(self.sigmas[-1])
         factors = [growth(levels, here) if row else 1.0 for levels, row in zip(self.levels, self.measured, strict=True)]
         return [{s: f * x for s, x in row.items()} for f, row in zip(factors, self.measured, strict=True)]
 
@@ -242,14 +241,13 @@ class Generation:
     def _add_node(self, step: Tensor, sigma: float) -> None:
         """The path's velocity over the last step joins the nodes of the samples that took it at scale 1."""
         fine, order, last = [scale == 1 for scale in self.steps[-1].scales], self.config.order, self.sigmas[-1]
+        level = half_log_snr(last)
         if self.config.difference == "plain" or not any(fine) or sigma >= last:
             return
         new = step / (sigma - last)
         nodes = self.nodes or [new] * order
         self.nodes = [renewed(fine, newer, older) for older, newer in zip(nodes, [*nodes[1:], new], strict=True)]
-        self.levels = [
-            [*old, _lambda(last)][-order:] if at_one else old for old, at_one in zip(self.levels, fine, strict=True)
-        ]
+        self.levels = [[*old, level][-order:] if at_one else old for old, at_one in zip(self.levels, fine, strict=True)]
 
     def _like(self, z: Tensor) -> bool:
         return z.shape == self._seen.shape and z.dtype == self._seen.dtype and z.device == self._seen.device
@@ -258,7 +256,3 @@ class Generation:
     def _seen(self) -> Tensor:
         assert self.seen is not None, "a step has begun"
         return self.seen
-
-
-def _lambda(sigma: float) -> float:
-    return float(half_log_snr(torch.tensor(sigma, dtype=torch.float64)))

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from ddit.embedded.data import drawings
 from ddit.embedded.detector import Detector, judge
 from ddit.embedded.scenes import Scene, Split, scenes
 from ddit.eval.metrics import bootstrap_difference, bootstrap_interval, frechet_distance, psnr, ssim
+from ddit.eval.parts import Part, Parts
 from ddit.generate import Run, run
 from ddit.preset import Preset
 from ddit.progress import progress
-from ddit.report import Report
 
 Adapters = Callable[[str | None], PatchAdapter | None]
 
@@ -79,26 +79,8 @@ def _value(text: str) -> Any:
         return text
 
 
-@dataclass
-class Results:
-    """Everything one method drew."""
-
-    seconds: list[float] = field(default_factory=list)
-    """Wall-clock time of each batch."""
-    pictures: list[np.ndarray] = field(default_factory=list)
-    """uint8 ``[B, H, W, 3]`` of each batch."""
-    reports: list[Report] = field(default_factory=list)
-
-    def add(self, outcome: Run) -> None:
-        self.seconds.append(outcome.seconds)
-        self.pictures.append((outcome.pictures * 255).round().astype(np.uint8))
-        if outcome.report is not None:
-            self.reports.append(outcome.report)
-
-    @property
-    def stacked(self) -> Tensor:
-        """All pictures ``[N, 3, H, W]`` in [0, 1]."""
-        return torch.from_numpy(np.concatenate(self.pictures)).permute(0, 3, 1, 2).float() / 255
+Results = list[Part]
+"""Everything one method drew, a part per batch."""
 
 
 def draw_all(
@@ -110,9 +92,14 @@ def draw_all(
     *,
     batch: int,
     seed: int,
+    parts: Parts | None = None,
 ) -> list[Results]:
-    """Run every method on every prompt; for each batch of prompts the methods take turns in rotating order."""
-    results = [Results() for _ in methods]
+    """Run every method on every prompt; for each batch of prompts the methods take turns in rotating order.
+
+    Args:
+        parts: Finished batches are taken from here, and kept here.
+    """
+    results: list[Results] = [[] for _ in methods]
     prompts = [scene.prompt for scene in asked]
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
 
@@ -122,16 +109,33 @@ def draw_all(
             pipe, prompts[part], seeds[part], chosen, config=method.config, preset=preset, adapter=method.adapter
         )
 
-    for method in methods:
-        call(method, slice(0, batch), 5)  # warm-up
+    warm = False
     starts = range(0, len(prompts), batch)
     with progress("evaluate", len(starts) * len(methods)) as advance:
         for turn, start in enumerate(starts):
-            for k in range(len(methods)):
-                i = (k + turn) % len(methods)
-                results[i].add(call(methods[i], slice(start, start + batch), methods[i].run_steps))
-                advance()
+            drawn = parts.load(turn) if parts else None
+            if drawn is None:
+                for method in [] if warm else methods:
+                    call(method, slice(0, batch), 5)
+                warm, new = True, {}
+                for k in range(len(methods)):
+                    i = (k + turn) % len(methods)
+                    new[i] = Part.of(call(methods[i], slice(start, start + batch), methods[i].run_steps))
+                    advance()
+                drawn = [new[i] for i in range(len(methods))]
+                if parts:
+                    parts.save(turn, drawn)
+            else:
+                for _ in drawn:
+                    advance()
+            for result, part in zip(results, drawn, strict=True):
+                result.append(part)
     return results
+
+
+def stacked(results: Results) -> Tensor:
+    """All pictures ``[N, 3, H, W]`` in [0, 1]."""
+    return torch.from_numpy(np.concatenate([part.pictures for part in results])).permute(0, 3, 1, 2).float() / 255
 
 
 def summarise(
@@ -147,27 +151,28 @@ def summarise(
     intervals over prompts. The Fréchet distance is to ten drawings per prompt, from the judge's features.
     """
     drawn = torch.cat([_features(detector, x) for x in _drawings(10 * len(asked), split)])
-    reference = results[0].stacked
+    reference = stacked(results[0])
     base = _verdicts(detector, reference, asked)
     base_features = _features(detector, reference)
 
     def distance(features: Tensor) -> Tensor:
         return torch.tensor(frechet_distance(features, drawn))
 
+    sizes = [len(part.pictures) for part in results[0]]
     rows = []
     for method, result in zip(methods, results, strict=True):
-        pictures = result.stacked
+        pictures = stacked(result)
         verdicts = base if result is results[0] else _verdicts(detector, pictures, asked)
         overall = torch.tensor([statistics.fmean(v.values()) for v in verdicts])
         plain = torch.tensor([statistics.fmean(v.values()) for v in base])
         features = base_features if result is results[0] else _features(detector, pictures)
-        ratios = [a / b for a, b in zip(results[0].seconds, result.seconds, strict=True)]
+        ratios = [float(a.seconds / b.seconds) for a, b in zip(results[0], result, strict=True)]
         row: dict[str, Any] = {
             "method": method.name,
             "run_steps": method.run_steps,
             "speedup": statistics.median(ratios),
             "speedup_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
-            "seconds_per_picture": sum(result.seconds) / len(asked),
+            "seconds_per_picture": sum(float(part.seconds) for part in result) / len(asked),
             "adherence": float(overall.mean()),
             "adherence_interval": bootstrap_interval(overall),
             "adherence_change": float((overall - plain).mean()),
@@ -178,12 +183,13 @@ def summarise(
             "frechet_change_interval": bootstrap_difference(features, base_features, distance, samples=200),
             "psnr": float(psnr(pictures, reference).median()),
             "ssim": float(ssim(pictures, reference).mean()),
-            "tokens_fraction": _mean([r.tokens_fraction for r in result.reports]),
-            "flops_fraction": _mean([r.flops_fraction for r in result.reports]),
+            "tokens_fraction": float(np.average([part.work[0] for part in result], weights=sizes)),
+            "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
         }
-        if result.reports:
-            row["steps_per_scale"] = _steps_per_scale(result.reports)
-            row["fine_steps_by_texture"] = _fine_steps(result.reports, asked)
+        scales = [sample.tolist() for part in result for sample in part.scales]
+        if method.config is not None:
+            row["steps_per_scale"] = _steps_per_scale(scales)
+            row["fine_steps"] = _fine_steps(scales, asked)
         rows.append(row)
     return rows
 
@@ -213,21 +219,15 @@ def _by_attribute(verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(v) for name, v in values.items()}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else 1.0
-
-
-def _steps_per_scale(reports: Sequence[Report]) -> dict[int, float]:
+def _steps_per_scale(samples: Sequence[Sequence[int]]) -> dict[int, float]:
     """Scale -> mean number of steps of a picture."""
-    samples = [sample for report in reports for sample in report.scales]
     scales = sorted({s for sample in samples for s in sample})
     return {s: statistics.fmean(sample.count(s) for sample in samples) for s in scales}
 
 
-def _fine_steps(reports: Sequence[Report], asked: Sequence[Scene]) -> dict[str, dict[str, Any]]:
-    """Texture and background -> number of steps at scale 1 of the prompts that name it, with its interval."""
+def _fine_steps(samples: Sequence[Sequence[int]], asked: Sequence[Scene]) -> dict[str, dict[str, Any]]:
+    """What a prompt names -> number of steps at scale 1 of such prompts, with its interval."""
     counts: dict[str, list[float]] = defaultdict(list)
-    samples = [sample for report in reports for sample in report.scales]
     for scene, sample in zip(asked, samples, strict=True):
         for name in {f"{t.texture} objects" for t in scene.things if t.texture} | {f"{scene.background} background"}:
             counts[name].append(float(sample.count(1)))
@@ -268,11 +268,11 @@ def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results],
     """PNG: a row of pictures per method, a column per prompt."""
     from matplotlib.figure import Figure
 
-    columns = min(count, len(results[0].stacked))
+    columns = min(count, sum(len(part.pictures) for part in results[0]))
     figure = Figure(figsize=(1.4 * columns + 2.4, 1.4 * len(methods)), layout="constrained")
     axes = figure.subplots(len(methods), columns, squeeze=False)
     for row, method, result in zip(axes, methods, results, strict=True):
-        for axis, picture in zip(row, np.concatenate(result.pictures), strict=False):
+        for axis, picture in zip(row, np.concatenate([part.pictures for part in result]), strict=False):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(method.name.replace(":", "\n").replace(",", "\n"), fontsize=6, rotation=0, ha="right")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.detector import load_detector
 from ddit.embedded.scenes import Split
 from ddit.eval import quality, steps
+from ddit.eval.parts import Parts
 from ddit.files import write_json
 from ddit.generate import call_settings, load_adapter, load_pipeline
 
@@ -50,9 +55,7 @@ class SuiteConfig:
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
     figures = {"quality": _quality, "velocity": _velocity, "cost": _cost}[suite](config)
-    result = {**about, "suite": suite, **figures}
-    write_json(config.out.with_suffix(".json"), result)
-    return result
+    return _write(config, {**about, "suite": suite, **figures})
 
 
 def choose_threshold(
@@ -75,9 +78,18 @@ def choose_threshold(
     good = [row for row in figures["methods"][1:] if row["adherence_change"] >= -margin]
     best = min(good, key=lambda row: row["flops_fraction"], default=None)
     chosen = 0.0 if best is None else names[best["method"]]
-    result = {**about, "suite": "quality", "margin": margin, **figures, "chosen": chosen}
+    return _write(config, {**about, "suite": "quality", "margin": margin, **figures, "chosen": chosen})
+
+
+def _write(config: SuiteConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """The suite's JSON file; what the suite kept to continue from goes once that is there."""
     write_json(config.out.with_suffix(".json"), result)
+    shutil.rmtree(_parts_folder(config), ignore_errors=True)
     return result
+
+
+def _parts_folder(config: SuiteConfig) -> Path:
+    return config.out.with_suffix(".parts")
 
 
 def _quality(config: SuiteConfig) -> dict[str, Any]:
@@ -88,7 +100,10 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
     methods = [quality.parse_method(text, run_steps, preset, adapters) for text in config.methods or DEFAULT_METHODS]
     asked = quality.held_out(config.split, config.prompts, config.seed)
     detector = load_detector()
-    results = quality.draw_all(pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed)
+    parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
+    results = quality.draw_all(
+        pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts
+    )
     rows = quality.summarise(methods, results, asked, detector, config.split)
     table = quality.markdown(rows, len(asked))
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +117,25 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
         "seed": config.seed,
         "methods": rows,
     }
+
+
+def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Method]) -> dict[str, Any]:
+    """All that the pictures of a suite depend on."""
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    learnt = [None if m.adapter is None else _digest(m.adapter) for m in methods]
+    return {
+        **{k: str(v) for k, v in asdict(config).items() if k not in ("methods", "out")},
+        "model": [_digest(m) for m in modules],
+        "methods": [(m.name, m.run_steps, repr(m.config), a) for m, a in zip(methods, learnt, strict=True)],
+    }
+
+
+def _digest(module: torch.nn.Module) -> str:
+    """Of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _adapter_loader(config: SuiteConfig) -> quality.Adapters:

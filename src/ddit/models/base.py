@@ -71,6 +71,14 @@ class Anchor:
         """Clean latents that the step predicted."""
         return self.latents - expand(self.sigma, self.latents) * self.velocity.value
 
+    def distance(self, level: Tensor) -> Tensor:
+        """Share ``[B]``, 0 to 1, of an adapter's correction that counts at a level (`ddit.patches.half_log_snr`).
+
+        The error of a line through two points grows with the product of the distances to them: at the anchor itself
+        there is nothing to correct, and one unit of lambda away all of what the adapter says counts.
+        """
+        return ((level - self.velocity.level) * (level - self.velocity.previous_level)).clamp(0, 1)
+
     def rows(self, index: list[int]) -> Anchor:
         """The same for some samples of the batch."""
         if len(index) == len(self.latents):
@@ -267,6 +275,8 @@ class Architecture(ABC):
             expected = pad_to_multiple(anchor.velocity.at(level), multiple)
             line = low(level, answer)
             velocity = anchored_velocity(expected, answer, line.at(level), scale, self.patch_size, config.start)
+            if correction is not None:
+                correction = correction * expand(anchor.distance(level), correction)
         else:
             velocity = grow(answer, scale, self.patch_size, config.start)
             if config.start == "noise-consistent":

@@ -97,9 +97,9 @@ class TrainConfig:
     weighting: Weighting = "bounded"
     """Weight of a noise level in the loss. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
     velocity of what lies inside a large patch divides by sigma. ``none`` is the paper's; the others are SD3's."""
-    gap: float = 0.6
-    """Mean distance in lambda = log((1 - sigma) / sigma) between the last two steps at scale 1. The step that is learnt
-    comes up to one and a half times as far after them."""
+    gap: float = 0.9
+    """Mean distance in lambda = log((1 - sigma) / sigma) between the last two steps at scale 1, uniform from 0 to twice
+    as much. The step that is learnt comes up to 1.25 times as far after them."""
 
     dtype: Dtype = "float32"
     """Of the frozen base."""

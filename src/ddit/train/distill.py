@@ -43,8 +43,8 @@ def draw(config: TrainConfig, samples: Samples, records: int, step: int, number:
     rng = np.random.default_rng([config.seed, step, number])
     record, scale = int(rng.integers(records)), int(rng.choice(config.scales))
     sigma = max(noise_level(config.noise, samples.sigmas, rng), LEAST_SIGMA)
-    between = float(rng.exponential(config.gap))
-    anchor = higher(sigma, between * float(rng.uniform(0, 1.5)))
+    between = float(rng.uniform(0, 2 * config.gap))
+    anchor = higher(sigma, between * float(rng.uniform(0, 1.25)))
     return Draw(record, scale, sigma, (higher(anchor, between), anchor), int(rng.integers(2**62)))
 
 
@@ -146,9 +146,9 @@ def errors(
     """Mean squared error of the coarse velocity of each row, ``[rows]``; ``adapter=None`` is the training-free step."""
     forward, inputs = transformer.forward, architecture.rows(batch.inputs, rows)
     anchor = low = None
-    with torch.no_grad():
-        for anchor in (a.rows(rows) for a in batch.anchors or ()):
-            low = architecture.low_line(forward, inputs, scale, form, anchor, low, adapter)
+    # With gradients: what an adapter does to the answers at the anchors as well is lost again in the difference.
+    for anchor in (a.rows(rows) for a in batch.anchors or ()):
+        low = architecture.low_line(forward, inputs, scale, form, anchor, low, adapter)
     velocity = architecture.coarse_step(
         forward,
         inputs,

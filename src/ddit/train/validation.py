@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from ddit.train.trainer import Run
 
 SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
-"""Noise levels that are validated."""
-GAP = 0.5
-"""How far before in lambda the last step at scale 1 lies, and the one before it from there."""
+"""Noise levels that are validated; the last steps at scale 1 lie one and two mean gaps before."""
 
 
 @torch.no_grad()
@@ -29,8 +27,8 @@ def validate(run: Run) -> list[dict[str, Any]]:
     for scale in run.config.scales:
         for sigma in SIGMAS:
             learnt, free = [], []
-            anchor = higher(sigma, GAP)
-            draws = [Draw(r, scale, sigma, (higher(anchor, GAP), anchor), noise=r) for r in records]
+            anchor = higher(sigma, run.config.gap)
+            draws = [Draw(r, scale, sigma, (higher(anchor, run.config.gap), anchor), noise=r) for r in records]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
                 batch = run.ask_teacher(part)
