@@ -278,8 +278,8 @@ def test_huge_threshold_is_coarsest_after_warmup(pipe):
     tiny.sample(pipe)
     assert handle.report.strip() == "1 1 1 1 1 4 4 4"
     assert record.tokens == [64] * 5 + [4] * 3
-    assert len(handle.report.steps[2].statistics[0]) == 0
-    assert set(handle.report.steps[3].statistics[0]) == {2, 4}
+    assert len(handle.report.steps[1].statistics[0]) == 0
+    assert set(handle.report.steps[2].statistics[0]) == {2, 4}
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -322,7 +322,7 @@ def test_first_policy_is_refused_on_a_bare_transformer(pipe):
 @pytest.mark.parametrize("kind", ["plain", "per-sigma"])
 def test_the_statistic_is_that_of_steps_at_scale_one(pipe, kind: Difference):
     """The paper's difference sees whatever the path does; ours only learns from steps at scale 1, and else grows."""
-    handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, 2, 2, 1, 2, difference=kind))
+    handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, 2, 2, 1, 2, difference=kind, order=3))
     tiny.sample(pipe, steps=10)
     stats = [step.statistics[0].get(2, 0.0) for step in handle.report.steps]
     assert stats[:3] == [0.0] * 3 and stats[3] != stats[4]
@@ -339,7 +339,7 @@ def test_the_statistic_does_not_depend_on_where_the_steps_at_scale_one_lie(pipe)
     """Velocities on a parabola of lambda: in each step the statistic is the error of a line through the last two."""
     policy = Table([1, 1, 1, 2, 1, 2, 2, 1], [1, 1, 1, 1, 2, 2, 1, 1])
     x = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    generation = Generation(fixed(1, 2, scales=(1, 2)))
+    generation = Generation(fixed(1, 2, scales=(1, 2), order=3))
     sigmas = [0.9 - 0.02 * i for i in range(10)]
     levels = [float(half_log_snr(torch.tensor(s).double())) for s in sigmas]
     z = torch.zeros(2, 4, 8, 8)
@@ -372,7 +372,7 @@ def test_custom_policy_sees_step_total_and_statistics(pipe):
             seen.append((step, total, len(stats), len(stats[0])))
             return [2 if step % 2 else 1 for _ in stats]
 
-    handle = ddit.apply(pipe, policy=Mine(), config=ScheduleConfig(difference="plain"))
+    handle = ddit.apply(pipe, policy=Mine(), config=ScheduleConfig(difference="plain", order=3))
     tiny.sample(pipe, num_images_per_prompt=2)
     assert handle.report.scales == [[1, 2] * 4] * 2
     assert seen == [(i, STEPS, 2, 0 if i < 3 else 2) for i in range(STEPS)]
@@ -513,7 +513,7 @@ def test_latents_are_let_go_when_a_pipeline_call_ends(pipe):
 
 @pytest.mark.parametrize("kind", ["plain", "per-sigma"])
 def test_no_more_latents_are_kept_than_the_order_needs(pipe, kind: Difference):
-    handle, counts = ddit.apply(pipe, config=replace(PLAIN, difference=kind)), []
+    handle, counts = ddit.apply(pipe, config=replace(PLAIN, difference=kind, order=3)), []
 
     def callback(pipe, i, t, kwargs):
         state = handle._generation

@@ -16,7 +16,7 @@ REFUSED = {
     "fraction": [-0.01, 1.01, NAN, INF, True, None],
     "order": [0, 4, -1, 1.5, 2.0, True, "3", None],
     "scales": [(), (2, 4), (1, 3), (1, 2, 2), (1, 1), (0, 1), (-2, 1), (1, 2.0), (1, True), "12", 2, None],
-    "warmup": [2, 0, -1, 3.0, True, None],
+    "warmup": [1, 0, -1, 3.0, True, None],
     "warmup_scale": [3, 0, 8, 2.0, True, None],
     "steps": [(2, 3), (8,), (0,), (True,), (1.0,), 2, "21"],
     "policy": ["", "Dynamic", "other", None, 1, []],
@@ -76,7 +76,7 @@ def test_lists_become_tuples_and_scales_are_sorted():
 
 def test_defaults():
     config = ScheduleConfig()
-    assert (config.threshold, config.percentile, config.order, config.scales) == (1e-3, 0.4, 3, (1, 2, 4))
+    assert (config.threshold, config.percentile, config.order, config.scales) == (1e-3, 0.4, 2, (1, 2, 4))
     assert (config.policy, config.difference) == ("dynamic", "per-sigma")
 
 

@@ -301,10 +301,11 @@ def test_projection_removes_rounding():
     assert error < (raw - 0.02 * v).std() / 10
 
 
+@pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize(("guidance", "floor"), [(None, 1e-4), (2.0, 3e-4)])
-def test_rounded_latents_do_not_drown_the_signal(guidance, floor):
+def test_rounded_latents_do_not_drown_the_signal(guidance, floor, order):
     """A straight path in bfloat16 has third difference zero; its plain difference reads several times tau."""
-    config = ScheduleConfig(threshold=0.0)
+    config = ScheduleConfig(threshold=0.0, order=order)
     policy = make_policy(config)
     start, cond, uncond = path(3, (1, 16, 64, 64))
     v = cond.float() if guidance is None else torch.lerp(uncond.float(), cond.float(), guidance)
@@ -318,14 +319,14 @@ def test_rounded_latents_do_not_drown_the_signal(guidance, floor):
             generation.record(velocity.bfloat16(), 0.0)
     kept = [step.statistics[0] for step in generation.steps]
     naive = [statistics(difference(history[:i]), 2, (1, 2, 4), 0.4) for i in range(4, 51, 5)]
-    assert kept[:3] == [{}] * 3
-    assert max(max(stats.values()) for stats in kept[3:]) < floor
+    assert kept[:order] == [{}] * order
+    assert max(max(stats.values()) for stats in kept[order:]) < floor
     assert min(min(stats.values()) for stats, *_ in naive) > 5e-3
 
 
 def test_float32_latents_are_followed_exactly():
     """No projection where nothing is rounded: a curved path keeps its difference."""
-    config = ScheduleConfig(threshold=0.0, difference="plain")
+    config = ScheduleConfig(threshold=0.0, difference="plain", order=3)
     z = path(6)
     generation = Generation(config)
     for i, latents in enumerate(z):

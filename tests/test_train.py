@@ -375,7 +375,12 @@ def test_command_line(base, tmp_path, capsys):
     assert "stepz" in capsys.readouterr().err
     values = {**settings(base, tmp_path / "run").to_dict(), "steps": 9}
     (tmp_path / "c.yaml").write_text(json.dumps(values))
-    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--steps", "1", "--no-residual"]) == 0
+    curves = tmp_path / "curves.json"
+    flags = ["--steps", "1", "--no-residual", "--json", str(curves)]
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), *flags]) == 0
+    told = json.loads(curves.read_text())
+    assert len(told["train"]) == 1 and {r["step"] for r in told["validation"]} == {1}
+    assert told["settings"]["steps"] == 1 and told["processes"] == 1 and told["command"].startswith("ddit ")
     saved = json.loads((tmp_path / "run" / "train.json").read_text())
     assert saved["steps"] == 1 and saved["residual"] is False
     assert PatchAdapter.from_pretrained(tmp_path / "run" / "adapter").config["residual"] is False

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     learn = _add(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
     learn.add_argument("--dry-run", action="store_true", help="only count parameters and memory; needs no weights")
-    learn.add_argument("--json", type=Path, help="with --dry-run: write the figures")
+    learn.add_argument("--json", type=Path, help="write the curves of loss and validation; with --dry-run, the figures")
     _train_options(learn)
 
     embedded = _add(commands, "embedded", None, "train the embedded model and its judge")
@@ -360,12 +360,22 @@ def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
         _plan(config, args.json)
         return
-    if args.json is not None:
-        raise ValueError("--json belongs to --dry-run; a run writes train.jsonl and validation.jsonl into --out")
-    _check_writable(Path(config.out) / "train.json")
+    out = Path(config.out)
+    for path in (out / "train.json", *([args.json] if args.json else [])):
+        _check_writable(path)
+    from accelerate import PartialState
+
     from ddit.train.trainer import train
 
     print(f"wrote {train(config)}")
+    if args.json is not None and PartialState().is_main_process:
+        curves = {
+            name: [json.loads(line) for line in (out / f"{name}.jsonl").open()] for name in ("train", "validation")
+        }
+        state = PartialState()
+        about = {"command": _command(), "environment": _environment(state.device.type)}
+        write_json(args.json, {**about, "processes": state.num_processes, "settings": config.to_dict(), **curves})
+        print(f"wrote {args.json}")
 
 
 def _plan(config: TrainConfig, path: Path | None) -> None:

@@ -31,8 +31,8 @@ class ScheduleConfig:
     """tau of the paper: a scale may be used while its statistic lies below. 0 keeps every step at scale 1."""
     percentile: float = 0.4
     """rho of the paper, in [0, 1]: which quantile of the patches' deviations is compared with ``threshold``."""
-    order: int = 3
-    """Order of the difference of the latents, 1 to 3. Order n needs n + 1 latents."""
+    order: int = 2
+    """Order of the difference of the latents, 1 to 3; the paper's is 3. Order n needs n + 1 latents."""
     scales: tuple[int, ...] = (1, 2, 4)
     """Patch sizes to choose from, as multiples of the model's own. Powers of two, 1 among them."""
     warmup: int = 3

@@ -229,7 +229,13 @@ def _fine_steps(samples: Sequence[Sequence[int]], asked: Sequence[Scene]) -> dic
     """What a prompt names -> number of steps at scale 1 of such prompts, with its interval."""
     counts: dict[str, list[float]] = defaultdict(list)
     for scene, sample in zip(asked, samples, strict=True):
-        for name in {f"{t.texture} objects" for t in scene.things if t.texture} | {f"{scene.background} background"}:
+        textures = {t.texture for t in scene.things if t.texture}
+        names = {f"{texture} objects" for texture in textures} | {f"{scene.background} background"}
+        if textures == {"plain"} and scene.background == "smooth":
+            names.add("nothing textured")
+        if textures and "plain" not in textures and scene.background != "smooth":
+            names.add("everything textured")
+        for name in names:
             counts[name].append(float(sample.count(1)))
     return {
         name: {

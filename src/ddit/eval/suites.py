@@ -61,7 +61,9 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
 def choose_threshold(
     config: SuiteConfig, thresholds: Sequence[float], margin: float, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """The threshold that saves the most work among those that cost at most ``margin`` of adherence.
+    """The threshold that saves the most work among those that cost at most ``margin`` of adherence, and no likeness.
+
+    That is, whose Fréchet distance to drawings is not above plain's by more than chance.
 
     Prompts are of the ``tune`` split, whatever ``config`` says, so that the choice can be judged on others. The
     result is the quality suite's, with ``chosen``, which is 0 (always scale 1) where every threshold costs more.
@@ -75,7 +77,11 @@ def choose_threshold(
     names = {f"dynamic:threshold={t:g}": t for t in thresholds}
     config = replace(config, split="tune", methods=("plain", *names))
     figures = _quality(config)
-    good = [row for row in figures["methods"][1:] if row["adherence_change"] >= -margin]
+    good = [
+        row
+        for row in figures["methods"][1:]
+        if row["adherence_change"] >= -margin and row["frechet_change_interval"][0] <= 0
+    ]
     best = min(good, key=lambda row: row["flops_fraction"], default=None)
     chosen = 0.0 if best is None else names[best["method"]]
     return _write(config, {**about, "suite": "quality", "margin": margin, **figures, "chosen": chosen})
