@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 import tiny
 from ddit.adapter import PatchAdapter
 from ddit.cli import main
-from ddit.eval import quality, steps
+from ddit.eval import quality, steps, suites
 from ddit.eval.parts import Part, Parts
 from ddit.eval.quality import held_out, parse_method
 from ddit.generate import run
@@ -138,14 +139,33 @@ def test_an_adapter_is_one_more_form(model, tmp_path, capsys):
     assert set(json.loads(out.with_suffix(".json").read_text())["rows"][0]["adapter_share"]) == {"2", "4"}
 
 
-def test_the_threshold_chosen_saves_most_within_the_margin(model, tmp_path, capsys):
+def test_the_threshold_chosen_goes_into_the_preset(model, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "threshold"
     shutil.copytree(model, folder)
     flags = ["--model", str(folder), "--prompts", "2", "--batch", "2", "--thresholds", "1e-9", "1e6", "--out", str(out)]
     assert main(["embedded", "threshold", *flags, "--margin", "1"]) == 0
     result = json.loads(out.with_suffix(".json").read_text())
-    assert result["split"] == "tune" and result["chosen"] == Preset.load(folder).schedule["threshold"] == 1e6
+    assert result["split"] == "tune" and result["chosen"] == Preset.load(folder).schedule["threshold"]
     assert [r["method"] for r in result["methods"]] == ["plain", "dynamic:threshold=1e-09", "dynamic:threshold=1e+06"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ([(0.0, 2.0, 0.8), (-0.005, 2.0, 0.5), (-0.02, 1.9, 0.3)], 0.002),  # the third costs two points
+        ([(0.0, 2.0, 0.8), (0.01, 2.1, 0.5), (0.02, 2.2, 0.3)], 0.001),  # the others are less like drawings
+        ([(-0.02, 2.0, 0.8), (0.0, 2.1, 0.5), (-0.02, 1.9, 0.3)], 0.0),  # none is good enough
+    ],
+)
+def test_the_threshold_chosen_saves_most_at_no_loss(monkeypatch, tmp_path, changes, chosen):
+    rows = [{"method": "plain", "adherence_change": 0.0, "frechet": 2.0, "flops_fraction": 1.0}]
+    for threshold, (adherence, frechet, flops) in zip((0.001, 0.002, 0.003), changes, strict=True):
+        row = {"adherence_change": adherence, "frechet": frechet, "flops_fraction": flops}
+        rows.append({"method": f"dynamic:threshold={threshold:g}", **row})
+    monkeypatch.setattr(suites, "_quality", lambda config: {"methods": rows})
+    values = {f.name: None for f in fields(suites.SuiteConfig)}
+    config = suites.SuiteConfig(**{**values, "out": tmp_path / "t"})
+    assert suites.choose_threshold(config, (0.001, 0.002, 0.003), 0.01, {})["chosen"] == chosen
 
 
 def test_bad_threshold_choices_are_refused(model, capsys):

@@ -63,7 +63,7 @@ def choose_threshold(
 ) -> dict[str, Any]:
     """The threshold that saves the most work among those that cost at most ``margin`` of adherence, and no likeness.
 
-    That is, whose Fréchet distance to drawings is not above plain's by more than chance.
+    The latter is the Fréchet distance to drawings, which must not lie above plain's.
 
     Prompts are of the ``tune`` split, whatever ``config`` says, so that the choice can be judged on others. The
     result is the quality suite's, with ``chosen``, which is 0 (always scale 1) where every threshold costs more.
@@ -80,7 +80,7 @@ def choose_threshold(
     good = [
         row
         for row in figures["methods"][1:]
-        if row["adherence_change"] >= -margin and row["frechet_change_interval"][0] <= 0
+        if row["adherence_change"] >= -margin and row["frechet"] <= figures["methods"][0]["frechet"]
     ]
     best = min(good, key=lambda row: row["flops_fraction"], default=None)
     chosen = 0.0 if best is None else names[best["method"]]
