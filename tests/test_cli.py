@@ -140,14 +140,14 @@ def test_a_broken_preset_is_refused(tmp_path):
 
 
 def test_the_embedded_model_comes_with_its_adapter(tmp_path):
-    """Used unless told otherwise, small, and made for that model's configuration."""
+    """Used when asked for, small, and made for that model's configuration."""
     report = tmp_path / "a.json"
     flags = ["--steps", "5", "--threshold", "1", "--out", str(tmp_path / "a.png"), "--json", str(report)]
     fractions = []
-    for adapter in ([], ["--adapter", "none"]):
+    for adapter in (["--adapter", "embedded"], []):
         assert main(["generate", PROMPT, *flags, *adapter]) == 0
         values = json.loads(report.read_text())
-        assert values["adapter"] == ("none" if adapter else "embedded")
+        assert values["adapter"] == ("embedded" if adapter else "none")
         fractions.append(values["flops_fraction"])
     assert fractions[0] > fractions[1]  # the adapter's own work counts
     assert sum(file.stat().st_size for file in ADAPTER_FOLDER.iterdir()) < 8_000_000

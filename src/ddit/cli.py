@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     distilled.add_argument("--folder", type=Path, default=Path("runs/adapter"))
     tune = _add(stages, "threshold", _choose_threshold, "choose the threshold to ship, on the prompts kept for tuning")
     tune.add_argument("--model", default="embedded", help="folder of a model (default: the embedded one)")
-    tune.add_argument("--thresholds", type=float, nargs="+", default=[1e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3])
+    tune.add_argument("--thresholds", type=float, nargs="+", default=[5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3])
     tune.add_argument("--margin", type=float, default=0.01, help="adherence it may cost (default: %(default)s)")
     tune.add_argument("--prompts", type=_count, default=100)
     tune.add_argument("--batch", type=_count, default=8)
@@ -114,7 +114,9 @@ def _add(commands: Any, name: str, run: Callable[..., None] | None, text: str) -
 
 def _model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    command.add_argument("--adapter", help="folder or hub id of an adapter; none for none")
+    command.add_argument(
+        "--adapter", help="folder or hub id of an adapter; embedded is the embedded model's (default: none)"
+    )
     command.add_argument("--steps", type=int, help="denoising steps")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
@@ -239,8 +241,8 @@ def _draw(args: argparse.Namespace) -> None:
 
     lib.check_prompt(args.prompt, args.model)
     pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device)
-    chosen = args.adapter or lib.default_adapter(args.model)
-    adapter = lib.load_adapter(chosen, dtype=args.dtype, device=args.device) if chosen not in (None, "none") else None
+    named = args.adapter not in (None, "none")
+    adapter = lib.load_adapter(args.adapter, dtype=args.dtype, device=args.device) if named else None
     config = _schedule(args, dict(preset.schedule))
     settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
     lib.check_size(pipe, settings)
@@ -271,7 +273,7 @@ def _draw(args: argparse.Namespace) -> None:
         "prompt": args.prompt,
         "seeds": seeds,
         "model": args.model,
-        "adapter": chosen,
+        "adapter": args.adapter or "none",
         **report.to_dict(),
     }
     result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=_environment(args.device))
@@ -373,6 +375,7 @@ def _train(args: argparse.Namespace) -> None:
             name: [json.loads(line) for line in (out / f"{name}.jsonl").open()] for name in ("train", "validation")
         }
         state = PartialState()
+        assert state.device is not None, "accelerate sets it with the state"
         about = {"command": _command(), "environment": _environment(state.device.type)}
         write_json(args.json, {**about, "processes": state.num_processes, "settings": config.to_dict(), **curves})
         print(f"wrote {args.json}")

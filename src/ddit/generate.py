@@ -71,11 +71,6 @@ def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str 
     return pipe.to(device), Preset.load(folder)
 
 
-def default_adapter(model: str) -> str | None:
-    """Name of the adapter that a model is used with where none is named."""
-    return EMBEDDED if model == EMBEDDED and ADAPTER_FOLDER.exists() else None
-
-
 def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:
     """An adapter from a folder, a hub id, or that of the embedded model.
 
