@@ -22,7 +22,7 @@ import tiny
 from ddit import ScheduleConfig
 from ddit.api import Handle
 from ddit.config import Difference, Positions, Start
-from ddit.patches import grow, half_log_snr
+from ddit.patches import detail, grow, half_log_snr
 from ddit.schedule import channel_moments, growth, statistic
 from ddit.state import Generation
 
@@ -403,7 +403,8 @@ def test_every_setting_of_the_coarse_step_runs(start: Start, positions: Position
 
 
 def test_an_anchored_step_adds_half_of_what_changed_on_the_coarse_grid():
-    """By hand: v = v_anchor + U (w(now) - w(anchor)) / 2, with w the unanchored step's share that pooling keeps."""
+    """By hand: D v = D v_anchor + (w(now) - w(anchor)) / 2, w being the unanchored step's share that pooling keeps,
+    and detail that leads to the anchor's clean latents."""
     transformer, config = tiny.transformer(), fixed(1, 2)
     calls = [call_inputs(sigma=0.8), call_inputs(sigma=0.7)]
     calls[1]["hidden_states"] = 0.9 * calls[0]["hidden_states"]
@@ -415,7 +416,10 @@ def test_an_anchored_step_adds_half_of_what_changed_on_the_coarse_grid():
             assert handle.report.scales == [[1, 2]]
         arch = handle._architecture
         low = [arch.low_velocity(transformer.forward, call, 2, config) for call in calls]
-        v = arch.velocity(plain, (8, 8)) + grow((low[1] - low[0]) / 2, 2, 2, "noise-consistent")
+        before, now = (arch.latents(call) for call in calls)
+        anchor = arch.velocity(plain, (8, 8))
+        v = anchor - detail(anchor, 2) + grow((low[1] - low[0]) / 2, 2, 2, "noise-consistent")
+        v = v + detail(now - (before - 0.8 * anchor), 2) / 0.7
     torch.testing.assert_close(arch.velocity(ours, (8, 8)), v, rtol=1e-4, atol=1e-5)
 
 

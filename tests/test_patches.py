@@ -277,11 +277,35 @@ def test_bilinear_velocity_is_the_output():
 
 
 def test_an_anchored_step_adds_half_of_what_the_coarse_grid_says_against_its_forecast():
-    v, low, expected = noise(2, 3, 8, 8), noise(2, 3, 4, 4, seed=1), noise(2, 3, 4, 4, seed=2)
-    ours = anchored_velocity(v, low, expected, 2, 2, "noise-consistent")
-    change = (low - expected).repeat_interleave(2, -1).repeat_interleave(2, -2)
-    torch.testing.assert_close(ours, v + change / 2)
-    assert torch.equal(anchored_velocity(v, low, low, 2, 2, "bilinear"), v)
+    z, v, clean, sigma = (
+        noise(2, 3, 8, 8),
+        noise(2, 3, 8, 8, seed=1),
+        noise(2, 3, 8, 8, seed=2),
+        torch.tensor([0.2, 0.9]),
+    )
+    told = noise(2, 3, 4, 4, seed=3).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    ours = anchored_velocity(z, sigma, v, clean, told, 2)
+    torch.testing.assert_close(F.avg_pool2d(ours, 2), F.avg_pool2d(v + told / 2, 2))
+
+
+def test_the_detail_of_anchored_steps_ends_at_the_forecast_clean_latents():
+    """Whatever detail an error has left in the latents, the step to sigma 0 takes it away."""
+    z, v, clean, sigma = (
+        noise(2, 3, 8, 8),
+        noise(2, 3, 8, 8, seed=1),
+        noise(2, 3, 8, 8, seed=2),
+        torch.tensor([0.2, 0.9]),
+    )
+    end = z - sigma.reshape(2, 1, 1, 1) * anchored_velocity(z, sigma, v, clean, torch.zeros_like(z), 2)
+    torch.testing.assert_close(detail(end, 2), detail(clean, 2))
+    torch.testing.assert_close(
+        shrink(end, 2, 2, "noise-consistent"), F.avg_pool2d(z - sigma.reshape(2, 1, 1, 1) * v, 2)
+    )
+    # Forecasts that agree, as both do at the anchor itself, are the velocity.
+    torch.testing.assert_close(
+        anchored_velocity(z, sigma, (z - clean) / sigma.reshape(2, 1, 1, 1), clean, 0 * z, 2),
+        (z - clean) / sigma.reshape(2, 1, 1, 1),
+    )
 
 
 def test_levels_of_noise():

@@ -202,20 +202,25 @@ GAIN = 0.5
 
 
 def anchored_velocity(
-    expected: Tensor, low: Tensor, low_expected: Tensor, scale: int, patch_size: int, start: Start
+    z: Tensor, sigma: Tensor, velocity: Tensor, clean: Tensor, innovation: Tensor, scale: int
 ) -> Tensor:
-    """A forecast of the velocity, plus half of what the coarse grid answers against its own forecast.
+    """Two forecasts, and half of what the coarse grid answers against its own.
 
-    Both forecasts are straight lines through the last steps at scale 1. What a model answers on the coarse grid is off
+    Forecasts are straight lines through the last steps at scale 1. What a model answers on the coarse grid is off
     by much the same at neighbouring noise levels, so that what it says against its own line is nearer to the truth than
     the answer: a Kalman filter's innovation, or the coarse-grid correction of multigrid (full approximation scheme).
     ``GAIN`` did best on the embedded model; any between .25 and .75 is as good there.
 
+    What large patches pool follows the forecast velocity. The detail inside them follows forecast clean latents ``x``:
+    in ``(z - x) / sigma`` noise that an error left in ``z`` goes as sigma falls, where a velocity would carry it along.
+
     Args:
-        expected: Forecast velocity ``[B, C, ..., H, W]``.
-        low, low_expected: `low_velocity` of the coarse grid, as answered and as forecast.
+        z: Noisy latents ``[B, C, ..., H, W]``; H and W are multiples of the scale. sigma: their noise level ``[B]``.
+        velocity, clean: Forecasts, of the same shape.
+        innovation: What the coarse grid answers against its own forecast, grown to the same shape.
     """
-    return expected + GAIN * grow(low - low_expected, scale, patch_size, start)
+    lost = detail((z - clean) / expand(sigma, z) - velocity, scale)
+    return velocity + GAIN * innovation + lost
 
 
 FINEST = 1e-3

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +15,17 @@ from ddit.patches import Line, expand, half_log_snr
 from ddit.report import Step
 from ddit.schedule import Policy, difference, difference_per_sigma, growth, project, statistics
 
+Values = TypeVar("Values", Tensor, Line, Anchor)
 
-def renewed(samples: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
+
+def renewed(samples: Sequence[bool], new: Values, old: Values) -> Values:
     """``new`` for the chosen samples of a batch, ``old`` for the others."""
     if all(samples):
         return new
-    return torch.where(expand(torch.tensor(samples), new).bool(), new, old)
+    if isinstance(new, Tensor):
+        return torch.where(expand(torch.tensor(samples), new).bool(), new, cast(Tensor, old))
+    parts = (renewed(samples, getattr(new, f.name), getattr(old, f.name)) for f in fields(new))
+    return cast(Values, type(new)(*parts))
 
 
 @dataclass
@@ -49,19 +53,13 @@ class Memory:
     def empty(cls, latents: Tensor) -> Memory:
         """Before the first step, for latents ``[B, C, ..., H, W]``."""
         zero = torch.zeros_like(latents, dtype=torch.float32)
-        level = zero.new_zeros(len(zero))
-        return cls(Anchor(zero, level, Line.through(zero, level)), [False] * len(zero))
+        return cls(Anchor.after(zero, zero.new_zeros(len(zero)), zero), [False] * len(zero))
 
     def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float) -> None:
         """A step at scale 1 is the new anchor of these samples."""
-        old = self.anchor.velocity
-        noise, level = (torch.full_like(self.anchor.sigma, x) for x in (sigma, half_log_snr(sigma)))
-        previous, previous_level = renewed(self.known, old.value, velocity), renewed(self.known, old.level, level)
-        self.anchor = Anchor(
-            renewed(samples, latents, self.anchor.latents),
-            renewed(samples, noise, self.anchor.sigma),
-            Line(*map(partial(renewed, samples), (velocity, level, previous, previous_level), old.parts)),
-        )
+        noise = torch.full_like(self.anchor.sigma, sigma)
+        before = renewed(self.known, self.anchor, Anchor.after(latents, noise, velocity))
+        self.anchor = renewed(samples, Anchor.after(latents, noise, velocity, before), self.anchor)
         self.known = [known or now for known, now in zip(self.known, samples, strict=True)]
         for answers in self.answers.values():
             answers.age = {i: age + samples[i] for i, age in answers.age.items()}
@@ -89,8 +87,7 @@ class Memory:
         between = [answers.age[i] == 1 for i in samples]
         if any(between):
             anchor = self.anchor.velocity.level[list(samples)]
-            bridge = Line.through(newest.at(anchor), anchor, line)
-            line = Line(*map(partial(renewed, between), bridge.parts, line.parts))
+            line = renewed(between, Line.through(newest.at(anchor), anchor, line), line)
         self._keep(scale, samples, line, newest)
         return line
 

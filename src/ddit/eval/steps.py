@@ -17,7 +17,7 @@ from ddit.config import ScheduleConfig
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
 from ddit.models.base import Anchor, Inputs, held, to_meta
-from ddit.patches import Line, half_log_snr
+from ddit.patches import half_log_snr
 from ddit.preset import Preset
 from ddit.schedule import make_policy
 from ddit.state import Generation
@@ -78,8 +78,7 @@ def velocity_errors(
             z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
             height, width = z.shape[-2:]
             plain, level = architecture.velocity(tokens, (height, width)), half_log_snr(sigma)
-            before = anchors[index - AGE].velocity if index >= AGE else None
-            anchors.append(Anchor(z, sigma, Line.through(plain, level, before)))
+            anchors.append(Anchor.after(z, sigma, plain, anchors[index - AGE] if index >= AGE else None))
             if index < 2 * AGE or index % every:
                 continue
             earlier, anchor = anchors[index - 2 * AGE], anchors[index - AGE]
@@ -139,8 +138,8 @@ def step_costs(
     forms: dict[int | str, Callable[[], Any]] = {1: lambda: forward(**inputs)}
     flops = {1: architecture.count_flops(to_meta(one))}
     z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
-    level, zero = half_log_snr(sigma), torch.zeros_like(z)
-    anchor = Anchor(z, sigma, Line(zero, level, zero, level - 1))
+    zero = torch.zeros_like(z)
+    anchor = Anchor.after(z, sigma, zero, Anchor.after(z, (sigma + 1) / 2, zero))
     low = {s: architecture.low_line(forward, inputs, s, config, anchor) for s in (2, 4)}
 
     def coarse(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Tensor:

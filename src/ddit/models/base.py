@@ -65,11 +65,15 @@ class Anchor:
     """Their noise level ``[B]``."""
     velocity: Line
     """The model's own answer to them, and to those of the step at scale 1 before."""
+    clean: Line
+    """Clean latents that both steps predicted."""
 
-    @property
-    def clean(self) -> Tensor:
-        """Clean latents that the step predicted."""
-        return self.latents - expand(self.sigma, self.latents) * self.velocity.value
+    @classmethod
+    def after(cls, latents: Tensor, sigma: Tensor, velocity: Tensor, before: Anchor | None = None) -> Anchor:
+        """The anchor that a step at scale 1 makes, on lines through the one before."""
+        level, clean = half_log_snr(sigma), latents - expand(sigma, latents) * velocity
+        straight = Line.through(velocity, level, before.velocity if before else None)
+        return cls(latents, sigma, straight, Line.through(clean, level, before.clean if before else None))
 
     def distance(self, level: Tensor) -> Tensor:
         """Share ``[B]``, 0 to 1, of an adapter's correction that counts at a level (`ddit.patches.half_log_snr`).
@@ -83,7 +87,8 @@ class Anchor:
         """The same for some samples of the batch."""
         if len(index) == len(self.latents):
             return self
-        return Anchor(self.latents[index], self.sigma[index], self.velocity.rows(index))
+        lines = (self.velocity.rows(index), self.clean.rows(index))
+        return Anchor(self.latents[index], self.sigma[index], *lines)
 
 
 _COUNTED: dict[tuple[Any, ...], int] = {}
@@ -206,10 +211,12 @@ class Architecture(ABC):
         """`low_velocity` as the adapter makes it, and what the adapter adds on the padded fine grid."""
         if adapter is None or (adapter.anchored and anchor is None):
             return self.low_velocity(forward, inputs, scale, config), None
-        multiple = scale * self.patch_size
+        multiple, sigma = scale * self.patch_size, self.sigma(inputs)
         padded = pad_to_multiple(self.latents(inputs).float(), multiple)
-        clean = pad_to_multiple(anchor.clean, multiple) if adapter.anchored and anchor is not None else None
-        patches = pack(patch_features(padded, self.sigma(inputs), scale, config.start, clean), multiple)
+        clean = None
+        if adapter.anchored and anchor is not None:
+            clean = pad_to_multiple(anchor.clean.at(half_log_snr(sigma)), multiple)
+        patches = pack(patch_features(padded, sigma, scale, config.start, clean), multiple)
         with adapter.at(scale, patches) as call:
             answer = self.low_velocity(forward, inputs, scale, config)
         return answer, unpack(call.correction.float(), multiple, padded.shape)
@@ -269,18 +276,19 @@ class Architecture(ABC):
         z, sigma = self.latents(inputs), self.sigma(inputs)
         answer, correction = self.coarse_answer(forward, inputs, scale, config, adapter, anchor)
         multiple = scale * self.patch_size
+        padded = pad_to_multiple(z.float(), multiple)
         if anchor is not None:
             assert low is not None, "an anchor comes with what the coarse grid said there"
             level = half_log_snr(sigma)
-            expected = pad_to_multiple(anchor.velocity.at(level), multiple)
-            line = low(level, answer)
-            velocity = anchored_velocity(expected, answer, line.at(level), scale, self.patch_size, config.start)
+            expected, clean = (pad_to_multiple(line.at(level), multiple) for line in (anchor.velocity, anchor.clean))
+            told = grow(answer - low(level, answer).at(level), scale, self.patch_size, config.start)
+            velocity = anchored_velocity(padded, sigma, expected, clean, told, scale)
             if correction is not None:
                 correction = correction * expand(anchor.distance(level), correction)
         else:
             velocity = grow(answer, scale, self.patch_size, config.start)
             if config.start == "noise-consistent":
-                velocity = velocity + detail_velocity(pad_to_multiple(z.float(), multiple), sigma, scale, variance)
+                velocity = velocity + detail_velocity(padded, sigma, scale, variance)
         return crop(velocity if correction is None else velocity + correction, *z.shape[-2:])
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.models.base import Anchor, Architecture, Inputs, first, held
-from ddit.patches import Line, detail, expand, half_log_snr, noise_at, pad_to_multiple
+from ddit.patches import detail, expand, half_log_snr, noise_at, pad_to_multiple
 from ddit.train.config import Noise, TrainConfig
 from ddit.train.samples import Samples
 
@@ -116,12 +116,10 @@ def make_batch(
         return Batch(inputs, [d.scale for d in draws], sigma, target, None)
     before, begin = (levels(level) for level in zip(*(d.anchors for d in draws), strict=True))
     noisy = torch.lerp(clean, eps, expand(before, clean))
-    line = Line.through(ask(noisy, before)[1], half_log_snr(before))
-    earlier = Anchor(noisy, before, line)
-    noisy = noisy + expand(begin - before, clean) * line.value
-    line = Line.through(ask(noisy, begin)[1], half_log_snr(begin), line)
-    anchor = Anchor(noisy, begin, line)
-    inputs, target = ask(noisy + expand(sigma - begin, clean) * line.value, sigma)
+    earlier = Anchor.after(noisy, before, ask(noisy, before)[1])
+    noisy = noisy + expand(begin - before, clean) * earlier.velocity.value
+    anchor = Anchor.after(noisy, begin, ask(noisy, begin)[1], earlier)
+    inputs, target = ask(noisy + expand(sigma - begin, clean) * anchor.velocity.value, sigma)
     return Batch(inputs, [d.scale for d in draws], sigma, target, (earlier, anchor))
 
 
