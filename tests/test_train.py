@@ -379,6 +379,7 @@ def test_command_line(base, tmp_path, capsys):
     flags = ["--steps", "1", "--no-residual", "--json", str(curves)]
     assert main(["train", "--config", str(tmp_path / "c.yaml"), *flags]) == 0
     told = json.loads(curves.read_text())
+    assert told["peak_memory_bytes"] > 2**20 and told["train"][0]["seconds"] > 0
     assert len(told["train"]) == 1 and {r["step"] for r in told["validation"]} == {1}
     assert told["settings"]["steps"] == 1 and told["processes"] == 1 and told["command"].startswith("ddit ")
     saved = json.loads((tmp_path / "run" / "train.json").read_text())

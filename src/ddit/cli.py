@@ -377,8 +377,22 @@ def _train(args: argparse.Namespace) -> None:
         state = PartialState()
         assert state.device is not None, "accelerate sets it with the state"
         about = {"command": _command(), "environment": _environment(state.device.type)}
-        write_json(args.json, {**about, "processes": state.num_processes, "settings": config.to_dict(), **curves})
+        about |= {"processes": state.num_processes, "peak_memory_bytes": _peak_memory(state.device.type)}
+        write_json(args.json, {**about, "settings": config.to_dict(), **curves})
         print(f"wrote {args.json}")
+
+
+def _peak_memory(device: str) -> int | None:
+    """Of this process: what PyTorch took of a GPU's memory, elsewhere all that it held of the machine's."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _plan(config: TrainConfig, path: Path | None) -> None:

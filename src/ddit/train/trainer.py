@@ -165,6 +165,7 @@ class Run:
 
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over the global batch."""
+        started = time.perf_counter()
         config, accelerator = self.config, self.accelerator
         total = config.batch * config.accumulation * accelerator.num_processes
         first = accelerator.process_index * config.batch * config.accumulation
@@ -186,7 +187,7 @@ class Run:
         if self.ema is not None:
             self.ema.step(self.adapter.parameters())
         self.step += 1
-        self._log({"step": self.step, "loss": value})
+        self._log({"step": self.step, "loss": value, "seconds": round(time.perf_counter() - started, 4)})
         return value
 
     def ask_teacher(self, draws: list[Draw]) -> Batch:
