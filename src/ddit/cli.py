@@ -65,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("judge", "tune"), default="judge")
     evaluate.add_argument("--batch", type=_count, default=8)
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument(
+        "--repeats", type=_count, default=30, help="of --suite cost: it takes the median of this many"
+    )
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
 
     learn = _add(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
@@ -341,6 +344,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         out=args.out,
+        repeats=args.repeats,
     )
     run_suite(args.suite, config, {"command": _command(), "environment": _environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")

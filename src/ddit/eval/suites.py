@@ -50,6 +50,8 @@ class SuiteConfig:
     dtype: str
     out: Path
     """Stem of the files to write."""
+    repeats: int = 30
+    """Timings of each step in the cost suite."""
 
 
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +179,8 @@ def _cost(config: SuiteConfig) -> dict[str, Any]:
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
     rows = [
-        steps.step_costs(pipe, prompt, settings, batch=batch, adapter=adapter) for batch in sorted({1, config.batch})
+        steps.step_costs(pipe, prompt, settings, batch=batch, adapter=adapter, repeats=config.repeats)
+        for batch in sorted({1, config.batch})
     ]
     for row in rows:
         print(json.dumps(row))
