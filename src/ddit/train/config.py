@@ -100,6 +100,8 @@ class TrainConfig:
     gap: float = 0.9
     """Mean distance in lambda = log((1 - sigma) / sigma) between the last two steps at scale 1, uniform from 0 to twice
     as much. The step that is learnt comes up to 1.25 times as far after them."""
+    substeps: int = 1
+    """Steps of the base from one of these to the next: more come nearer to a sampler's path, and cost a call each."""
 
     dtype: Dtype = "float32"
     """Of the frozen base."""
@@ -126,7 +128,7 @@ class TrainConfig:
             if name != "positions" or self.positions is not None:
                 check_choice(name, getattr(self, name), options)
         object.__setattr__(self, "scales", tuple(self.scales))
-        counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
+        counts = ("sample_batch", "shard", "steps", "substeps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):
             _at_least(name, getattr(self, name), 1)
         for name in ("count", "sample_steps", "height", "width"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,10 +90,11 @@ def make_batch(
     dtype: Any,
     *,
     anchored: bool,
+    substeps: int = 1,
 ) -> Batch:
     """Ask the teacher, which is the transformer itself while the adapter is silent.
 
-    Latents with anchors lie where steps from one to the next with the teacher's velocity lead, as in use.
+    Latents with anchors lie where the teacher leads from one to the next in ``substeps`` steps, as in use.
     """
     clean, call = samples.load([d.record for d in draws])
     clean = clean.to(device).float()
@@ -114,12 +116,22 @@ def make_batch(
     if not anchored:
         inputs, target = ask(torch.lerp(clean, eps, expand(sigma, clean)), sigma)
         return Batch(inputs, [d.scale for d in draws], sigma, target, None)
+
+    def follow(z: Tensor, velocity: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+        """Latents where ``substeps`` steps of the teacher lead."""
+        start, way = half_log_snr(begin), half_log_snr(end) - half_log_snr(begin)
+        path = [begin, *(noise_at(start + way * i / substeps) for i in range(1, substeps)), end]
+        for index, (here, there) in enumerate(pairwise(path)):
+            velocity = ask(z, here)[1] if index else velocity
+            z = z + expand(there - here, z) * velocity
+        return z
+
     before, begin = (levels(level) for level in zip(*(d.anchors for d in draws), strict=True))
     noisy = torch.lerp(clean, eps, expand(before, clean))
     earlier = Anchor.after(noisy, before, ask(noisy, before)[1])
-    noisy = noisy + expand(begin - before, clean) * earlier.velocity.value
+    noisy = follow(noisy, earlier.velocity.value, before, begin)
     anchor = Anchor.after(noisy, begin, ask(noisy, begin)[1], earlier)
-    inputs, target = ask(noisy + expand(sigma - begin, clean) * anchor.velocity.value, sigma)
+    inputs, target = ask(follow(noisy, anchor.velocity.value, begin, sigma), sigma)
     return Batch(inputs, [d.scale for d in draws], sigma, target, (earlier, anchor))
 
 

@@ -202,6 +202,7 @@ class Run:
                 device,
                 transformer.dtype,
                 anchored=self.adapter.anchored,
+                substeps=self.config.substeps,
             )
 
     def errors(self, batch: Batch, scale: int, rows: list[int], adapter: PatchAdapter | None) -> Tensor:
