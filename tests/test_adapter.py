@@ -1,10 +1,14 @@
 """Adapters: exact at the start, strict about their base, at home beside a user's LoRA."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers.utils import hub_utils
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 import ddit
@@ -155,6 +159,37 @@ def test_saved_and_loaded(pipe, tmp_path):
         expected = tiny.sample(pipe)
     with ddit.apply(pipe, adapter=tmp_path / "a", config=two):
         assert torch.equal(tiny.sample(pipe), expected)
+
+
+def test_pushed_to_the_hub_and_loaded_from_it(pipe, tmp_path, monkeypatch):
+    """Through diffusers' own code on both ways; only what would need a network is replaced by the hub's local cache."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--you--flux-adapter"
+    uploads = []
+
+    def upload(*, repo_id, folder_path, **_):
+        uploads.append(repo_id)
+        shutil.copytree(folder_path, cached / "snapshots" / revision)
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("---\n{}\n---\n"))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    adapter = adapter_for(pipe.transformer)
+    adapter.push_to_hub("you/flux-adapter")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+
+    files = {path.name for path in (cached / "snapshots" / revision).iterdir()}
+    assert uploads == ["you/flux-adapter"]
+    assert files == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
+    for version in ("main", revision):
+        loaded = PatchAdapter.from_pretrained(
+            "you/flux-adapter", revision=version, cache_dir=tmp_path, local_files_only=True
+        )
+        before, after = adapter.state_dict(), loaded.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    with pytest.raises(ValueError, match="you/flux-adapter"):
+        PatchAdapter.from_pretrained("you/flux-adapter", revision="v9", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_loaded_in_half_precision(pipe, tmp_path):
