@@ -20,7 +20,7 @@ import tiny
 from ddit import PatchAdapter, ScheduleConfig
 from ddit.cli import main
 from ddit.models import architecture_for
-from ddit.patches import half_log_snr
+from ddit.patches import half_log_snr, noise_at
 from ddit.preset import Preset
 from ddit.train import samples as sampling
 from ddit.train.config import TrainConfig
@@ -212,6 +212,23 @@ def test_the_teacher_is_the_plain_model(base, anchored):
     assert second.velocity.previous is first.velocity.value
     torch.testing.assert_close(second.latents[0], first.latents[0] - 0.1 * first.velocity.value[0])
     torch.testing.assert_close(latents, second.latents[0] - 0.3 * second.velocity.value[0], rtol=1e-4, atol=1e-5)
+
+
+def test_substeps_follow_the_teacher(base):
+    """Between two anchors the latents take that many steps with the teacher's velocity, even in lambda."""
+    pipe = tiny.pipeline()
+    samples = Samples(base / "samples", json.loads((base / "samples" / "samples.json").read_text()))
+    architecture = architecture_for(pipe.transformer)
+    draws = [Draw(3, 2, 0.5, (0.9, 0.8), 1)]
+    batch = make_batch(pipe.transformer, architecture, samples, draws, "cpu", torch.float32, anchored=True, substeps=2)
+    assert batch.anchors is not None
+    for (anchor, end), sigma in zip(((batch.anchors[0], 0.8), (batch.anchors[1], 0.5)), (0.9, 0.8), strict=True):
+        middle = float(noise_at(torch.tensor((half_log_snr(sigma) + half_log_snr(end)) / 2)))
+        half = anchor.latents + (middle - sigma) * anchor.velocity.value
+        call = architecture.renoised(batch.inputs, half, torch.tensor([middle]))
+        velocity = architecture.velocity(pipe.transformer(**call)[0], (16, 16))
+        there = batch.anchors[1].latents if end == 0.8 else architecture.latents(batch.inputs)
+        torch.testing.assert_close(there, half + (end - middle) * velocity, rtol=1e-4, atol=1e-5)
 
 
 # Training
