@@ -276,13 +276,14 @@ def test_bilinear_velocity_is_the_output():
     assert low_velocity(output, output, SIGMAS[:2], 2, "bilinear") is output
 
 
+def forecasts():
+    """Latents, forecasts of velocity and clean latents, and noise levels."""
+    z, v, clean = (noise(2, 3, 8, 8, seed=seed) for seed in range(3))
+    return z, v, clean, torch.tensor([0.2, 0.9])
+
+
 def test_an_anchored_step_adds_half_of_what_the_coarse_grid_says_against_its_forecast():
-    z, v, clean, sigma = (
-        noise(2, 3, 8, 8),
-        noise(2, 3, 8, 8, seed=1),
-        noise(2, 3, 8, 8, seed=2),
-        torch.tensor([0.2, 0.9]),
-    )
+    z, v, clean, sigma = forecasts()
     told = noise(2, 3, 4, 4, seed=3).repeat_interleave(2, -1).repeat_interleave(2, -2)
     ours = anchored_velocity(z, sigma, v, clean, told, 2)
     torch.testing.assert_close(F.avg_pool2d(ours, 2), F.avg_pool2d(v + told / 2, 2))
@@ -290,22 +291,14 @@ def test_an_anchored_step_adds_half_of_what_the_coarse_grid_says_against_its_for
 
 def test_the_detail_of_anchored_steps_ends_at_the_forecast_clean_latents():
     """Whatever detail an error has left in the latents, the step to sigma 0 takes it away."""
-    z, v, clean, sigma = (
-        noise(2, 3, 8, 8),
-        noise(2, 3, 8, 8, seed=1),
-        noise(2, 3, 8, 8, seed=2),
-        torch.tensor([0.2, 0.9]),
-    )
-    end = z - sigma.reshape(2, 1, 1, 1) * anchored_velocity(z, sigma, v, clean, torch.zeros_like(z), 2)
+    z, v, clean, sigma = forecasts()
+    level = sigma.reshape(2, 1, 1, 1)
+    end = z - level * anchored_velocity(z, sigma, v, clean, torch.zeros_like(z), 2)
     torch.testing.assert_close(detail(end, 2), detail(clean, 2))
-    torch.testing.assert_close(
-        shrink(end, 2, 2, "noise-consistent"), F.avg_pool2d(z - sigma.reshape(2, 1, 1, 1) * v, 2)
-    )
+    torch.testing.assert_close(shrink(end, 2, 2, "noise-consistent"), F.avg_pool2d(z - level * v, 2))
     # Forecasts that agree, as both do at the anchor itself, are the velocity.
-    torch.testing.assert_close(
-        anchored_velocity(z, sigma, (z - clean) / sigma.reshape(2, 1, 1, 1), clean, 0 * z, 2),
-        (z - clean) / sigma.reshape(2, 1, 1, 1),
-    )
+    same = (z - clean) / level
+    torch.testing.assert_close(anchored_velocity(z, sigma, same, clean, 0 * z, 2), same)
 
 
 def test_levels_of_noise():

@@ -58,7 +58,9 @@ class Memory:
     def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float) -> None:
         """A step at scale 1 is the new anchor of these samples."""
         noise = torch.full_like(self.anchor.sigma, sigma)
-        before = renewed(self.known, self.anchor, Anchor.after(latents, noise, velocity))
+        before = self.anchor
+        if not all(self.known):
+            before = renewed(self.known, before, Anchor.after(latents, noise, velocity))
         self.anchor = renewed(samples, Anchor.after(latents, noise, velocity, before), self.anchor)
         self.known = [known or now for known, now in zip(self.known, samples, strict=True)]
         for answers in self.answers.values():
