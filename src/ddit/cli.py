@@ -155,8 +155,9 @@ def _train_options(command: argparse.ArgumentParser) -> None:
     for field in fields(TrainConfig):
         flag = f"--{field.name.replace('_', '-')}"
         default = "" if field.default is None else f"default: {field.default}"
-        if field.name == "scales":
-            command.add_argument(flag, type=int, nargs="+", help="default: 2 4")
+        if isinstance(field.default, tuple):
+            shown = " ".join(map(str, field.default))
+            command.add_argument(flag, type=type(field.default[0]), nargs="+", help=f"default: {shown}")
         elif field.name in CHOICES:
             command.add_argument(flag, choices=get_args(CHOICES[field.name]), help=default)
         elif str(field.type).startswith("bool"):

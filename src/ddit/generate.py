@@ -163,9 +163,13 @@ def run(
 
 @contextmanager
 def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
-    """Calls of the transformer inside the block: their arguments by name, and the answers."""
+    """Calls of the transformer inside the block: their arguments by name, and the answers.
+
+    With `ddit.apply` before it, answers are those that the pipeline gets.
+    """
     transformer = pipe.transformer
     architecture, forward = architecture_for(transformer), transformer.forward
+    before = vars(transformer).get("forward")
     calls: list[tuple[Inputs, Tensor]] = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -177,7 +181,10 @@ def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
     try:
         yield calls
     finally:
-        del transformer.forward
+        if before is None:
+            del transformer.forward
+        else:
+            transformer.forward = before
 
 
 def race(

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from ddit.config import Positions, Start, check_choice
 
 OptimizerName = Literal["prodigy", "adamw"]
-Noise = Literal["schedule", "uniform", "logit-normal"]
 Weighting = Literal["bounded", "none", "sigma_sqrt", "cosmap"]
 Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -19,7 +18,6 @@ LrSchedule = Literal["constant", "cosine", "linear"]
 
 CHOICES: dict[str, Any] = {
     "optimizer": OptimizerName,
-    "noise": Noise,
     "weighting": Weighting,
     "mixed_precision": Precision,
     "dtype": Dtype,
@@ -56,6 +54,8 @@ class TrainConfig:
     """Samples drawn at once."""
     shard: int = 64
     """Samples per file."""
+    thresholds: tuple[float, float] = (0.001, 0.01)
+    """Lowest and highest threshold of the samples' own schedules; each draws one between. Take those of later use."""
     height: int | None = None
     width: int | None = None
 
@@ -92,16 +92,9 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.999
     """Decay of the average of the weights that is saved; 0 saves the last weights."""
-    noise: Noise = "schedule"
-    """Noise levels: as the sampler visits them, uniform in (0, 1), or logit-normal (SD3, arXiv 2403.03206)."""
     weighting: Weighting = "bounded"
     """Weight of a noise level in the loss. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
     velocity of what lies inside a large patch divides by sigma. ``none`` is the paper's; the others are SD3's."""
-    gap: float = 0.9
-    """Mean distance in lambda = log((1 - sigma) / sigma) between the last two steps at scale 1, uniform from 0 to twice
-    as much. The step that is learnt comes up to 1.25 times as far after them."""
-    substeps: int = 1
-    """Steps of the base from one of these to the next: more come nearer to a sampler's path, and cost a call each."""
 
     dtype: Dtype = "float32"
     """Of the frozen base."""
@@ -128,7 +121,7 @@ class TrainConfig:
             if name != "positions" or self.positions is not None:
                 check_choice(name, getattr(self, name), options)
         object.__setattr__(self, "scales", tuple(self.scales))
-        counts = ("sample_batch", "shard", "steps", "substeps", "batch", "accumulation", "checkpoint_every", "keep")
+        counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):
             _at_least(name, getattr(self, name), 1)
         for name in ("count", "sample_steps", "height", "width"):
@@ -136,10 +129,13 @@ class TrainConfig:
                 _at_least(name, getattr(self, name), 1)
         for name in ("rank", "lr_warmup", "pictures", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name, high in (("ema", 1.0), ("gap", math.inf), ("weight_decay", math.inf), ("clip", math.inf)):
+        for name, high in (("ema", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {high:g}")
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        if len(self.thresholds) != 2 or not 0 < self.thresholds[0] <= self.thresholds[1] < math.inf:
+            raise ValueError(f"thresholds are {self.thresholds}; they must be two numbers above 0, the lower one first")
         if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
             raise ValueError(f"lr is {self.lr!r}; it must be a number above 0")
 
@@ -159,7 +155,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all fields."""
-        return {**asdict(self), "scales": list(self.scales)}
+        return {**asdict(self), "scales": list(self.scales), "thresholds": list(self.thresholds)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

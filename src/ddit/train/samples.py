@@ -1,35 +1,46 @@
-"""The base model's own samples on disk: what an adapter is distilled on. Sharded safetensors, resumable, shareable."""
+"""What an adapter is distilled on: training-free runs of the base, and what the base says at each of their steps.
+
+Runs with large patches leave the plain path a little. Their latents are those that an adapter meets in use, and the
+base's velocity there is what it should have answered (DAgger, arXiv 1011.0686). Sharded safetensors, resumable.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ddit.adapter import config_hash
+from ddit.api import apply
+from ddit.config import ScheduleConfig
 from ddit.files import replacing, write_json
 from ddit.generate import recorded
 from ddit.models import architecture_for
-from ddit.models.base import Inputs
-from ddit.preset import for_batch
+from ddit.models.base import Inputs, first
+from ddit.preset import Preset, for_batch
 from ddit.progress import progress
+from ddit.schedule import choose_scale
 
 MANIFEST = "samples.json"
+VERSION = 2
+"""Of the files. Version 1 held clean latents alone."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Clean latents of a base model, and how its transformer was called for them.
+    """Runs of a base model, and how its transformer was called for them.
 
-    One record is one guidance pass of one sample: with true CFG a prompt gives two.
+    One record is one guidance pass of one run: with true CFG a prompt gives two.
     """
 
     folder: Path
@@ -50,34 +61,87 @@ class Samples:
     def prompt(self, index: int) -> str:
         return self.manifest["prompts"][index // self.passes]
 
-    def load(self, indices: Sequence[int]) -> tuple[Tensor, Inputs]:
-        """Clean latents ``[B, C, ..., H, W]`` and the tensors of the transformer's call but for the latents.
+    @cached_property
+    def scales(self) -> list[list[int]]:
+        """Scale of every step of each run."""
+        count = -(-len(self.manifest["prompts"]) // self.manifest["shard"])
+        return [row for n in range(count) for row in self._read(n, lambda file: file.get_tensor("scales").tolist())]
+
+    def coarse(self, index: int) -> list[int]:
+        """Steps of a record's run with large patches that have two at scale 1 before them."""
+        scales = self.scales[index // self.passes]
+        return [i for i, scale in enumerate(scales) if scale > 1 and scales[:i].count(1) > 1]
+
+    @cached_property
+    def usable(self) -> list[int]:
+        """Records that have such steps."""
+        return [i for i in range(len(self)) if self.coarse(i)]
+
+    def anchors(self, index: int, step: int) -> list[int]:
+        """The last two steps at scale 1 before a step, newest last."""
+        scales = self.scales[index // self.passes]
+        return [i for i in range(step) if scales[i] == 1][-2:]
+
+    def clean(self, index: int) -> Tensor:
+        """Where a record's run ended, ``[1, C, ..., H, W]``."""
+        shard, row = divmod(index // self.passes, self.manifest["shard"])
+        return self._read(shard, lambda file: file.get_slice("clean")[row : row + 1])
+
+    def load(self, indices: Sequence[int], steps: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Inputs]:
+        """Chosen steps of some records, as many of each.
+
+        Returns:
+            Noisy latents and the base's velocity ``[B, steps, C, ..., H, W]``, and the tensors of the transformer's
+            call but for the latents and their noise level.
 
         Raises:
             ValueError: When a file is missing or cut short.
         """
-        clean: list[Tensor] = []
-        rows: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[Tensor]] = {}
         call: Inputs = {}
-        for index in indices:
+
+        def read(file: Any, row: int, which: int, chosen: Sequence[int]) -> None:
+            for key in file.keys():  # noqa: SIM118 (no iterator of its own)
+                kind, _, name = key.partition("/")
+                if kind in ("latents", f"velocity{which}"):
+                    found = file.get_slice(key)
+                    value = torch.stack([found[row : row + 1, i] for i in chosen], dim=1)
+                    parts.setdefault(kind.rstrip("0123456789"), []).append(value)
+                elif kind == f"row{which}":
+                    parts.setdefault(f"row/{name}", []).append(file.get_slice(key)[row : row + 1])
+                elif kind == "shared":
+                    call[name] = file.get_tensor(key)
+
+        for index, chosen in zip(indices, steps, strict=True):
             sample, which = divmod(index, self.passes)
             shard, row = divmod(sample, self.manifest["shard"])
-            path = shard_path(self.folder, shard)
-            try:
-                with safe_open(path, framework="pt") as file:
-                    clean.append(file.get_slice("clean")[row : row + 1])
-                    for key in file.keys():  # noqa: SIM118 (no iterator of its own)
-                        kind, _, name = key.partition("/")
-                        if kind == f"row{which}":
-                            rows.setdefault(name, []).append(file.get_slice(key)[row : row + 1])
-                        elif kind == "shared":
-                            call[name] = file.get_tensor(key)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} can't be read ({error}); delete it and run the same command to draw its samples again"
-                ) from error
-        call.update({name: torch.cat(parts) for name, parts in rows.items()})
-        return torch.cat(clean), call
+            self._read(shard, partial(read, row=row, which=which, chosen=chosen))
+        joined = {name: torch.cat(values) for name, values in parts.items()}
+        latents, velocity = joined.pop("latents"), joined.pop("velocity")
+        return latents, velocity, {**call, **{name.removeprefix("row/"): value for name, value in joined.items()}}
+
+    def _read(self, shard: int, take: Callable[[Any], Any]) -> Any:
+        path = shard_path(self.folder, shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return take(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} can't be read ({error}); delete it and run the same command to draw its samples again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Varied:
+    """The paper's rule with a threshold for each sample of the batch."""
+
+    thresholds: Sequence[float]
+    warmup: int
+
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
+        if step < self.warmup:
+            return [1] * len(stats)
+        return [choose_scale(sample, t) for sample, t in zip(stats, self.thresholds, strict=True)]
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -114,9 +178,11 @@ def draw_samples(
     settings: dict[str, Any],
     prompts: list[str] | None,
     *,
+    thresholds: tuple[float, float],
     batch: int,
     shard: int,
     seed: int,
+    preset: Preset | None = None,
     rank: int = 0,
     processes: int = 1,
     wait: Any = lambda: None,
@@ -126,6 +192,7 @@ def draw_samples(
     Args:
         settings: Arguments of the pipeline's call.
         prompts: ``None`` takes those of the samples already begun in the folder.
+        thresholds: Each run draws its own between these, evenly in their logarithm.
         wait: Returns when all processes have called it.
 
     Raises:
@@ -136,13 +203,15 @@ def draw_samples(
         "base": type(pipe.transformer).__name__,
         "base_hash": config_hash(pipe.transformer),
         "settings": settings,
+        "thresholds": list(thresholds),
         "seed": seed,
         "shard": shard,
+        "version": VERSION,
     }
     if path.exists():
         manifest = json.loads(path.read_text())
         prompts = prompts or manifest["prompts"]
-        wrong = [k for k, v in {**asked, "prompts": prompts}.items() if manifest[k] != v]
+        wrong = [k for k, v in {**asked, "prompts": prompts}.items() if manifest.get(k) != v]
         if wrong:
             raise ValueError(
                 f"{folder} holds samples with other {', '.join(wrong)}; name another folder, or delete this one"
@@ -156,53 +225,85 @@ def draw_samples(
     total = sum(-(-len(part) // batch) for part in parts.values())
     with progress("samples", total, hidden=rank > 0) as advance:
         for number, part in parts.items():
-            tensors, facts = _draw_shard(pipe, settings, [prompts[i] for i in part], part, batch, seed, advance)
+            seeds = [_seed(seed, i) for i in part]
+            runs = _Runs(pipe, settings, thresholds, preset, batch)
+            tensors, facts = runs.draw([prompts[i] for i in part], seeds, advance)
             if not path.exists() and rank == 0:
                 write_json(path, {**asked, **facts, "prompts": prompts})
-            with replacing(shard_path(folder, number)) as partial:
-                save_file(tensors, partial)
+            with replacing(shard_path(folder, number)) as target:
+                save_file(tensors, target)
     wait()
     return Samples(folder, json.loads(path.read_text()))
 
 
-@torch.no_grad()
-def _draw_shard(
-    pipe: Any,
-    settings: dict[str, Any],
-    prompts: list[str],
-    numbers: range,
-    batch: int,
-    seed: int,
-    advance: Any,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of one shard, and the facts that all shards share."""
-    architecture = architecture_for(pipe.transformer)
-    parts: dict[str, list[Tensor]] = {}
-    shared: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    for begin in range(0, len(prompts), batch):
-        chosen = slice(begin, begin + batch)
-        generators = [torch.Generator().manual_seed(_seed(seed, i)) for i in numbers[chosen]]
-        with recorded(pipe) as calls:
-            call = for_batch(settings, len(generators))
-            latents = pipe(prompts[chosen], generator=generators, output_type="latent", **call)[0]
+@dataclass(frozen=True)
+class _Runs:
+    """How runs are drawn."""
+
+    pipe: Any
+    settings: dict[str, Any]
+    thresholds: tuple[float, float]
+    preset: Preset | None
+    batch: int
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], advance: Callable[[], Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of one shard, and the facts that all shards share."""
+        parts: dict[str, list[Tensor]] = {}
+        shared: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for begin in range(0, len(prompts), self.batch):
+            chosen = slice(begin, begin + self.batch)
+            rows, others, facts = self._draw_batch(prompts[chosen], seeds[chosen])
+            for name, value in rows.items():
+                parts.setdefault(name, []).append(value)
+            shared.update(others)
+            advance()
+        tensors = {**{name: torch.cat(values) for name, values in parts.items()}, **shared}
+        return {name: t.cpu().contiguous() for name, t in tensors.items()}, facts
+
+    def _draw_batch(
+        self, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Tensors with an axis of samples, those without, and facts."""
+        pipe, config = self.pipe, ScheduleConfig()
+        architecture = architecture_for(pipe.transformer)
+        low, high = (np.log(t) for t in self.thresholds)
+        thresholds = [float(np.exp(np.random.default_rng(seed).uniform(low, high))) for seed in seeds]
+        variance = self.preset.detail_variance if self.preset else None
+        policy = Varied(thresholds, config.warmup)
+        with apply(pipe, config=config, policy=policy, detail_variance=variance) as handle, recorded(pipe) as calls:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            call = for_batch(self.settings, len(seeds))
+            latents = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]
+        scales = torch.tensor(handle.report.scales, dtype=torch.int8)
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
-        final = [inputs for (inputs, _), level in zip(calls, levels, strict=True) if level == levels[-1]]
-        facts = {"sigmas": sorted(set(levels), reverse=True), "passes": len(final)}
+        sigmas = sorted(set(levels), reverse=True)
+        passes = len(calls) // len(sigmas)
         noisy = architecture.batched[0]
-        clean = architecture.latents({**final[-1], noisy: latents})
-        parts.setdefault("clean", []).append(clean)
-        for which, inputs in enumerate(final):
-            for name, value in inputs.items():
+        final = calls[-1][0]
+        clean = architecture.latents({**final, noisy: latents})
+        height, width = clean.shape[-2:]
+        rows: dict[str, Tensor] = {"clean": clean, "scales": scales}
+        shared: dict[str, Tensor] = {}
+        rows["latents"] = torch.stack([architecture.latents(inputs) for inputs, _ in calls[::passes]], dim=1)
+        for which in range(passes):
+            answers = []
+            for step, (inputs, answer) in enumerate(calls[which::passes]):
+                if bool((scales[:, step] > 1).any()):
+                    answer = first(pipe.transformer(**inputs))  # the base itself, where the run had large patches
+                answers.append(architecture.velocity(answer, (height, width)))
+            rows[f"velocity{which}"] = torch.stack(answers, dim=1)
+            for name, value in calls[which - passes][0].items():
                 if not isinstance(value, Tensor) or name in (noisy, "timestep"):
                     continue
                 if name in architecture.batched:
-                    parts.setdefault(f"row{which}/{name}", []).append(value)
+                    rows[f"row{which}/{name}"] = value
                 else:
                     shared[f"shared/{name}"] = value
-        advance()
-    tensors = {name: torch.cat(values) for name, values in parts.items()}
-    return {name: t.cpu().contiguous() for name, t in {**tensors, **shared}.items()}, facts
+        return rows, shared, {"sigmas": sigmas, "passes": passes}
 
 
 def _seed(seed: int, number: int) -> int:

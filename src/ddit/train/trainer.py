@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=str(accelerator.device))
     run = Run.begin(config, accelerator, pipe, preset, prompts)
     if config.tracker:
-        accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if k != "scales"})
+        accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list)})
     if run.step >= config.steps:
         accelerator.print(f"{config.out} has its {run.step} steps; ask for more with --steps")
     with progress("train", config.steps, done=run.step, hidden=not accelerator.is_main_process) as advance:
@@ -117,9 +117,11 @@ class Run:
             pipe,
             settings,
             prompts,
+            thresholds=config.thresholds,
             batch=config.sample_batch,
             shard=config.shard,
             seed=config.seed,
+            preset=preset,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
             wait=accelerator.wait_for_everyone,
@@ -190,20 +192,9 @@ class Run:
         self._log({"step": self.step, "loss": value, "seconds": round(time.perf_counter() - started, 4)})
         return value
 
-    def ask_teacher(self, draws: list[Draw]) -> Batch:
+    def load(self, draws: list[Draw]) -> Batch:
         """See `make_batch`."""
-        transformer, device = self.pipe.transformer, self.accelerator.device
-        with self.accelerator.autocast():
-            return make_batch(
-                transformer,
-                self.architecture,
-                self.samples,
-                draws,
-                device,
-                transformer.dtype,
-                anchored=self.adapter.anchored,
-                substeps=self.config.substeps,
-            )
+        return make_batch(self.architecture, self.samples, draws, self.accelerator.device, self.pipe.transformer.dtype)
 
     def errors(self, batch: Batch, scale: int, rows: list[int], adapter: PatchAdapter | None) -> Tensor:
         """See `distill.errors`."""
@@ -214,7 +205,7 @@ class Run:
     def _backward(self, draws: list[Draw], total: int) -> Tensor:
         """Gradients of this batch's part of the loss; scales one after another, to hold one graph at a time."""
         share = torch.zeros((), device=self.accelerator.device)
-        batch = self.ask_teacher(draws)
+        batch = self.load(draws)
         for scale, rows in groups(batch.scales).items():
             error = self.errors(batch, scale, rows, self.adapter)
             loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total

@@ -10,28 +10,29 @@ import numpy as np
 import torch
 
 from ddit.generate import run as generate
-from ddit.train.distill import Draw, higher
+from ddit.train.distill import Draw
 
 if TYPE_CHECKING:
     from ddit.train.trainer import Run
 
 SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
-"""Noise levels that are validated; the last steps at scale 1 lie one and two mean gaps before."""
+"""Noise levels that are validated: of each run the step with large patches that is nearest."""
 
 
 @torch.no_grad()
 def validate(run: Run) -> list[dict[str, Any]]:
     """Error per scale and noise level of the adapter, and of the training-free step on the same noise."""
     rows = []
-    records = range(run.records, len(run.samples))
+    samples = run.samples
+    records = [r for r in samples.usable if r >= run.records]
     for scale in run.config.scales:
         for sigma in SIGMAS:
             learnt, free = [], []
-            anchor = higher(sigma, run.config.gap)
-            draws = [Draw(r, scale, sigma, (higher(anchor, run.config.gap), anchor), noise=r) for r in records]
+            nearest = [min(samples.coarse(r), key=lambda i: abs(samples.sigmas[i] - sigma)) for r in records]
+            draws = [Draw(r, scale, step) for r, step in zip(records, nearest, strict=True)]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
-                batch = run.ask_teacher(part)
+                batch = run.load(part)
                 for values, adapter in ((learnt, run.adapter), (free, None)):
                     values += run.errors(batch, scale, list(range(len(part))), adapter).tolist()
             rows.append(
