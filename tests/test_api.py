@@ -414,7 +414,7 @@ def test_an_anchored_step_adds_half_of_what_changed_on_the_coarse_grid():
             assert torch.equal(transformer(**calls[0])[0], plain)
             ours = transformer(**calls[1])[0]
             assert handle.report.scales == [[1, 2]]
-        arch = handle._architecture
+        arch = handle._seats[0].architecture
         low = [arch.low_velocity(transformer.forward, call, 2, config) for call in calls]
         before, now = (arch.latents(call) for call in calls)
         anchor = arch.velocity(plain, (8, 8))

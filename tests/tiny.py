@@ -1,9 +1,22 @@
-"""A shrunken FLUX and its pipeline: real classes, random weights, milliseconds on a CPU."""
+"""Shrunken models and their pipelines: real classes, random weights, milliseconds on a CPU."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 from ddit.embedded import components
 
@@ -73,3 +86,70 @@ def sample(pipe, *, seed: int = 0, steps: int = 8, size=(32, 32), prompt: str | 
     generator = torch.Generator().manual_seed(seed)
     settings = dict(height=size[0], width=size[1], num_inference_steps=steps, max_sequence_length=20)
     return pipe(prompt, generator=generator, **{"output_type": "latent", **settings, **kwargs}).images
+
+
+def wan_transformer(seed: int = 0, **overrides) -> WanTransformer3DModel:
+    """2 blocks, 2 heads of 12; the output layer is scaled as that of the FLUX above."""
+    torch.manual_seed(seed)
+    settings = dict(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+    return WanTransformer3DModel(**{**settings, **overrides}).eval()  # type: ignore[arg-type]
+
+
+def wan_vae(seed: int = 0) -> AutoencoderKLWan:
+    """Latents of 4 channels: an eighth of the height and width, a quarter of the frames but for the first."""
+    torch.manual_seed(seed)
+    settings = dict(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    scaling = dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    return AutoencoderKLWan(**settings, **scaling).eval()  # type: ignore[arg-type]
+
+
+def wan_pipeline(cls: type = WanPipeline, scheduler: type = UniPCMultistepScheduler, *, two: bool = False, **overrides):
+    """A pipeline of Wan without text encoder; with ``two`` as Wan 2.2 A14B, of two transformers."""
+    conditioned = cls is WanImageToVideoPipeline and not overrides.get("expand_timesteps")
+    channels = {"in_channels": 4 + 4 + 4} if conditioned else {}
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    made: Any = scheduler
+    parts = dict(
+        scheduler=made(**flow) if scheduler is UniPCMultistepScheduler else made(shift=3.0),
+        vae=wan_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=wan_transformer(**channels),
+    )
+    if two:
+        parts.update(transformer_2=wan_transformer(1, **channels), boundary_ratio=0.7)
+    if cls is WanImageToVideoPipeline:
+        parts.update(image_encoder=None, image_processor=None)
+    pipe = cls(**{**parts, **overrides})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def qwen_pipeline():
+    """Qwen-Image without text encoder; its autoencoder is not made either."""
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    parts: Any = dict(scheduler=components.make_scheduler(), vae=None, text_encoder=None, tokenizer=None)
+    pipe = QwenImagePipeline(transformer=transformer, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

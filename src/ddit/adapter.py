@@ -209,12 +209,11 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"scales of an adapter are {tuple(scales)}; they must be distinct powers of two above 1")
         if rank < 0:
             raise ValueError(f"rank is {rank}; it must be at least 0, and 0 leaves LoRA out")
-        embedding = architecture.layer(architecture.embedding)
         return cls(
             base=type(transformer).__name__,
             base_hash=config_hash(transformer),
             features=architecture.features,
-            width=embedding.out_features,
+            width=architecture.width,
             layers={name: [layer.in_features, layer.out_features] for name, layer in architecture.feed_forward()},
             scales=tuple(sorted(scales)),
             rank=rank,
@@ -347,7 +346,9 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             return None
         parts = self._parts(self._state.scale)
         added = parts.embed(self._call.patches)
-        return output + (added if parts.size is None else added + parts.size).to(output.dtype)
+        added = (added if parts.size is None else added + parts.size).to(output.dtype)
+        # A convolution puts channels first: [B, width, ..., h, w] where a linear layer gives [B, N, width].
+        return output + (added if output.ndim == 3 else added.mT.reshape(output.shape))
 
     def _head(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """The de-embedding reads what the model's own head reads; its answer takes a path of its own (see `at`)."""

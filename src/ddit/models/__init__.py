@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddit.models.base import Architecture
 
-REGISTRY = {"FluxTransformer2DModel": ("ddit.models.flux", "Flux")}
+REGISTRY = {
+    "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
+    "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
+    "WanTransformer3DModel": ("ddit.models.wan", "Wan"),
+}
 """Class of diffusers -> module and class of its `Architecture`. A new architecture is one file and one line here."""
 
 

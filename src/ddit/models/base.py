@@ -9,7 +9,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -137,6 +137,13 @@ class Architecture(ABC):
     def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
         """Inputs of the same call on a coarse grid: ``latents [B, C, ..., H/s, W/s]`` at noise level ``sigma [B]``."""
 
+    def placed(self, grid: tuple[int, int], scale: int, config: ScheduleConfig) -> AbstractContextManager[Any]:
+        """The call of the model inside the block is on the coarse ``grid`` (rows, columns of tokens).
+
+        For models that derive positions themselves; those that are told them need nothing here.
+        """
+        return nullcontext()
+
     @abstractmethod
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
         """Inputs of the same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""
@@ -162,6 +169,11 @@ class Architecture(ABC):
     def features(self) -> int:
         """Features of one token of the model's own patches."""
         return self.channels * self.patch_size**2
+
+    @property
+    def width(self) -> int:
+        """Features of a token inside the transformer."""
+        return self.layer(self.head).in_features
 
     def layer(self, name: str) -> Any:
         """A layer by name, without the wrappers that peft puts around it."""
@@ -196,7 +208,8 @@ class Architecture(ABC):
         """Velocity of what pooling keeps ``[B, C, ..., H/s, W/s]``, float32: one call on the coarse grid."""
         coarse, small = self.coarse_inputs(inputs, scale, config)
         height, width = small.shape[-2:]
-        output = self.velocity(first(forward(**coarse)), (height, width)).float()
+        with self.placed((height // self.patch_size, width // self.patch_size), scale, config):
+            output = self.velocity(first(forward(**coarse)), (height, width)).float()
         return low_velocity(small, output, self.sigma(inputs), scale, config.start)
 
     def coarse_answer(

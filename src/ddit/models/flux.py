@@ -10,12 +10,11 @@ import re
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ddit.config import ScheduleConfig
 from ddit.models.base import Architecture, Inputs
-from ddit.patches import coarse_positions
+from ddit.patches import coarse_positions, pack, unpack
 
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
@@ -89,11 +88,10 @@ class Flux(Architecture):
         }
 
     def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        p = self.patch_size
-        return rearrange(output, "b (h w) (c y x) -> b c (h y) (w x)", h=size[0] // p, w=size[1] // p, y=p, x=p)
+        return unpack(output, self.patch_size, (len(output), self.channels, *size))
 
     def output(self, velocity: Tensor) -> Tensor:
-        return rearrange(velocity, "b c (h y) (w x) -> b (h w) (c y x)", y=self.patch_size, x=self.patch_size)
+        return pack(velocity, self.patch_size)
 
     @property
     def channels(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ddit.config import Positions, Start, check_choice
 
 OptimizerName = Literal["prodigy", "adamw"]
-Weighting = Literal["bounded", "none", "sigma_sqrt", "cosmap"]
+Weighting = Literal["relative", "bounded", "none", "sigma_sqrt", "cosmap"]
 Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
@@ -92,8 +92,9 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.999
     """Decay of the average of the weights that is saved; 0 saves the last weights."""
-    weighting: Weighting = "bounded"
-    """Weight of a noise level in the loss. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
+    weighting: Weighting = "relative"
+    """Weight of a noise level in the loss. ``relative``: sigma / (1 - sigma), since errors of anchored steps grow as
+    its inverse: all levels then count alike. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
     velocity of what lies inside a large patch divides by sigma. ``none`` is the paper's; the others are SD3's."""
 
     dtype: Dtype = "float32"

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.models.base import Anchor, Architecture, Inputs, held
-from ddit.patches import detail, pad_to_multiple
+from ddit.patches import detail, half_log_snr, pad_to_multiple
 from ddit.train.config import TrainConfig
 from ddit.train.samples import Samples
 
@@ -67,9 +67,7 @@ def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Dra
     records = [d.record for d in draws]
     steps = [[*samples.anchors(d.record, d.step), d.step] for d in draws]
     latents, velocities, call = samples.load(records, steps)
-    call = {
-        k: v.to(device, dtype if v.is_floating_point() and k in architecture.batched else None) for k, v in call.items()
-    }
+    call = {k: _placed(v, device, dtype if k in architecture.batched else None) for k, v in call.items()}
     table = torch.tensor([[samples.sigmas[i] for i in chosen] for chosen in steps], device=device)
     (z0, z1, z), (v0, v1, v) = (list(x.to(device).float().unbind(1)) for x in (latents, velocities))
     sigma0, sigma1, sigma = table.unbind(1)
@@ -77,6 +75,13 @@ def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Dra
     anchor = Anchor.after(z1, sigma1, v1, earlier)
     inputs = architecture.renoised(call, z.to(dtype), sigma)
     return Batch(inputs, [d.scale for d in draws], sigma, v, (earlier, anchor))
+
+
+def _placed(value: Any, device: Any, dtype: Any) -> Any:
+    """A tensor on the device, in the dtype where it is floating-point."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
 
 
 def groups(scales: Sequence[int]) -> dict[int, list[int]]:
@@ -118,6 +123,8 @@ def errors(
 
 def weights(kind: str, sigma: Tensor) -> Tensor:
     """Weight of each noise level ``[B]`` in the loss (see `TrainConfig.weighting`)."""
+    if kind == "relative":
+        return torch.exp(-half_log_snr(sigma))
     if kind == "bounded":
         return (sigma / 0.25).square().clamp_max(1)
     return compute_loss_weighting_for_sd3(kind, sigma)

@@ -91,8 +91,8 @@ class Samples:
         """Chosen steps of some records, as many of each.
 
         Returns:
-            Noisy latents and the base's velocity ``[B, steps, C, ..., H, W]``, and the tensors of the transformer's
-            call but for the latents and their noise level.
+            Noisy latents and the base's velocity ``[B, steps, C, ..., H, W]``, and the arguments of the transformer's
+            last call.
 
         Raises:
             ValueError: When a file is missing or cut short.
@@ -118,6 +118,7 @@ class Samples:
             self._read(shard, partial(read, row=row, which=which, chosen=chosen))
         joined = {name: torch.cat(values) for name, values in parts.items()}
         latents, velocity = joined.pop("latents"), joined.pop("velocity")
+        call = {**self.manifest.get("call", {}), **call}
         return latents, velocity, {**call, **{name.removeprefix("row/"): value for name, value in joined.items()}}
 
     def _read(self, shard: int, take: Callable[[Any], Any]) -> Any:
@@ -296,14 +297,16 @@ class _Runs:
                     answer = first(pipe.transformer(**inputs))  # the base itself, where the run had large patches
                 answers.append(architecture.velocity(answer, (height, width)))
             rows[f"velocity{which}"] = torch.stack(answers, dim=1)
+            # Of the last step, latents and noise level too: conditions may sit in them (image to video).
             for name, value in calls[which - passes][0].items():
-                if not isinstance(value, Tensor) or name in (noisy, "timestep"):
+                if not isinstance(value, Tensor):
                     continue
                 if name in architecture.batched:
                     rows[f"row{which}/{name}"] = value
                 else:
                     shared[f"shared/{name}"] = value
-        return rows, shared, {"sigmas": sigmas, "passes": passes}
+        told = {k: v for k, v in final.items() if k != "return_dict" and isinstance(v, bool | int | float | list)}
+        return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told}
 
 
 def _seed(seed: int, number: int) -> int:
