@@ -19,16 +19,14 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ddit.generate import load_pipeline
+from ddit.known import meta_transformer
 from ddit.preset import Preset
-
-CONFIG = Path(__file__).parent / "flux.1-dev" / "transformer"
 
 
 def build(double: int, single: int, size: int, dtype: torch.dtype) -> tuple[Any, Preset]:
     """The pipeline, and how to call it."""
     pipe, preset = load_pipeline("embedded", dtype="float32", device="cpu")
-    config: Any = FluxTransformer2DModel.load_config(str(CONFIG))
-    config = {k: v for k, v in config.items() if not k.startswith("_")}
+    config = {k: v for k, v in meta_transformer("flux.1-dev").config.items() if not k.startswith("_")}
     config.update(num_layers=double, num_single_layers=single)
     torch.manual_seed(0)
     words = len(pipe.tokenizer)

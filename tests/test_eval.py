@@ -16,7 +16,8 @@ from ddit.adapter import PatchAdapter
 from ddit.cli import main
 from ddit.eval import quality, steps, suites
 from ddit.eval.parts import Part, Parts
-from ddit.eval.quality import held_out, parse_method
+from ddit.eval.quality import parse_method
+from ddit.eval.subjects import Pictures
 from ddit.generate import run
 from ddit.preset import Preset
 
@@ -47,8 +48,8 @@ def test_bad_methods_are_refused(text):
 
 
 def test_held_out_prompts_are_fixed_and_of_their_split():
-    judged = held_out("judge", 20)
-    assert judged == held_out("judge", 20) and all(s.split == "judge" for s in judged)
+    judged = Pictures().prompts("judge", 20, 0)
+    assert judged == Pictures().prompts("judge", 20, 0) and all(s.split == "judge" for s in judged)
 
 
 @pytest.fixture(scope="module")

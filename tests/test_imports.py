@@ -16,7 +16,8 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 GROUPS = (
     ("ddit.cli",),
     ("ddit.train", "ddit.eval"),
-    ("ddit.generate",),
+    ("ddit.known",),
+    ("ddit.generate", "ddit.outputs"),
     ("ddit.embedded",),
     ("ddit",),
     ("ddit.api",),

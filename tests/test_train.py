@@ -445,7 +445,6 @@ def test_dry_run_counts_what_training_holds(base, tmp_path, capsys):
 
 
 def test_the_example_is_flux_dev():
-    from ddit.train.plan import meta_transformer
+    from ddit.known import meta_transformer
 
-    example = Path(__file__).parent.parent / "examples" / "flux.1-dev"
-    assert sum(p.numel() for p in meta_transformer(str(example)).parameters()) == 11_901_408_320
+    assert sum(p.numel() for p in meta_transformer("flux.1-dev").parameters()) == 11_901_408_320

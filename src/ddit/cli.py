@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-images", "--batch", type=_count, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
     generate.add_argument("--repeats", type=_count, default=1, help="with --compare: times the median of this many")
-    generate.add_argument("--out", type=Path, default=Path("out/ddit.png"), help="PNG (default: %(default)s)")
+    generate.add_argument("--frames", type=_count, help="of a clip: one more than a multiple of 4")
+    generate.add_argument("--fps", type=_count, default=8, help="frames per second of a clip (default: %(default)s)")
+    generate.add_argument("--out", type=Path, help="PNG, or MP4 of a video model (default: out/ddit.png, .mp4)")
     generate.add_argument("--json", type=Path, help="write a report")
     generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
 
@@ -69,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
         "--repeats", type=_count, default=30, help="of --suite cost: it takes the median of this many"
     )
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
+
+    bench = _add(commands, "bench", _bench, "count the work of a forward at every scale; needs no weights")
+    bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
+    bench.add_argument("--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES")
+    bench.add_argument("--scales", type=_count, nargs="+", default=[1, 2, 4])
+    bench.add_argument("--adapter-rank", type=int, help="count an adapter along")
+    bench.add_argument("--out", type=Path, help="stem of .json and .md")
 
     learn = _add(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
@@ -218,8 +227,8 @@ def _check_writable(path: Path) -> None:
 def _generate(args: argparse.Namespace) -> None:
     _schedule(args, {})
     _check_run(args, (args.out, args.json, args.plot))
-    if args.out.suffix.lower() != ".png":
-        raise ValueError(f"{args.out} must end in .png")
+    if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4"):
+        raise ValueError(f"{args.out} must end in .png, or for a video model in .mp4")
     _draw(args)
 
 
@@ -242,13 +251,21 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _draw(args: argparse.Namespace) -> None:
     from ddit import generate as lib
+    from ddit import outputs
 
     lib.check_prompt(args.prompt, args.model)
     pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    suffix = ".mp4" if lib.draws_video(pipe) else ".png"
+    out = args.out or Path("out/ddit").with_suffix(suffix)
+    if out.suffix.lower() != suffix:
+        raise ValueError(f"{out} must end in {suffix}, which is what {type(pipe).__name__} draws")
+    if suffix == ".mp4":
+        outputs.check_video_writer()
     named = args.adapter not in (None, "none")
     adapter = lib.load_adapter(args.adapter, dtype=args.dtype, device=args.device) if named else None
     config = _schedule(args, dict(preset.schedule))
-    settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
+    sizes = {"height": args.height, "width": args.width, "num_frames": args.frames}
+    settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes)
     lib.check_size(pipe, settings)
     prompts = [args.prompt] * args.num_images
     seeds = [args.seed + i for i in range(args.num_images)]
@@ -287,10 +304,10 @@ def _draw(args: argparse.Namespace) -> None:
     if plain is not None:
         from ddit.eval.metrics import similarity
 
-        result.update(similarity(plain.pictures, dynamic.pictures))
+        result.update(similarity(outputs.frames(plain.pictures), outputs.frames(dynamic.pictures)))
         result.update(baseline_seconds=plain.seconds, speedup=plain.seconds / dynamic.seconds)
         print(f"speed {result['speedup']:.2f}x of plain, PSNR {result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}")
-    written = lib.save_pictures(args.out, plain, dynamic)
+    written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
     if args.json is not None:
         write_json(args.json, result)
         written.append(args.json)
@@ -349,6 +366,34 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     run_suite(args.suite, config, {"command": _command(), "environment": _environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        _check_writable(args.out.with_suffix(".json"))
+    from ddit.eval.bench import count, table
+
+    scales = sorted({1, *args.scales})
+    ScheduleConfig(scales=tuple(scales))
+    results = []
+    for arch in args.arch:
+        for size in map(_size, args.size):
+            results.append(count(arch, **size, scales=scales, rank=args.adapter_rank))
+    print(table(results), end="")
+    if args.out is not None:
+        write_json(
+            args.out.with_suffix(".json"),
+            {"command": _command(), "environment": _environment("meta"), "counts": results},
+        )
+        args.out.with_suffix(".md").write_text(table(results))
+        print(f"wrote {args.out.with_suffix('.json')}")
+
+
+def _size(text: str) -> dict[str, int]:
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
+        raise ValueError(f"size is {text!r}; it must be HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, such as 480x832x81")
+    return dict(zip(("height", "width", "frames"), map(int, parts), strict=False))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -503,6 +548,7 @@ def _check_detector(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    from ddit.known import names
     from ddit.models import supported_models
 
     for name, value in _environment("cpu").items():
@@ -512,6 +558,7 @@ def _info(args: argparse.Namespace) -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPUs: {', '.join(gpus) or 'none'}")
     print(f"supported models: {', '.join(supported_models())}")
+    print(f"architectures known by name: {', '.join(names())}")
 
 
 def _environment(device: str) -> dict[str, Any]:

@@ -19,14 +19,17 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.api import Handle, apply
 from ddit.config import ScheduleConfig
-from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER
+from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER, video
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
 from ddit.report import Report
 
-EMBEDDED = "embedded"
-"""Name of the model that ships with ddit."""
+EMBEDDED: dict[str, tuple[Path, Path]] = {
+    "embedded": (MODEL_FOLDER, ADAPTER_FOLDER),
+    "embedded-video": (video.MODEL_FOLDER, video.ADAPTER_FOLDER),
+}
+"""Names of the models that ship with ddit -> folder of the model, folder of its adapter."""
 
 OnStep = Callable[[int, int, list[int]], None]
 """Called after each step with its number from 1, the number of steps, and the scales of the step's samples."""
@@ -34,10 +37,10 @@ OnStep = Callable[[int, int, list[int]], None]
 
 @dataclass(frozen=True)
 class Run:
-    """Pictures of one call of a pipeline."""
+    """Pictures or clips of one call of a pipeline."""
 
     pictures: np.ndarray
-    """``[N, H, W, 3]`` in [0, 1]."""
+    """``[N, H, W, 3]`` in [0, 1], of a video pipeline ``[N, F, H, W, 3]``."""
     seconds: float
     """Wall-clock time of the whole call, text encoders and decoder included."""
     report: Report | None
@@ -46,10 +49,10 @@ class Run:
 
 def model_folder(model: str) -> Path:
     """Where a model's files are, if they are on this machine."""
-    return Path(MODEL_FOLDER if model == EMBEDDED else model)
+    return EMBEDDED[model][0] if model in EMBEDDED else Path(model)
 
 
-def load_pipeline(model: str = EMBEDDED, *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Preset]:
+def load_pipeline(model: str = "embedded", *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Preset]:
     """A pipeline from a folder, a hub id or the embedded model, with its preset.
 
     Raises:
@@ -77,7 +80,7 @@ def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> P
     Raises:
         ValueError: When there is none, or its files are damaged.
     """
-    name = str(ADAPTER_FOLDER) if name == EMBEDDED else name
+    name = str(EMBEDDED[name][1]) if name in EMBEDDED else name
     if not Path(name).exists() and name.count("/") != 1:
         raise ValueError(f"there is no folder {name!r} with an adapter, and it is no hub id (owner/name) either")
     adapter: Any = PatchAdapter.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -88,25 +91,37 @@ def check_prompt(prompt: str, model: str) -> None:
     """Refuse an empty prompt; warn of words that the embedded model never learnt."""
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
-    if model != EMBEDDED:
+    if model not in EMBEDDED:
         return
-    from ddit.embedded.scenes import vocabulary
+    from ddit.embedded.scenes import vocabulary as picture_words
+    from ddit.embedded.video.clips import vocabulary as clip_words
 
-    words = vocabulary()
+    words = picture_words() if model == "embedded" else clip_words()
     for word in prompt.split():
         if word not in words:
             near = difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words[8:14]
-            warnings.warn(f"the embedded model doesn't know {word!r}; near are {', '.join(near)}", stacklevel=2)
+            warnings.warn(f"the model {model} doesn't know {word!r}; near are {', '.join(near)}", stacklevel=2)
 
 
 def check_size(pipe: Any, settings: dict[str, Any]) -> None:
-    """Refuse a height or width that the pipeline would silently round."""
-    multiple = 2 * getattr(pipe, "vae_scale_factor", 8)
+    """Refuse a height, width or number of frames that the pipeline would silently round, or does not take."""
+    multiple = 2 * getattr(pipe, "vae_scale_factor", getattr(pipe, "vae_scale_factor_spatial", 8))
     for name in ("height", "width"):
         size = settings.get(name)
         if size is not None and size % multiple:
             below = max(size // multiple, 1) * multiple
             raise ValueError(f"{name} is {size}; this model takes multiples of {multiple}, such as {below}")
+    count, group = settings.get("num_frames"), getattr(pipe, "vae_scale_factor_temporal", None)
+    if count is not None and group is None:
+        raise ValueError(f"frames is {count}, but {type(pipe).__name__} draws pictures; leave it out")
+    if count is not None and group is not None and count % group != 1:
+        near = count // group * group + 1
+        raise ValueError(f"frames is {count}; this model takes one more than a multiple of {group}, such as {near}")
+
+
+def draws_video(pipe: Any) -> bool:
+    """Whether a pipeline draws clips."""
+    return hasattr(pipe, "vae_scale_factor_temporal")
 
 
 def call_settings(preset: Preset, **chosen: Any) -> dict[str, Any]:
@@ -152,8 +167,9 @@ def run(
             generator=generators,
             output_type="np",
             callback_on_step_end=callback,
+            return_dict=False,
             **settings,
-        ).images
+        )[0]
         seconds = time.perf_counter() - started
         return Run(np.asarray(pictures), seconds, handle.report if handle else None)
     finally:
@@ -220,16 +236,3 @@ def race(
 
 def _median(runs: list[Run]) -> Run:
     return Run(runs[-1].pictures, statistics.median(r.seconds for r in runs), runs[-1].report)
-
-
-def save_pictures(path: Path, plain: Run | None, dynamic: Run) -> list[Path]:
-    """Write a PNG per picture; with a plain run, plain on the left and dynamic on the right."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = dynamic.pictures if plain is None else np.concatenate([plain.pictures, dynamic.pictures], axis=2)
-    many = len(pictures) > 1
-    paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") if many else path for i in range(len(pictures))]
-    for target, picture in zip(paths, pictures, strict=True):
-        Image.fromarray((picture * 255).round().astype(np.uint8)).save(target)
-    return paths

@@ -5,6 +5,8 @@ The layout is FLUX.1-dev's (`FluxPipeline`), so everything that works on it take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -49,9 +51,9 @@ def make_transformer() -> FluxTransformer2DModel:
     )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer over the grammar's vocabulary."""
-    vocab = {word: i for i, word in enumerate([*SPECIAL, *vocabulary()])}
+def make_tokenizer(words: Sequence[str] = (), length: int = TEXT_TOKENS) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer; by default over the vocabulary of the pictures' grammar."""
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *(words or vocabulary())])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -62,7 +64,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        model_max_length=TEXT_TOKENS,
+        model_max_length=length,
     )
 
 

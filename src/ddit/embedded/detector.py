@@ -70,12 +70,12 @@ class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            _halve(3, 16, kernel=5),
-            _halve(16, 32),
-            _Residual(32),
-            _halve(32, 64),
-            _Residual(64),
-            _halve(64, 64),
+            halve(3, 16, kernel=5),
+            halve(16, 32),
+            Residual(32),
+            halve(32, 64),
+            Residual(64),
+            halve(64, 64),
         )
         answers = sum(map(len, ANSWERS.values()))
         self.slot = nn.Sequential(
@@ -108,13 +108,13 @@ def _window(maps: Tensor, place: str) -> Tensor:
     return maps[:, :, y : y + WINDOW, x : x + WINDOW]
 
 
-def _halve(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
+def halve(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
     """``[B, inputs, H, W]`` -> ``[B, outputs, H/2, W/2]``"""
     conv = nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.inner = nn.Sequential(

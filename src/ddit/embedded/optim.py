@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddit.files import replacing
+from ddit.progress import progress
 
 
 def make_optimizers(model: nn.ModuleDict) -> list[torch.optim.Optimizer]:
@@ -48,3 +52,73 @@ def save_checkpoint(
     }
     with replacing(path) as partial:
         torch.save(state, partial)
+
+
+Loss = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
+"""Loss of a step, and figures for the log; called with the step's number and a generator of its own."""
+
+
+def fit(
+    name: str,
+    checkpoint: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    rates: Callable[[int], Sequence[float]],
+    loss: Loss,
+    *,
+    steps: int,
+    seed: int,
+    ema: float = 0.0,
+    every: int = 200,
+    clip: float = 1.0,
+) -> dict[str, Tensor]:
+    """Train, and go on from the checkpoint where there is one.
+
+    Args:
+        name: Of the progress bar.
+        checkpoint: Beside it lies a log, a line of JSON per step.
+        rates: Learning rate of each optimizer at a step.
+        ema: Decay of the average of the weights.
+        every: Steps between checkpoints.
+        clip: Largest norm of the gradient.
+
+    Returns:
+        The averaged weights that were trained, or the last ones where ``ema`` is 0.
+
+    Raises:
+        FloatingPointError: When the loss is no longer finite.
+    """
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    average, first = {key: p.detach().clone() for key, p in trained.items()}, 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average, first = state["average"], state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    model.train()
+    with progress(name, steps, done=first) as advance, checkpoint.with_suffix(".jsonl").open("a") as log:
+        for step in range(first, steps):
+            # A generator per step: a resumed run draws what an uninterrupted one would have.
+            value, figures = loss(step, np.random.default_rng([seed, step]))
+            for optimizer, rate in zip(optimizers, rates(step), strict=True):
+                set_lr(optimizer, rate)
+                optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(list(trained.values()), clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            figures = {"loss": round(value.item(), 5), **figures}
+            if not math.isfinite(figures["loss"]):
+                raise FloatingPointError(f"the loss is {figures['loss']} at step {step}; lower the learning rate")
+            decay = min(ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for key, mean in average.items():
+                    mean.lerp_(trained[key], 1 - decay)
+            advance(**figures)
+            log.write(json.dumps({"step": step, **figures}) + "\n")
+            log.flush()
+            if (step + 1) % every == 0 or step + 1 == steps:
+                save_checkpoint(checkpoint, model, average, optimizers, step + 1)
+    model.eval()
+    return average

@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from ddit.embedded.drawing import background, hsv, stamp
+
 IMAGE_SIZE = 128
 """Height and width in pixels of a drawing."""
 
@@ -79,9 +81,13 @@ class Scene:
 
     @property
     def split(self) -> Split:
-        """Eight in ten prompts train, one tunes, one judges; decided by the words alone."""
-        digit = int(hashlib.sha256(self.prompt.encode()).hexdigest(), 16) % 10
-        return "judge" if digit == 0 else "tune" if digit == 1 else "train"
+        return split_of(self.prompt)
+
+
+def split_of(prompt: str) -> Split:
+    """Eight in ten prompts train, one tunes, one judges; decided by the words alone."""
+    digit = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
+    return "judge" if digit == 0 else "tune" if digit == 1 else "train"
 
 
 def named_places(prompt: str) -> tuple[str, ...]:
@@ -162,7 +168,7 @@ def draw_with_masks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray,
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
     light = rng.uniform(0, 2 * np.pi)
     shade = 1 + rng.uniform(0.05, 0.22) * ((x - 64) * np.cos(light) + (y - 64) * np.sin(light)) / 64
-    picture = _background(scene.background, x, y, rng)
+    picture = background(scene.background, x, y, rng)
     masks = np.zeros((max(2, len(scene.things)), IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for i, thing in enumerate(scene.things):
         picture, masks[i] = _place(thing, picture, x, y, light, rng)
@@ -176,99 +182,6 @@ def _place(thing: Thing, picture, x, y, light: float, rng: np.random.Generator):
     cx, cy = cx + rng.uniform(-2, 2), cy + rng.uniform(-2, 2)
     radius = rng.uniform(*SIZES[thing.size])
     angle = rng.uniform(-0.1, 0.1)
-    ink = _hsv(COLOURS[thing.colour] + rng.uniform(-6, 6), rng.uniform(0.8, 0.95), rng.uniform(0.8, 0.95))
-    u, v = _rotate(x - cx, y - cy, angle)
-    shadow = rng.uniform(2.5, 4.5)
-    su, sv = _rotate(x - cx + shadow * np.cos(light), y - cy + shadow * np.sin(light), angle)
-    dark = 0.45 * np.clip(0.5 - _distance(thing.shape, su, sv, radius) / 3, 0, 1)
-    cover = np.clip(0.5 - _distance(thing.shape, u, v, radius), 0, 1)[..., None]
-    picture = picture * (1 - dark[..., None]) * (1 - cover) + _texture(thing.texture, ink, u, v, rng) * cover
-    return picture, cover[..., 0]
-
-
-def _rotate(x, y, angle: float):
-    c, s = np.cos(angle), np.sin(angle)
-    return c * x + s * y, c * y - s * x
-
-
-def _distance(shape: str, u, v, r: float):
-    """Signed distance in pixels to the outline, negative inside (exact or a lower bound near it)."""
-    if shape == "circle":
-        return np.hypot(u, v) - r
-    if shape == "square":
-        return np.maximum(abs(u), abs(v)) - 0.86 * r
-    if shape == "triangle":
-        sides = [u * np.sin(a) - v * np.cos(a) for a in np.deg2rad([60, 180, 300])]
-        return np.maximum.reduce(sides) - 0.6 * r
-    if shape == "cross":
-        arm, reach = 0.3 * r, r
-        across = np.maximum(abs(u) - reach, abs(v) - arm)
-        return np.minimum(across, np.maximum(abs(u) - arm, abs(v) - reach))
-    # Star: fold the plane into one of ten half-points, then the distance to a single edge.
-    sector = np.pi / 5
-    theta = np.arctan2(u, -v)
-    folded = abs((theta + sector) % (2 * sector) - sector)
-    rho = np.hypot(u, v)
-    tip = np.array([1.1 * r, 0.0])
-    inner = 0.5 * r * np.array([np.cos(sector), np.sin(sector)])
-    edge = inner - tip
-    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
-    return (rho * np.cos(folded) - tip[0]) * normal[0] + (rho * np.sin(folded) - tip[1]) * normal[1]
-
-
-def _texture(name: str, ink, u, v, rng: np.random.Generator):
-    """Colour inside an object, ``[H, W, 3]``; ``u, v`` are the object's own axes in pixels."""
-    pale, deep = 0.25 * ink + 0.75, 0.35 * ink
-    pu, pv = rng.uniform(0, 20, 2)
-    if name == "plain":
-        return np.broadcast_to(ink, (*u.shape, 3))
-    if name == "striped":
-        period = rng.uniform(9, 11)
-        mask = _wave((u if rng.random() < 0.5 else v) + pu, period)
-        return _mix(ink, deep, mask)
-    if name == "dotted":
-        period = rng.uniform(8.5, 10)
-        du, dv = ((a + p) % period - period / 2 for a, p in ((u, pu), (v, pv)))
-        return _mix(ink, pale, np.clip(0.5 + 2.5 - np.hypot(du, dv), 0, 1))
-    period = rng.uniform(5, 5.6)  # hatched: thin crossed lines
-    a, b = _rotate(u, v, np.pi / 4)
-    lines = np.maximum(*(np.clip(1.3 - abs((c + p) % period - period / 2), 0, 1) for c, p in ((a, pu), (b, pv))))
-    return _mix(ink, deep, lines)
-
-
-def _background(name: str, x, y, rng: np.random.Generator):
-    """Muted background, ``[H, W, 3]``."""
-    hue, value = rng.uniform(0, 360), rng.uniform(0.4, 0.75)
-    one = _hsv(hue, rng.uniform(0.05, 0.2), value)
-    step = rng.uniform(0.12, 0.2) * (1 if value < 0.55 else -1)
-    two = _hsv(hue + rng.uniform(-40, 40), rng.uniform(0.05, 0.2), value + step)
-    if name == "smooth":
-        angle = rng.uniform(0, 2 * np.pi)
-        return _mix(one, two, 0.5 + (_rotate(x - 64, y - 64, angle)[0]) / 181)
-    if name == "brick":
-        px, py = rng.uniform(0, 24), rng.uniform(0, 24)
-        row = np.floor((y + py) / 12)
-        inside_y, inside_x = (y + py) % 12, (x + px + 12 * (row % 2)) % 24
-        return _mix(one, two, np.clip(1.6 - np.minimum(inside_y, inside_x), 0, 1))
-    if name == "grainy":
-        grain = rng.normal(size=(IMAGE_SIZE, IMAGE_SIZE)).astype(np.float32)
-        grain = sum(np.roll(grain, s, axis=(0, 1)) for s in ((0, 0), (0, 1), (1, 0), (1, 1))) / 2
-        return _mix(one, two, 0.5 + 0.4 * grain)
-    angle, period, bend = rng.uniform(0, np.pi), rng.uniform(13, 17), rng.uniform(2, 4)
-    u, v = _rotate(x, y, angle)
-    return _mix(one, two, 0.5 + 0.5 * np.sin(2 * np.pi * (u + bend * np.sin(v / 9)) / period + rng.uniform(0, 6.28)))
-
-
-def _wave(t, period: float):
-    """Stripes of equal width with edges one pixel wide, in [0, 1]."""
-    return np.clip(0.5 + abs((t % period) - period / 2) - period / 4, 0, 1)
-
-
-def _mix(one, two, mask):
-    return one + (two - one) * mask[..., None]
-
-
-def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """Colour ``[3]`` in [0, 1] from hue in degrees."""
-    k = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
-    return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
+    ink = hsv(COLOURS[thing.colour] + rng.uniform(-6, 6), rng.uniform(0.8, 0.95), rng.uniform(0.8, 0.95))
+    shadow = rng.uniform(2.5, 4.5) * np.array([np.cos(light), np.sin(light)])
+    return stamp(picture, thing.shape, thing.texture, ink, x - cx, y - cy, radius, angle, shadow, rng)

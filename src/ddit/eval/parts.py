@@ -21,7 +21,7 @@ class Part:
     """What one method drew of one batch of B prompts."""
 
     pictures: np.ndarray
-    """uint8 ``[B, H, W, 3]``."""
+    """uint8 ``[B, H, W, 3]`` or ``[B, F, H, W, 3]``."""
     seconds: np.ndarray
     """Wall-clock time of the batch, one number."""
     work: np.ndarray

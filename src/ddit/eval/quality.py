@@ -7,7 +7,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
-from ddit.embedded.data import drawings
-from ddit.embedded.detector import Detector, judge
-from ddit.embedded.scenes import Scene, Split, scenes
+from ddit.embedded.scenes import Split
 from ddit.eval.metrics import bootstrap_difference, bootstrap_interval, frechet_distance, psnr, ssim
 from ddit.eval.parts import Part, Parts
+from ddit.eval.subjects import Subject, Verdict
 from ddit.generate import Run, run
+from ddit.outputs import frames
 from ddit.preset import Preset
 from ddit.progress import progress
 
@@ -87,7 +86,7 @@ def draw_all(
     pipe: Any,
     preset: Preset,
     methods: Sequence[Method],
-    asked: Sequence[Scene],
+    asked: Sequence[Any],
     settings: dict[str, Any],
     *,
     batch: int,
@@ -97,6 +96,7 @@ def draw_all(
     """Run every method on every prompt; for each batch of prompts the methods take turns in rotating order.
 
     Args:
+        asked: Each has a ``prompt``.
         parts: Finished batches are taken from here, and kept here.
     """
     results: list[Results] = [[] for _ in methods]
@@ -133,27 +133,25 @@ def draw_all(
     return results
 
 
-def stacked(results: Results) -> Tensor:
-    """All pictures ``[N, 3, H, W]`` in [0, 1]."""
-    return torch.from_numpy(np.concatenate([part.pictures for part in results])).permute(0, 3, 1, 2).float() / 255
+def stacked(results: Results) -> np.ndarray:
+    """Everything drawn, uint8 ``[N, H, W, 3]`` or ``[N, F, H, W, 3]``."""
+    return np.concatenate([part.pictures for part in results])
 
 
 def summarise(
-    methods: Sequence[Method],
-    results: Sequence[Results],
-    asked: Sequence[Scene],
-    detector: Detector,
-    split: Split,
+    methods: Sequence[Method], results: Sequence[Results], asked: Sequence[Any], subject: Subject, split: Split
 ) -> list[dict[str, Any]]:
     """One row of figures per method; the first method is the one others are compared with.
 
     Adherence is the mean over a prompt's attributes of what the judge finds right, then over prompts, with bootstrap
-    intervals over prompts. The Fréchet distance is to ten drawings per prompt, from the judge's features.
+    intervals over prompts. The Fréchet distance is to ten drawings per prompt, from the judge's features. Clips are
+    compared frame by frame.
     """
-    drawn = torch.cat([_features(detector, x) for x in _drawings(10 * len(asked), split)])
+    drawn = subject.reference(10 * len(asked), split)
     reference = stacked(results[0])
-    base = _verdicts(detector, reference, asked)
-    base_features = _features(detector, reference)
+    base = subject.verdicts(reference, asked)
+    base_features = subject.features(reference)
+    plain = _adherence(base, subject)
 
     def distance(features: Tensor) -> Tensor:
         return torch.tensor(frechet_distance(features, drawn))
@@ -162,11 +160,11 @@ def summarise(
     rows = []
     for method, result in zip(methods, results, strict=True):
         pictures = stacked(result)
-        verdicts = base if result is results[0] else _verdicts(detector, pictures, asked)
-        overall = torch.tensor([statistics.fmean(v.values()) for v in verdicts])
-        plain = torch.tensor([statistics.fmean(v.values()) for v in base])
-        features = base_features if result is results[0] else _features(detector, pictures)
+        verdicts = base if result is results[0] else subject.verdicts(pictures, asked)
+        overall = _adherence(verdicts, subject)
+        features = base_features if result is results[0] else subject.features(pictures)
         ratios = [float(a.seconds / b.seconds) for a, b in zip(results[0], result, strict=True)]
+        ours, theirs = _frames(pictures), _frames(reference)
         row: dict[str, Any] = {
             "method": method.name,
             "run_steps": method.run_steps,
@@ -181,34 +179,27 @@ def summarise(
             "frechet": float(distance(features)),
             # The distance of a resampled set is biased; that of the difference on the same prompts is not.
             "frechet_change_interval": bootstrap_difference(features, base_features, distance, samples=200),
-            "psnr": float(psnr(pictures, reference).median()),
-            "ssim": float(ssim(pictures, reference).mean()),
+            "psnr": float(psnr(ours, theirs).median()),
+            "ssim": float(ssim(ours, theirs).mean()),
             "tokens_fraction": float(np.average([part.work[0] for part in result], weights=sizes)),
             "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
         }
         scales = [sample.tolist() for part in result for sample in part.scales]
         if method.config is not None:
             row["steps_per_scale"] = _steps_per_scale(scales)
-            row["fine_steps"] = _fine_steps(scales, asked)
+            row["fine_steps"] = _fine_steps(scales, asked, subject)
         rows.append(row)
     return rows
 
 
-def _drawings(count: int, split: Split) -> list[Tensor]:
-    """Reference drawings in batches ``[B, 3, H, W]`` in [0, 1]."""
-    pictures = np.stack([picture for *_, picture in islice(drawings(99, split), count)])
-    return list((torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255).split(100))
+def _adherence(verdicts: Sequence[Verdict], subject: Subject) -> Tensor:
+    """Of each prompt, ``[N]``."""
+    return torch.tensor([statistics.fmean(x for k, x in v.items() if k not in subject.beside) for v in verdicts])
 
 
-@torch.no_grad()
-def _features(detector: Detector, pictures: Tensor) -> Tensor:
-    return torch.cat([detector.features(part * 2 - 1) for part in pictures.split(100)])
-
-
-@torch.no_grad()
-def _verdicts(detector: Detector, pictures: Tensor, asked: Sequence[Scene]) -> list[dict[str, float]]:
-    parts = range(0, len(asked), 100)
-    return [v for i in parts for v in judge(detector, pictures[i : i + 100] * 2 - 1, list(asked[i : i + 100]))]
+def _frames(drawn: np.ndarray) -> Tensor:
+    """Pictures, or the frames of all clips, ``[N, 3, H, W]`` in [0, 1]."""
+    return torch.from_numpy(frames(drawn)).permute(0, 3, 1, 2).float() / 255
 
 
 def _by_attribute(verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -225,17 +216,11 @@ def _steps_per_scale(samples: Sequence[Sequence[int]]) -> dict[int, float]:
     return {s: statistics.fmean(sample.count(s) for sample in samples) for s in scales}
 
 
-def _fine_steps(samples: Sequence[Sequence[int]], asked: Sequence[Scene]) -> dict[str, dict[str, Any]]:
+def _fine_steps(samples: Sequence[Sequence[int]], asked: Sequence[Any], subject: Subject) -> dict[str, dict[str, Any]]:
     """What a prompt names -> number of steps at scale 1 of such prompts, with its interval."""
     counts: dict[str, list[float]] = defaultdict(list)
     for scene, sample in zip(asked, samples, strict=True):
-        textures = {t.texture for t in scene.things if t.texture}
-        names = {f"{texture} objects" for texture in textures} | {f"{scene.background} background"}
-        if textures == {"plain"} and scene.background == "smooth":
-            names.add("nothing textured")
-        if textures and "plain" not in textures and scene.background != "smooth":
-            names.add("everything textured")
-        for name in names:
+        for name in subject.kinds(scene):
             counts[name].append(float(sample.count(1)))
     return {
         name: {
@@ -271,20 +256,15 @@ def markdown(rows: Sequence[dict[str, Any]], prompts: int) -> str:
 
 
 def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results], count: int = 8) -> None:
-    """PNG: a row of pictures per method, a column per prompt."""
+    """PNG: a row of pictures per method, a column per prompt; of clips the middle frame."""
     from matplotlib.figure import Figure
 
     columns = min(count, sum(len(part.pictures) for part in results[0]))
     figure = Figure(figsize=(1.4 * columns + 2.4, 1.4 * len(methods)), layout="constrained")
     axes = figure.subplots(len(methods), columns, squeeze=False)
     for row, method, result in zip(axes, methods, results, strict=True):
-        for axis, picture in zip(row, np.concatenate([part.pictures for part in result]), strict=False):
-            axis.imshow(picture)
+        for axis, picture in zip(row, stacked(result), strict=False):
+            axis.imshow(picture if picture.ndim == 3 else picture[len(picture) // 2])
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(method.name.replace(":", "\n").replace(",", "\n"), fontsize=6, rotation=0, ha="right")
     figure.savefig(path, dpi=110)
-
-
-def held_out(split: Split, count: int, seed: int = 0) -> list[Scene]:
-    """The prompts that methods are tuned or judged on."""
-    return list(islice(scenes(1_000 + seed, split), count))

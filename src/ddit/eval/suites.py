@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from ddit.adapter import PatchAdapter
-from ddit.embedded.detector import load_detector
 from ddit.embedded.scenes import Split
 from ddit.eval import quality, steps
 from ddit.eval.parts import Parts
+from ddit.eval.subjects import Clips, Pictures, Subject
 from ddit.files import write_json
-from ddit.generate import call_settings, load_adapter, load_pipeline
+from ddit.generate import call_settings, draws_video, load_adapter, load_pipeline
 
 DEFAULT_METHODS = (
     "plain",
@@ -106,13 +106,13 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
     run_steps = settings.pop("num_inference_steps")
     adapters = _adapter_loader(config)
     methods = [quality.parse_method(text, run_steps, preset, adapters) for text in config.methods or DEFAULT_METHODS]
-    asked = quality.held_out(config.split, config.prompts, config.seed)
-    detector = load_detector()
+    subject = _subject(pipe)
+    asked = subject.prompts(config.split, config.prompts, config.seed)
     parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
     results = quality.draw_all(
         pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts
     )
-    rows = quality.summarise(methods, results, asked, detector, config.split)
+    rows = quality.summarise(methods, results, asked, subject, config.split)
     table = quality.markdown(rows, len(asked))
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.with_suffix(".md").write_text(table)
@@ -125,6 +125,10 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
         "seed": config.seed,
         "methods": rows,
     }
+
+
+def _subject(pipe: Any) -> Subject:
+    return Clips() if draws_video(pipe) else Pictures()
 
 
 def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Method]) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def _adapter_loader(config: SuiteConfig) -> quality.Adapters:
 
 def _velocity(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
-    asked = quality.held_out(config.split, config.prompts, config.seed)
+    asked = _subject(pipe).prompts(config.split, config.prompts, config.seed)
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
     rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings, adapter=adapter)
@@ -175,7 +179,7 @@ def _velocity(config: SuiteConfig) -> dict[str, Any]:
 
 def _cost(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
-    prompt = quality.held_out(config.split, 1, config.seed)[0].prompt
+    prompt = _subject(pipe).prompts(config.split, 1, config.seed)[0].prompt
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
     rows = [

@@ -126,6 +126,14 @@ class Architecture(ABC):
         """Why this call can't run with large patches, or ``None``."""
 
     @abstractmethod
+    def example(self, frames: int, height: int, width: int) -> Inputs:
+        """A call for one sample with as much text as the model's pipeline takes, to count and to time.
+
+        Args:
+            frames, height, width: Of the latents; pictures have one frame.
+        """
+
+    @abstractmethod
     def latents(self, inputs: Inputs) -> Tensor:
         """The noisy latents ``[B, C, ..., H, W]`` of a call, a view where possible."""
 

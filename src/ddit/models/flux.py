@@ -16,6 +16,8 @@ from ddit.config import ScheduleConfig
 from ddit.models.base import Architecture, Inputs
 from ddit.patches import coarse_positions, pack, unpack
 
+TEXT_TOKENS = 512
+"""Tokens of a prompt by the pipeline's default."""
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
 
@@ -59,6 +61,20 @@ class Flux(Architecture):
         if self._read_grid(inputs) is None:
             return "img_ids are not one full grid of rows and columns (reference tokens, as in Kontext)"
         return None
+
+    def example(self, frames: int, height: int, width: int) -> Inputs:
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        rows, columns = height // self.patch_size, width // self.patch_size
+        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        return {
+            "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
+            "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.joint_attention_dim),
+            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+            "timestep": torch.full((1,), 0.5),
+            "img_ids": torch.cat([torch.zeros(rows * columns, 1), grid.flatten(0, 1)], dim=1),
+            "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+            "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
+        }
 
     def latents(self, inputs: Inputs) -> Tensor:
         grid = self._read_grid(inputs)

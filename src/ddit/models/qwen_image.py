@@ -19,6 +19,9 @@ from ddit.config import ScheduleConfig
 from ddit.models.base import Architecture, Inputs
 from ddit.patches import coarse_positions, pack, unpack
 
+TEXT_TOKENS = 512
+"""Most tokens of a prompt by the pipeline's default."""
+
 
 class QwenImage(Architecture):
     patch_size = 2
@@ -42,6 +45,17 @@ class QwenImage(Architecture):
         if any(len(sample) != 1 or sample[0][0] != 1 for sample in inputs["img_shapes"]):
             return "there are reference pictures beside the latents (Edit)"
         return None
+
+    def example(self, frames: int, height: int, width: int) -> Inputs:
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        rows, columns = height // self.patch_size, width // self.patch_size
+        return {
+            "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
+            "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.joint_attention_dim),
+            "encoder_hidden_states_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.long),
+            "timestep": torch.full((1,), 0.5),
+            "img_shapes": [[(1, rows, columns)]],
+        }
 
     def latents(self, inputs: Inputs) -> Tensor:
         rows, columns = inputs["img_shapes"][0][0][1:]

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from ddit.adapter import PatchAdapter
-from ddit.embedded import MODEL_FOLDER
-from ddit.models import REGISTRY
+from ddit.known import meta_transformer
 from ddit.train.config import TrainConfig
 from ddit.train.trainer import make_optimizer
 
@@ -20,7 +19,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: When the base's configuration can't be read.
     """
-    transformer = meta_transformer(str(MODEL_FOLDER) if config.model == "embedded" else config.model)
+    transformer = meta_transformer(config.model)
     with torch.device("meta"):
         adapter = PatchAdapter.for_model(transformer, **config.adapter_settings)
     parts: dict[str, int] = {}
@@ -48,23 +47,6 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "adapter_file_bytes": {"float32": 4 * trained, "bfloat16": 2 * trained},
         "bytes": {**bytes_used, "total": sum(bytes_used.values())},
     }
-
-
-def meta_transformer(model: str) -> Any:
-    """A pipeline's transformer without weights, from its configuration in a folder or on the hub."""
-    import diffusers
-
-    try:
-        loaded: Any = PatchAdapter.load_config(model, subfolder="transformer")
-    except Exception as error:  # diffusers and the hub each raise their own
-        raise ValueError(
-            f"{model!r} has no transformer/config.json that can be read: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
-    name = loaded.get("_class_name")
-    if name not in REGISTRY:
-        raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
-    with torch.device("meta"):
-        return getattr(diffusers, name).from_config(loaded)
 
 
 def _state_per_parameter(config: TrainConfig, value: float) -> float:

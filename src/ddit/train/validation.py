@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ddit.generate import run as generate
+from ddit.outputs import frames
 from ddit.train.distill import Draw
 
 if TYPE_CHECKING:
@@ -61,5 +62,5 @@ def save_pictures(run: Run, path: Path) -> None:
         with run.detached():
             drawn = generate(run.pipe, prompts, seeds, settings, config=config, adapter=run.adapter)
         bands.append(drawn.pictures)
-    grid = np.concatenate([np.concatenate(list(band), axis=1) for band in bands])
+    grid = np.concatenate([np.concatenate(list(frames(band)), axis=1) for band in bands])
     Image.fromarray((grid * 255).round().astype(np.uint8)).save(path)

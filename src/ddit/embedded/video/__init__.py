@@ -1,0 +1,8 @@
+"""The video model that ships with ddit: a small, honestly trained Wan, the clips it learnt from, and their judge."""
+
+from ddit.embedded import ASSETS
+
+MODEL_FOLDER = ASSETS / "video-model"
+"""A `WanPipeline` in diffusers' format."""
+ADAPTER_FOLDER = ASSETS / "video-adapter"
+"""A `ddit.PatchAdapter` for it."""

@@ -1,0 +1,79 @@
+"""Pictures and clips on disk: PNG, and MP4 with a contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ddit.files import replacing
+
+LEAST_HEIGHT = 256
+"""Of an MP4: smaller clips are enlarged by a whole factor, since video codecs halve the resolution of colours."""
+
+
+def save(path: Path, dynamic: np.ndarray, plain: np.ndarray | None = None, *, fps: int = 16) -> list[Path]:
+    """Write a PNG per picture or an MP4 per clip; with ``plain``, plain on the left and dynamic on the right.
+
+    Beside a clip lies a contact sheet: its frames in a row, plain above dynamic.
+
+    Args:
+        path: Ends in .png or .mp4; numbered where there are several.
+        dynamic: ``[N, H, W, 3]`` or ``[N, F, H, W, 3]`` in [0, 1].
+        plain: Of the same shape.
+        fps: Frames per second of a clip.
+
+    Raises:
+        ValueError: When clips can't be written for want of a package.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = dynamic if plain is None else np.concatenate([plain, dynamic], axis=-2)
+    many = len(shown) > 1
+    paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") if many else path for i in range(len(shown))]
+    for target, picture in zip(paths, shown, strict=True):
+        if picture.ndim == 3:
+            _save_png(target, picture)
+        else:
+            _save_clip(target, picture, fps)
+    if dynamic.ndim == 4:
+        return paths
+    sheets = [target.with_suffix(".png") for target in paths]
+    for i, sheet in enumerate(sheets):
+        rows = [np.concatenate(list(clips[i]), axis=1) for clips in (plain, dynamic) if clips is not None]
+        _save_png(sheet, np.concatenate(rows))
+    return [*paths, *sheets]
+
+
+def frames(pictures: np.ndarray) -> np.ndarray:
+    """Clips ``[N, F, H, W, 3]`` as pictures ``[N F, H, W, 3]``; pictures stay as they are."""
+    return pictures.reshape(-1, *pictures.shape[-3:])
+
+
+def check_video_writer() -> None:
+    """Refuse before anything is drawn.
+
+    Raises:
+        ValueError: When no MP4 can be written here.
+    """
+    try:
+        import imageio_ffmpeg  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("clips need the packages imageio and imageio-ffmpeg: pip install 'ddit[video]'") from None
+
+
+def _save_png(path: Path, picture: np.ndarray) -> None:
+    from PIL import Image
+
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+
+
+def _save_clip(path: Path, clip: np.ndarray, fps: int) -> None:
+    from diffusers.utils import export_to_video
+
+    check_video_writer()
+    factor = -(-LEAST_HEIGHT // clip.shape[1])
+    large = clip.repeat(factor, axis=1).repeat(factor, axis=2)
+    with replacing(path) as partial:
+        named = partial.with_name(f"{partial.name}.mp4")  # the ending tells ffmpeg the format
+        export_to_video(list(large), str(named), fps=fps, quality=8)
+        named.replace(partial)
