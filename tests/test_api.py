@@ -423,6 +423,41 @@ def test_an_anchored_step_adds_half_of_what_changed_on_the_coarse_grid():
     torch.testing.assert_close(arch.velocity(ours, (8, 8)), v, rtol=1e-4, atol=1e-5)
 
 
+def test_without_gain_the_model_is_not_asked_and_the_forecast_is_its_answer(pipe):
+    """By hand: the line through the last two velocities, and detail that leads to the forecast clean latents."""
+    plain, steps = tiny.sample(pipe), (1, 1, 4, 2, 1, 4, 1, 2)
+    record = Record(pipe.transformer)
+    handle = ddit.apply(pipe, config=fixed(*steps, gain=0.0))
+    drawn = tiny.sample(pipe)
+    assert record.tokens == [64] * steps.count(1)
+    report = handle.report
+    assert report.flops_fraction == report.tokens_fraction == 0.5
+    assert report.strip() == "1 1 - - 1 - 1 -" and report.to_dict()["skipped"] == [[0] * (s > 1) for s in steps]
+    assert not torch.equal(drawn, plain) and (drawn - plain).std() < 0.5 * plain.std()
+    transformer = tiny.transformer()
+    calls = [call_inputs(sigma=0.8), call_inputs(sigma=0.7)]
+    calls[1]["hidden_states"] = 0.9 * calls[0]["hidden_states"]
+    with torch.no_grad(), ddit.apply(transformer, config=fixed(1, 2, gain=0.0)) as handle:
+        velocity = transformer(**calls[0])[0]
+        ours = transformer(**calls[1])[0]
+        arch = handle._seats[0].architecture
+        before, now = (arch.latents(call) for call in calls)
+        anchor = arch.velocity(velocity, (8, 8))
+        v = anchor - detail(anchor, 2) + detail(now - (before - 0.8 * anchor), 2) / 0.7
+        torch.testing.assert_close(arch.velocity(ours, (8, 8)), v, rtol=1e-4, atol=1e-5)
+
+
+def test_without_gain_an_unanchored_step_and_an_adapter_still_ask(pipe):
+    record = Record(pipe.transformer)
+    with ddit.apply(pipe, config=fixed(4, 1, 4, gain=0.0)) as handle:
+        tiny.sample(pipe)
+    assert record.tokens == [4, 64] and handle.report.strip() == "4 1 - - - - - -"
+    adapter = ddit.PatchAdapter.for_model(pipe.transformer, rank=2)
+    with ddit.apply(pipe, config=fixed(1, 1, 4, gain=0.0), adapter=adapter) as handle:
+        tiny.sample(pipe)
+    assert len(record.tokens) > 10 and "-" not in handle.report.strip()
+
+
 def test_an_anchored_step_without_change_repeats_the_velocity():
     """The same call again, now with large patches: nothing has changed since, so the answer is the model's own."""
     transformer = tiny.transformer()

@@ -14,6 +14,7 @@ REFUSED = {
     "threshold": [-1e-9, -1, NAN, INF, -INF, True, "0.1", None],
     "percentile": [-0.01, 1.01, NAN, INF, False, "0.4", None],
     "fraction": [-0.01, 1.01, NAN, INF, True, None],
+    "gain": [-0.01, 1.01, NAN, True],
     "order": [0, 4, -1, 1.5, 2.0, True, "3", None],
     "scales": [(), (2, 4), (1, 3), (1, 2, 2), (1, 1), (0, 1), (-2, 1), (1, 2.0), (1, True), "12", 2, None],
     "warmup": [1, 0, -1, 3.0, True, None],
@@ -33,7 +34,7 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
         ScheduleConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["threshold", "percentile", "fraction"])
+@pytest.mark.parametrize("name", ["threshold", "percentile", "fraction", "gain"])
 def test_the_message_gives_the_range(name):
     with pytest.raises(ValueError, match=r"-3.*(in \[0, 1\]|at least 0)"):
         ScheduleConfig(**{name: -3})  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}}
 """Modules of the last group that one of them may import; `ddit.config` alone where nothing is said here."""
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 LAST = len(GROUPS) - 1
-PACKAGES = ("ddit.train", "ddit.eval", "ddit.embedded")  # these import freely inside themselves
+PACKAGES = ("ddit.cli", "ddit.train", "ddit.eval", "ddit.embedded")  # these import freely inside themselves
 
 
 def unit(module: str) -> str | None:
@@ -171,7 +171,8 @@ def test_the_checker_resolves_relative_imports_of_a_package():
 
 def test_nothing_in_the_package_imports_the_command_line():
     pattern = re.compile(r"from ddit\.cli|import ddit\.cli|from ddit import cli")
-    assert [str(path) for path, _, _ in package_files() if pattern.search(path.read_text("utf-8"))] == []
+    others = [path for path, _, _ in package_files() if path.parent.name != "cli"]
+    assert [str(path) for path in others if pattern.search(path.read_text("utf-8"))] == []
 
 
 @pytest.mark.parametrize("module", ["ddit", "ddit.config"])

@@ -282,11 +282,11 @@ def forecasts():
     return z, v, clean, torch.tensor([0.2, 0.9])
 
 
-def test_an_anchored_step_adds_half_of_what_the_coarse_grid_says_against_its_forecast():
+def test_an_anchored_step_adds_what_the_coarse_grid_says_against_its_forecast():
     z, v, clean, sigma = forecasts()
     told = noise(2, 3, 4, 4, seed=3).repeat_interleave(2, -1).repeat_interleave(2, -2)
     ours = anchored_velocity(z, sigma, v, clean, told, 2)
-    torch.testing.assert_close(F.avg_pool2d(ours, 2), F.avg_pool2d(v + told / 2, 2))
+    torch.testing.assert_close(F.avg_pool2d(ours, 2), F.avg_pool2d(v + told, 2))
 
 
 def test_the_detail_of_anchored_steps_ends_at_the_forecast_clean_latents():

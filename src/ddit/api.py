@@ -332,14 +332,17 @@ class Handle:
             return arch.velocity(first(seat.forward(**rows)), size).float()
         anchor = low = None
         if memory.known[samples[0]]:
-            for missing, earlier in memory.unasked(scale, samples):
+            anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
+            asks = arch.asks(config, anchor, self.adapter)
+            if not asks:
+                self._generation.skipped(samples)
+            for missing, earlier in memory.unasked(scale, samples) if asks else ():
                 there = memory.anchor.rows(missing)
                 call = arch.rows(inputs, missing)
                 with torch.no_grad():
                     line = arch.low_line(seat.forward, call, scale, config, there, earlier, self.adapter)
                 memory.asked(scale, missing, line)
                 self._generation.compared(missing)
-            anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
         return arch.coarse_step(
             seat.forward,
             rows,

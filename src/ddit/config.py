@@ -58,6 +58,9 @@ class ScheduleConfig:
     anchored: bool = True
     """Steps with large patches start from a forecast by the last steps at scale 1, which the coarse grid corrects.
     ``False`` is the paper's: each stands on its own."""
+    gain: float = 0.5
+    """Share of that correction which is believed, in [0, 1]. 0 believes none, so that without an adapter the model is
+    not even asked: ddit is then a cache that forecasts, on the same schedule."""
 
     def __post_init__(self) -> None:
         for name, options in (
@@ -73,6 +76,7 @@ class ScheduleConfig:
         _number("threshold", self.threshold, 0, math.inf)
         _number("percentile", self.percentile, 0, 1)
         _number("fraction", self.fraction, 0, 1)
+        _number("gain", self.gain, 0, 1)
         if not _is_integer(self.order) or self.order not in (1, 2, 3):
             raise ValueError(f"order is {self.order!r}; it must be 1, 2 or 3")
         if 1 not in self.scales or len(set(self.scales)) != len(self.scales):

@@ -197,19 +197,14 @@ def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | Non
     return (1 - gain) * seen / sigma
 
 
-GAIN = 0.5
-"""Share of what the coarse grid says against the forecast that an anchored step believes, see `anchored_velocity`."""
-
-
 def anchored_velocity(
-    z: Tensor, sigma: Tensor, velocity: Tensor, clean: Tensor, innovation: Tensor, scale: int
+    z: Tensor, sigma: Tensor, velocity: Tensor, clean: Tensor, correction: Tensor | float, scale: int
 ) -> Tensor:
-    """Two forecasts, and half of what the coarse grid answers against its own.
+    """Two forecasts, and what the coarse grid answers against its own.
 
     Forecasts are straight lines through the last steps at scale 1. What a model answers on the coarse grid is off
     by much the same at neighbouring noise levels, so that what it says against its own line is nearer to the truth than
     the answer: a Kalman filter's innovation, or the coarse-grid correction of multigrid (full approximation scheme).
-    ``GAIN`` is not critical: on the embedded model pictures were as good with 0 (the forecasts alone) and with 1.
 
     What large patches pool follows the forecast velocity. The detail inside them follows forecast clean latents ``x``:
     in ``(z - x) / sigma`` noise that an error left in ``z`` goes as sigma falls, where a velocity would carry it along.
@@ -217,10 +212,10 @@ def anchored_velocity(
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; H and W are multiples of the scale. sigma: their noise level ``[B]``.
         velocity, clean: Forecasts, of the same shape.
-        innovation: What the coarse grid answers against its own forecast, grown to the same shape.
+        correction: What is believed of it (`ddit.ScheduleConfig.gain`), grown to the same shape.
     """
     lost = detail((z - clean) / expand(sigma, z) - velocity, scale)
-    return velocity + GAIN * innovation + lost
+    return velocity + correction + lost
 
 
 FINEST = 1e-3

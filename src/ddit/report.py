@@ -22,6 +22,8 @@ class Step:
     """Host time inside the transformer's calls of this step, all guidance passes together."""
     compared: frozenset[int] = frozenset()
     """Samples for which the coarse grid was also asked at the last step at scale 1, to see what has changed since."""
+    skipped: frozenset[int] = frozenset()
+    """Samples for which the model was not asked at all (`ddit.ScheduleConfig.gain`)."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,22 @@ class Report:
         return sum(step.seconds for step in self.steps)
 
     def _fraction(self, costs: Mapping[int, int]) -> float:
-        calls = [(s, 1 + (i in step.compared)) for step in self.steps for i, s in enumerate(step.scales)]
+        calls = [
+            (scale, (i not in step.skipped) + (i in step.compared))
+            for step in self.steps
+            for i, scale in enumerate(step.scales)
+        ]
         return sum(costs[s] * count for s, count in calls) / (len(calls) * costs[1])
 
     def strip(self, sample: int = 0) -> str:
-        """The schedule of one sample on a line, such as ``1 1 1 4 4 2 1``."""
-        return " ".join(map(str, self.scales[sample]))
+        """The schedule of one sample on a line, such as ``1 1 1 4 4 2 1``; ``-`` where the model was not asked."""
+        return " ".join("-" if sample in step.skipped else str(step.scales[sample]) for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {
             "scales": self.scales,
+            "skipped": [sorted(step.skipped) for step in self.steps],
             "sigmas": [step.sigma for step in self.steps],
             "statistics": [[dict(sample) for sample in step.statistics] for step in self.steps],
             "step_seconds": [step.seconds for step in self.steps],

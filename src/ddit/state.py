@@ -209,6 +209,10 @@ class Generation:
         if not self.velocities:
             self.steps[-1] = replace(self.steps[-1], compared=self.steps[-1].compared | set(samples))
 
+    def skipped(self, samples: Sequence[int]) -> None:
+        """Record that the model was not asked for these samples in this step."""
+        self.steps[-1] = replace(self.steps[-1], skipped=self.steps[-1].skipped | set(samples))
+
     def record(self, velocity: Tensor, seconds: float) -> None:
         """Keep the answer ``[B, C, ..., H, W]`` to a call, from which later steps with large patches start."""
         if self.config.anchored and 1 in self.scales and max(self.config.scales) > 1:

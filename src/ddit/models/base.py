@@ -295,22 +295,32 @@ class Architecture(ABC):
             Velocity ``[B, C, ..., H, W]``, float32.
         """
         z, sigma = self.latents(inputs), self.sigma(inputs)
-        answer, correction = self.coarse_answer(forward, inputs, scale, config, adapter, anchor)
         multiple = scale * self.patch_size
         padded = pad_to_multiple(z.float(), multiple)
+        answer = learnt = None
+        if self.asks(config, anchor, adapter):
+            answer, learnt = self.coarse_answer(forward, inputs, scale, config, adapter, anchor)
         if anchor is not None:
-            assert low is not None, "an anchor comes with what the coarse grid said there"
-            level = half_log_snr(sigma)
+            level, told = half_log_snr(sigma), 0.0
             expected, clean = (pad_to_multiple(line.at(level), multiple) for line in (anchor.velocity, anchor.clean))
-            told = grow(answer - low(level, answer).at(level), scale, self.patch_size, config.start)
+            if answer is not None:
+                assert low is not None, "an anchor comes with what the coarse grid said there"
+                told = config.gain * grow(answer - low(level, answer).at(level), scale, self.patch_size, config.start)
             velocity = anchored_velocity(padded, sigma, expected, clean, told, scale)
-            if correction is not None:
-                correction = correction * expand(anchor.distance(level), correction)
+            if learnt is not None:
+                velocity = velocity + learnt * expand(anchor.distance(level), learnt)
         else:
+            assert answer is not None
             velocity = grow(answer, scale, self.patch_size, config.start)
             if config.start == "noise-consistent":
                 velocity = velocity + detail_velocity(padded, sigma, scale, variance)
-        return crop(velocity if correction is None else velocity + correction, *z.shape[-2:])
+            velocity = velocity if learnt is None else velocity + learnt
+        return crop(velocity, *z.shape[-2:])
+
+    @staticmethod
+    def asks(config: ScheduleConfig, anchor: Anchor | None, adapter: Adapter | None) -> bool:
+        """Whether a step with large patches calls the model at all."""
+        return anchor is None or adapter is not None or config.gain > 0
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
         """Floating-point operations of one call, counted by PyTorch on the meta device.

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ddit import __version__
+from ddit.cli.common import add_command, check_writable, command_line, environment, positive
+from ddit.cli.embedded import add_embedded
 from ddit.config import Difference, PolicyName, Positions, ScheduleConfig, Start
 from ddit.files import write_json
 from ddit.train.config import CHOICES, TrainConfig
@@ -42,86 +44,52 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ddit {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    generate = _add(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
+    generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
     generate.add_argument("prompt")
     _model_options(generate)
     _schedule_options(generate)
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--num-images", "--batch", type=_count, default=1, help="pictures of seed, seed + 1, ...")
+    generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
-    generate.add_argument("--repeats", type=_count, default=1, help="with --compare: times the median of this many")
-    generate.add_argument("--frames", type=_count, help="of a clip: one more than a multiple of 4")
-    generate.add_argument("--fps", type=_count, default=8, help="frames per second of a clip (default: %(default)s)")
+    generate.add_argument("--repeats", type=positive, default=1, help="with --compare: times the median of this many")
+    generate.add_argument("--frames", type=positive, help="of a clip: one more than a multiple of 4")
+    generate.add_argument("--fps", type=positive, default=8, help="frames per second of a clip (default: %(default)s)")
     generate.add_argument("--out", type=Path, help="PNG, or MP4 of a video model (default: out/ddit.png, .mp4)")
     generate.add_argument("--json", type=Path, help="write a report")
     generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
 
-    demo = _add(commands, "demo", _demo, "watch it work on the embedded model: plain and dynamic side by side")
+    demo = add_command(commands, "demo", _demo, "watch it work on the embedded model: plain and dynamic side by side")
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
 
-    evaluate = _add(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
+    evaluate = add_command(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
     _model_options(evaluate)
     evaluate.add_argument("--suite", choices=("quality", "velocity", "cost"), default="quality")
     evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
-    evaluate.add_argument("--prompts", type=_count, default=200)
+    evaluate.add_argument("--prompts", type=positive, default=200)
     evaluate.add_argument("--split", choices=("judge", "tune"), default="judge")
-    evaluate.add_argument("--batch", type=_count, default=8)
+    evaluate.add_argument("--batch", type=positive, default=8)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
-        "--repeats", type=_count, default=30, help="of --suite cost: it takes the median of this many"
+        "--repeats", type=positive, default=30, help="of --suite cost: it takes the median of this many"
     )
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
 
-    bench = _add(commands, "bench", _bench, "count the work of a forward at every scale; needs no weights")
+    bench = add_command(commands, "bench", _bench, "count the work of a forward at every scale; needs no weights")
     bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
     bench.add_argument("--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES")
-    bench.add_argument("--scales", type=_count, nargs="+", default=[1, 2, 4])
+    bench.add_argument("--scales", type=positive, nargs="+", default=[1, 2, 4])
     bench.add_argument("--adapter-rank", type=int, help="count an adapter along")
     bench.add_argument("--out", type=Path, help="stem of .json and .md")
 
-    learn = _add(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
+    learn = add_command(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
     learn.add_argument("--dry-run", action="store_true", help="only count parameters and memory; needs no weights")
     learn.add_argument("--json", type=Path, help="write the curves of loss and validation; with --dry-run, the figures")
     _train_options(learn)
 
-    embedded = _add(commands, "embedded", None, "train the embedded model and its judge")
-    stages = embedded.add_subparsers(title="stages", required=True, metavar="STAGE")
-    train = _add(stages, "train", _train_embedded, "autoencoder, text encoders and flow; resumes where it stopped")
-    train.add_argument("--folder", type=Path, default=Path("runs/embedded"))
-    train.add_argument("--flow-steps", type=_count)
-    train.add_argument("--start-from", help="folder of a finished model to train on, instead of from nothing")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cpu")
-    finish = _add(stages, "install", _install_embedded, "measure a trained model's preset and ship it with the package")
-    finish.add_argument("--folder", type=Path, default=Path("runs/embedded"))
-    distilled = _add(stages, "install-adapter", _install_adapter, "ship an adapter with the package")
-    distilled.add_argument("--folder", type=Path, default=Path("runs/adapter"))
-    tune = _add(stages, "threshold", _choose_threshold, "choose the threshold to ship, on the prompts kept for tuning")
-    tune.add_argument("--model", default="embedded", help="folder of a model (default: the embedded one)")
-    tune.add_argument("--thresholds", type=float, nargs="+", default=[5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3])
-    tune.add_argument("--margin", type=float, default=0.01, help="adherence it may cost (default: %(default)s)")
-    tune.add_argument("--prompts", type=_count, default=100)
-    tune.add_argument("--batch", type=_count, default=8)
-    tune.add_argument("--out", type=Path, default=Path("docs/results/threshold"), help="stem of .json, .md and .png")
-    words = _add(stages, "prompts", _write_prompts, "prompts of the grammar that no evaluation uses, for ddit train")
-    words.add_argument("--count", type=_count, default=1000)
-    words.add_argument("--out", type=Path, default=Path("runs/prompts.txt"))
-    judge = _add(stages, "detector", _train_detector, "train the judge on drawn pictures")
-    judge.add_argument("--folder", type=Path, default=Path("runs/detector"))
-    check = _add(stages, "check-detector", _check_detector, "the judge's accuracy on held-out drawings")
-    check.add_argument("--count", type=_count, default=2000)
-    check.add_argument("--out", type=Path, default=Path("docs/results/detector.json"))
-
-    _add(commands, "info", _info, "versions, devices and supported models")
+    add_embedded(commands)
+    add_command(commands, "info", _info, "versions, devices and supported models")
     return top
-
-
-def _add(commands: Any, name: str, run: Callable[..., None] | None, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    if run is not None:
-        command.set_defaults(command=run)
-    return command
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -180,16 +148,6 @@ def _optional_type(annotation: str) -> type:
     return {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return value
-
-
 def _schedule(args: argparse.Namespace, preset: dict[str, Any]) -> ScheduleConfig:
     chosen = {f.name: getattr(args, f"schedule_{f.name}", None) for f in fields(ScheduleConfig)}
     return ScheduleConfig.from_dict({**preset, **{k: v for k, v in chosen.items() if v is not None}})
@@ -205,23 +163,7 @@ def _check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None
             raise ValueError(f"{name} is {size}; it must be at least 1")
     for path in outputs:
         if path is not None:
-            _check_writable(path)
-
-
-def _check_writable(path: Path) -> None:
-    """Try the nearest folder that exists; permissions alone don't tell (read-only file systems)."""
-    import tempfile
-
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path} can't be written; name a file in a folder that can") from error
+            check_writable(path)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -290,14 +232,14 @@ def _draw(args: argparse.Namespace) -> None:
     report = dynamic.report
     assert report is not None
     result = {
-        "command": _command(),
+        "command": command_line(),
         "prompt": args.prompt,
         "seeds": seeds,
         "model": args.model,
         "adapter": args.adapter or "none",
         **report.to_dict(),
     }
-    result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=_environment(args.device))
+    result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=environment(args.device))
     for i in range(len(prompts)):
         print(f"scales: {report.strip(i)}")
     print(f"tokens {report.tokens_fraction:.1%}, FLOPs {report.flops_fraction:.1%} of a plain run")
@@ -364,13 +306,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         out=args.out,
         repeats=args.repeats,
     )
-    run_suite(args.suite, config, {"command": _command(), "environment": _environment(args.device)})
+    run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")
 
 
 def _bench(args: argparse.Namespace) -> None:
     if args.out is not None:
-        _check_writable(args.out.with_suffix(".json"))
+        check_writable(args.out.with_suffix(".json"))
     from ddit.eval.bench import count, table
 
     scales = sorted({1, *args.scales})
@@ -383,7 +325,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.out is not None:
         write_json(
             args.out.with_suffix(".json"),
-            {"command": _command(), "environment": _environment("meta"), "counts": results},
+            {"command": command_line(), "environment": environment("meta"), "counts": results},
         )
         args.out.with_suffix(".md").write_text(table(results))
         print(f"wrote {args.out.with_suffix('.json')}")
@@ -414,7 +356,7 @@ def _train(args: argparse.Namespace) -> None:
         return
     out = Path(config.out)
     for path in (out / "train.json", *([args.json] if args.json else [])):
-        _check_writable(path)
+        check_writable(path)
     from accelerate import PartialState
 
     from ddit.train.trainer import train
@@ -426,7 +368,7 @@ def _train(args: argparse.Namespace) -> None:
         }
         state = PartialState()
         assert state.device is not None, "accelerate sets it with the state"
-        about = {"command": _command(), "environment": _environment(state.device.type)}
+        about = {"command": command_line(), "environment": environment(state.device.type)}
         about |= {"processes": state.num_processes, "peak_memory_bytes": _peak_memory(state.device.type)}
         write_json(args.json, {**about, "settings": config.to_dict(), **curves})
         print(f"wrote {args.json}")
@@ -447,111 +389,22 @@ def _peak_memory(device: str) -> int | None:
 
 def _plan(config: TrainConfig, path: Path | None) -> None:
     if path is not None:
-        _check_writable(path)
+        check_writable(path)
     from ddit.train.plan import plan, table
 
     figures = plan(config)
     print(table(figures))
     if path is not None:
-        result = {"command": _command(), "environment": _environment("meta"), **figures}
+        result = {"command": command_line(), "environment": environment("meta"), **figures}
         write_json(path, result)
         print(f"wrote {path}")
-
-
-def _write_prompts(args: argparse.Namespace) -> None:
-    from itertools import islice
-
-    from ddit.embedded.scenes import scenes
-
-    _check_writable(args.out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    # A seed of its own: training and adapters see the same split of the grammar, but not the same prompts.
-    args.out.write_text("".join(f"{scene.prompt}\n" for scene in islice(scenes(77, "train"), args.count)))
-    print(f"wrote {args.out}")
-
-
-def _train_embedded(args: argparse.Namespace) -> None:
-    from ddit.embedded.config import TrainingConfig
-    from ddit.embedded.training import train
-
-    chosen = {"flow_steps": args.flow_steps} if args.flow_steps else {}
-    if args.start_from and not (Path(args.start_from) / "model_index.json").is_file():
-        raise ValueError(f"{args.start_from} holds no pipeline; name the folder of a trained embedded model")
-    config = TrainingConfig(seed=args.seed, start_from=args.start_from, **chosen)
-    train(args.folder, config, args.device)
-
-
-def _install_embedded(args: argparse.Namespace) -> None:
-    from ddit.embedded.install import install
-
-    print(f"wrote {install(args.folder)}")
-
-
-def _install_adapter(args: argparse.Namespace) -> None:
-    from ddit.embedded.install import install_adapter
-
-    print(f"wrote {install_adapter(args.folder)}")
-
-
-def _choose_threshold(args: argparse.Namespace) -> None:
-    for threshold in args.thresholds:
-        ScheduleConfig(threshold=threshold)
-    if not 0 <= args.margin <= 1:
-        raise ValueError(f"margin is {args.margin}; it must lie between 0 and 1")
-    from dataclasses import replace
-
-    from ddit.eval.suites import SuiteConfig, choose_threshold
-    from ddit.generate import model_folder
-    from ddit.preset import FILE, Preset
-
-    folder = model_folder(args.model)
-    for path in (args.out.with_suffix(".json"), folder / FILE):
-        _check_writable(path)
-
-    config = SuiteConfig(
-        model=args.model,
-        methods=(),
-        prompts=args.prompts,
-        adapter=None,
-        split="tune",
-        batch=args.batch,
-        seed=0,
-        settings={},
-        device="cpu",
-        dtype="float32",
-        out=args.out,
-    )
-    about = {"command": _command(), "environment": _environment("cpu")}
-    chosen = choose_threshold(config, args.thresholds, args.margin, about)["chosen"]
-    preset = Preset.load(folder)
-    replace(preset, schedule={**preset.schedule, "threshold": chosen}).save(folder)
-    print(f"threshold {chosen:g} written into {folder}")
-
-
-def _train_detector(args: argparse.Namespace) -> None:
-    from ddit.embedded.detector import train_detector
-
-    train_detector(args.folder)
-
-
-def _check_detector(args: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKL
-
-    from ddit.embedded import MODEL_FOLDER
-    from ddit.embedded.detector import evaluate_detector, load_detector
-
-    _check_writable(args.out)
-    vae: Any = AutoencoderKL.from_pretrained(MODEL_FOLDER / "vae")
-    figures = evaluate_detector(load_detector(), args.count, seed=500, vae=vae)
-    write_json(args.out, {"command": _command(), "environment": _environment("cpu"), **figures})
-    print(json.dumps(figures))
 
 
 def _info(args: argparse.Namespace) -> None:
     from ddit.known import names
     from ddit.models import supported_models
 
-    for name, value in _environment("cpu").items():
+    for name, value in environment("cpu").items():
         print(f"{name}: {value}")
     import torch
 
@@ -561,30 +414,5 @@ def _info(args: argparse.Namespace) -> None:
     print(f"architectures known by name: {', '.join(names())}")
 
 
-def _environment(device: str) -> dict[str, Any]:
-    """Date, versions and hardware, as every result carries them."""
-    import datetime
-    import platform
-    from importlib.metadata import version
-
-    packages = ("torch", "diffusers", "transformers")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "ddit": __version__,
-        **{name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "device": device,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
-def _command() -> str:
-    return " ".join(["ddit", *sys.argv[1:]])
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"ddit: warning: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from ddit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,66 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddit import __version__
+
+
+def add_command(commands: Any, name: str, run: Callable[..., None] | None, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    if run is not None:
+        command.set_defaults(command=run)
+    return command
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def check_writable(path: Path) -> None:
+    """Try the nearest folder that exists; permissions alone don't tell (read-only file systems)."""
+    import tempfile
+
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} can't be written; name a file in a folder that can") from error
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Date, versions and hardware, as every result carries them."""
+    import datetime
+    import platform
+    from importlib.metadata import version
+
+    packages = ("torch", "diffusers", "transformers")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "ddit": __version__,
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": device,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def command_line() -> str:
+    return " ".join(["ddit", *sys.argv[1:]])
