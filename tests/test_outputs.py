@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from itertools import islice
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -9,8 +13,11 @@ from PIL import Image
 
 import tiny
 from ddit.cli import main
+from ddit.embedded.video import components
+from ddit.embedded.video.clips import clips
 from ddit.generate import check_size, draws_video
 from ddit.outputs import frames, save
+from ddit.preset import Preset
 
 
 def ramp(*shape: int) -> np.ndarray:
@@ -58,6 +65,62 @@ def test_sizes_that_a_video_pipeline_would_round_are_refused(settings, word):
     check_size(pipe, {"num_frames": 9, "height": 64, "width": 96})
     with pytest.raises(ValueError, match=word):
         check_size(pipe, settings)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory) -> str:
+    """A shrunken Wan on disk with the text encoder of the embedded video model."""
+    folder = tmp_path_factory.mktemp("wan")
+    text = dict(tokenizer=components.make_tokenizer(), text_encoder=components.make_text_encoder())
+    tiny.wan_pipeline(transformer=tiny.wan_transformer(text_dim=components.TEXT_WIDTH), **text).save_pretrained(folder)
+    call = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 6, "max_sequence_length": 16}
+    Preset(call=call).save(folder)
+    return str(folder)
+
+
+def test_a_clip_from_the_command_line(wan, tmp_path, capsys):
+    """Guided by default, as `WanPipeline` is; plain beside dynamic."""
+    out, report = tmp_path / "clip.mp4", tmp_path / "r.json"
+    flags = ["--model", wan, "--threshold", "1e9", "--compare", "--out", str(out), "--json", str(report)]
+    assert main(["generate", "a red ball moving left on a brick background", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "scales: 1 1 1 4 4 4" in shown and "PSNR" in shown
+    assert iio.imread(out).shape == (9, 256, 512, 3) and out.with_suffix(".png").is_file()
+    told = json.loads(report.read_text())
+    assert told["scales"] == [[1, 1, 1, 4, 4, 4]] and told["ssim"] < 1
+    assert main(["generate", "a ball", "--model", wan, "--frames", "8"]) == 2
+    assert "such as 9" in capsys.readouterr().err
+    assert main(["generate", "a ball", "--model", wan, "--out", str(tmp_path / "a.png")]) == 2
+    assert "must end in .mp4" in capsys.readouterr().err
+
+
+def test_an_adapter_for_wan_from_the_command_line(wan, tmp_path):
+    """Train, use, and its pictures: the frames of each clip in a row."""
+    (tmp_path / "p.txt").write_text("".join(f"{clip.prompt}\n" for clip in islice(clips(0, "train"), 6)))
+    run = tmp_path / "run"
+    flags = ["--prompts", str(tmp_path / "p.txt"), "--out", str(run), "--steps", "2", "--batch", "2", "--rank", "2"]
+    flags += ["--optimizer", "adamw", "--validation", "2", "--pictures", "1", "--cpu", "--thresholds", "1", "10"]
+    assert main(["train", "--model", wan, *flags]) == 0
+    assert np.asarray(Image.open(run / "pictures" / "step-000002.png")).shape == (3 * 64, 9 * 64, 3)
+    out = tmp_path / "clip.mp4"
+    prompt = "a red ball moving left on a brick background"
+    assert main(["generate", prompt, "--model", wan, "--adapter", str(run / "adapter"), "--out", str(out)]) == 0
+    assert out.is_file()
+
+
+def test_a_trained_video_model_is_shipped_with_its_preset(wan, tmp_path, monkeypatch):
+    from ddit.embedded.video import install
+
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="no trained model"):
+        install.install(tmp_path / "run", to=tmp_path / "to")
+    shutil.copytree(wan, tmp_path / "run" / "model")
+    monkeypatch.setattr(install, "CALL", {**install.CALL, "num_inference_steps": 2})
+    to = install.install(tmp_path / "run", schedule={"threshold": 0.5}, to=tmp_path / "to")
+    preset = Preset.load(to)
+    assert set(preset.detail_variance) == {2, 4} and len(preset.detail_variance[2]) == 4
+    assert preset.schedule == {"threshold": 0.5} and preset.call["num_frames"] == 9
+    assert (to / "model_index.json").is_file()
 
 
 def test_frames_are_refused_for_pictures():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,29 +28,40 @@ CALL = {
 
 
 def install(folder: Path, *, schedule: dict[str, Any] | None = None) -> Path:
+    """Ship the picture model of ``folder``, the run folder of `ddit.embedded.training.train`; see `ship`."""
+    prompts = (scene.prompt for scene in scenes(7, "tune"))
+    return ship(folder, MODEL_FOLDER, ADAPTER_FOLDER, CALL, prompts, schedule)
+
+
+def ship(
+    folder: Path, to: Path, adapter: Path, call: dict[str, Any], prompts: Iterator[str], schedule: dict[str, Any] | None
+) -> Path:
     """Copy ``folder/model`` into the package, with a preset measured on its own samples.
 
-    The adapter that ships is deleted: it was distilled from the model before.
-
     Args:
-        folder: The run folder of `ddit.embedded.training.train`.
+        adapter: Folder of the adapter that ships, which is deleted: it was distilled from the model before.
+        call: How the model wants to be called.
+        prompts: Of the ``tune`` split.
         schedule: Settings of the schedule to ship; by default those shipped before.
+
+    Raises:
+        ValueError: When there is no trained model.
     """
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
     if not (folder / "model" / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no trained model; run 'ddit embedded train --folder {folder}' first")
-    pipe = FluxPipeline.from_pretrained(folder / "model", dtype=torch.float32)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder / "model", dtype=torch.float32)
     preset = Preset(
-        call=CALL,
-        schedule=Preset.load(MODEL_FOLDER).schedule if schedule is None else schedule,
-        detail_variance=measure_detail(pipe),
+        call=call,
+        schedule=Preset.load(to).schedule if schedule is None else schedule,
+        detail_variance=measure_detail(pipe, call, prompts),
     )
-    for before in (MODEL_FOLDER, ADAPTER_FOLDER):
+    for before in (to, adapter):
         shutil.rmtree(before, ignore_errors=True)
-    shutil.copytree(folder / "model", MODEL_FOLDER)
-    preset.save(MODEL_FOLDER)
-    return MODEL_FOLDER
+    shutil.copytree(folder / "model", to)
+    preset.save(to)
+    return to
 
 
 def install_adapter(folder: Path) -> Path:
@@ -70,11 +82,14 @@ def install_adapter(folder: Path) -> Path:
     return ADAPTER_FOLDER
 
 
-def measure_detail(pipe: Any, count: int = 16, scales: tuple[int, ...] = (2, 4)) -> dict[int, list[float]]:
-    """Variance per latent channel of what pooling loses, on samples for prompts of the ``tune`` split."""
-    prompts = [scene.prompt for scene in islice(scenes(7, "tune"), count)]
+def measure_detail(
+    pipe: Any, call: dict[str, Any], prompts: Iterator[str], count: int = 16, scales: tuple[int, ...] = (2, 4)
+) -> dict[int, list[float]]:
+    """Variance per latent channel of what pooling loses, on samples."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    tokens = pipe(prompts, generator=generators, output_type="latent", **for_batch(CALL, count)).images
-    latents = pipe._unpack_latents(tokens, CALL["height"], CALL["width"], pipe.vae_scale_factor)
-    return {s: detail(latents, s).square().mean(dim=(0, 2, 3)).tolist() for s in scales}
+    settings = {"output_type": "latent", "return_dict": False, **for_batch(call, count)}
+    latents = pipe(list(islice(prompts, count)), generator=generators, **settings)[0]
+    if latents.ndim == 3:
+        latents = pipe._unpack_latents(latents, call["height"], call["width"], pipe.vae_scale_factor)
+    return {s: detail(latents, s).square().transpose(0, 1).flatten(1).mean(1).tolist() for s in scales}

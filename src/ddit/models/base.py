@@ -169,9 +169,9 @@ class Architecture(ABC):
         """Number of picture tokens of one sample."""
 
     @property
-    @abstractmethod
     def channels(self) -> int:
         """Channels of the latents."""
+        return self.layer(self.head).out_features // self.patch_size**2
 
     @property
     def features(self) -> int:
@@ -349,6 +349,19 @@ class Architecture(ABC):
                         twin(**call)
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
+
+
+class PackedArchitecture(Architecture):
+    """One whose pipeline packs squares of latent pixels into tokens ``[B, N, C p p]`` for the transformer."""
+
+    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        return unpack(output, self.patch_size, (len(output), self.channels, *size))
+
+    def output(self, velocity: Tensor) -> Tensor:
+        return pack(velocity, self.patch_size)
+
+    def tokens(self, inputs: Inputs) -> int:
+        return inputs[self.batched[0]].shape[1]
 
 
 def held(line: Line) -> Callable[[Tensor, Tensor], Line]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ddit.config import ScheduleConfig
-from ddit.models.base import Architecture, Inputs
-from ddit.patches import coarse_positions, pack, unpack
+from ddit.models.base import Inputs, PackedArchitecture
+from ddit.patches import coarse_positions
 
 TEXT_TOKENS = 512
 """Tokens of a prompt by the pipeline's default."""
@@ -22,7 +22,7 @@ _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
 
 
-class Flux(Architecture):
+class Flux(PackedArchitecture):
     patch_size = 2
     batched = (
         "hidden_states",
@@ -102,19 +102,6 @@ class Flux(Architecture):
             "joint_attention_kwargs": _copy(inputs.get("joint_attention_kwargs")),
             "return_dict": False,
         }
-
-    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        return unpack(output, self.patch_size, (len(output), self.channels, *size))
-
-    def output(self, velocity: Tensor) -> Tensor:
-        return pack(velocity, self.patch_size)
-
-    @property
-    def channels(self) -> int:
-        return self.layer(self.head).out_features // self.patch_size**2
-
-    def tokens(self, inputs: Inputs) -> int:
-        return inputs["hidden_states"].shape[1]
 
     def _read_grid(self, inputs: Inputs) -> tuple[int, int] | None:
         """Rows and columns from ``img_ids``, read by the host once per generation (the tensor stays the same)."""

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ddit.config import ScheduleConfig
-from ddit.models.base import Architecture, Inputs
-from ddit.patches import coarse_positions, pack, unpack
+from ddit.models.base import Inputs, PackedArchitecture
+from ddit.patches import coarse_positions
 
 TEXT_TOKENS = 512
 """Most tokens of a prompt by the pipeline's default."""
 
 
-class QwenImage(Architecture):
+class QwenImage(PackedArchitecture):
     patch_size = 2
     batched = (
         "hidden_states",
@@ -75,19 +75,6 @@ class QwenImage(Architecture):
             "timestep": sigma.to(latents.dtype),
             "return_dict": False,
         }
-
-    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        return unpack(output, self.patch_size, (len(output), self.channels, *size))
-
-    def output(self, velocity: Tensor) -> Tensor:
-        return pack(velocity, self.patch_size)
-
-    @property
-    def channels(self) -> int:
-        return self.layer(self.head).out_features // self.patch_size**2
-
-    def tokens(self, inputs: Inputs) -> int:
-        return inputs["hidden_states"].shape[1]
 
     @contextmanager
     def placed(self, grid: tuple[int, int], scale: int, config: ScheduleConfig) -> Iterator[None]:

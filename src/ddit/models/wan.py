@@ -93,10 +93,6 @@ class Wan(Architecture):
     def output(self, velocity: Tensor) -> Tensor:
         return velocity
 
-    @property
-    def channels(self) -> int:
-        return self.layer(self.head).out_features // self.patch_size**2
-
     def tokens(self, inputs: Inputs) -> int:
         return inputs["hidden_states"][0, 0].numel() // self.patch_size**2
 

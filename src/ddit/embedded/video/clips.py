@@ -6,7 +6,7 @@ does not name is drawn at random. Prompts are split by a hash of their words, as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,15 +98,16 @@ def track(clip: Clip, radius: float, rng: np.random.Generator) -> np.ndarray:
     return CANVAS / 2 + way[:, None] * towards + across
 
 
-def film(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def film(clip: Clip, rng: np.random.Generator, chosen: Sequence[int] = range(FRAMES)) -> tuple[np.ndarray, np.ndarray]:
     """Draw a clip.
 
     Args:
         clip: A complete clip (see `complete`).
         rng: Decides everything the clip does not fix.
+        chosen: Frames to draw.
 
     Returns:
-        Frames ``[9, 64, 64, 3]`` and what the object covers ``[9, 64, 64]``, both uint8.
+        Frames ``[F, 64, 64, 3]`` and what the object covers ``[F, 64, 64]``, both uint8.
     """
     assert clip.texture, "complete the clip before drawing it"
     y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) + 0.5
@@ -117,8 +118,9 @@ def film(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     ink = hsv(COLOURS[clip.colour] + rng.uniform(-6, 6), rng.uniform(0.8, 0.95), rng.uniform(0.8, 0.95))
     shadow = rng.uniform(2.5, 4.5) * np.array([np.cos(light), np.sin(light)])
     seed = int(rng.integers(2**32))
-    frames, covers = np.empty((FRAMES, SIZE, SIZE, 3), np.uint8), np.empty((FRAMES, SIZE, SIZE), np.uint8)
-    for i, (cx, cy) in enumerate(track(clip, radius, rng)):
+    count = len(chosen)
+    frames, covers = np.empty((count, SIZE, SIZE, 3), np.uint8), np.empty((count, SIZE, SIZE), np.uint8)
+    for i, (cx, cy) in enumerate(track(clip, radius, rng)[list(chosen)]):
         lies = np.random.default_rng(seed)  # The texture moves with the object.
         outline = SHAPES[clip.shape]
         frame, cover = stamp(ground, outline, clip.texture, ink, x - cx, y - cy, radius, angle, shadow, lies)

@@ -26,6 +26,7 @@ from ddit.embedded.scenes import COLOURS
 from ddit.embedded.video.clips import (
     BACKGROUNDS,
     DIRECTIONS,
+    FRAMES,
     MOTIONS,
     SHAPES,
     SIDES,
@@ -237,10 +238,9 @@ def _draw_shard(seed: int, count: int) -> dict[str, np.ndarray]:
     frames, places, labels = [], [], []
     for clip in islice(clips(seed, "train"), count):
         full = complete(clip, rng)
-        drawn, covers = film(full, rng)
-        which = int(rng.integers(len(drawn)))
-        y, x = np.nonzero(covers[which] > 127)
-        frames.append(drawn[which])
+        drawn, covers = film(full, rng, [int(rng.integers(FRAMES))])
+        y, x = np.nonzero(covers[0] > 127)
+        frames.append(drawn[0])
         places.append([x.mean() + 0.5, y.mean() + 0.5])
         looks = [options.index(getattr(full, name)) for name, options in LOOKS.items()]
         labels.append([*looks, BACKGROUNDS.index(full.background)])
