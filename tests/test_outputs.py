@@ -15,7 +15,7 @@ import tiny
 from ddit.cli import main
 from ddit.embedded.video import components
 from ddit.embedded.video.clips import clips
-from ddit.generate import check_size, draws_video
+from ddit.generate import EMBEDDED, check_size, draws_video
 from ddit.outputs import frames, save
 from ddit.preset import Preset
 
@@ -106,6 +106,24 @@ def test_an_adapter_for_wan_from_the_command_line(wan, tmp_path):
     prompt = "a red ball moving left on a brick background"
     assert main(["generate", prompt, "--model", wan, "--adapter", str(run / "adapter"), "--out", str(out)]) == 0
     assert out.is_file()
+
+
+def test_an_embedded_model_that_is_missing_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(EMBEDDED, "embedded-video", (tmp_path / "none", tmp_path / "none"))
+    assert main(["generate", "a red ball moving left on a brick background", "--model", "embedded-video"]) == 2
+    assert "ddit embedded train --video" in capsys.readouterr().err
+
+
+def test_the_quality_suite_judges_clips(wan, tmp_path):
+    flags = ["--prompts", "4", "--batch", "2", "--split", "tune", "--out", str(tmp_path / "q")]
+    methods = ["plain", "plain:run_steps=3", "dynamic:threshold=1e9"]
+    assert main(["evaluate", "--model", wan, *flags, "--methods", *methods]) == 0
+    rows = json.loads((tmp_path / "q.json").read_text())["methods"]
+    assert [row["method"] for row in rows] == methods and rows[0]["psnr"] == float("inf")
+    assert {"shape", "colour", "background", "flicker"} <= set(rows[2]["attributes"])
+    assert rows[2]["flops_fraction"] < 1 and 0 <= rows[2]["adherence"] <= 1 and rows[2]["frechet"] > 0
+    assert any(name.endswith("background") for name in rows[2]["fine_steps"])
+    assert (tmp_path / "q.png").is_file()
 
 
 def test_a_trained_video_model_is_shipped_with_its_preset(wan, tmp_path, monkeypatch):

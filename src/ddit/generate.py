@@ -61,6 +61,12 @@ def load_pipeline(model: str = "embedded", *, dtype: str = "float32", device: st
     from diffusers import DiffusionPipeline
 
     folder = model_folder(model)
+    if model in EMBEDDED and not folder.exists():
+        flag = " --video" if model == "embedded-video" else ""
+        raise ValueError(
+            f"the model {model} is not part of this ddit; make it with 'ddit embedded train{flag}' and "
+            f"'ddit embedded install{flag}'"
+        )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
     if not folder.exists() and model.count("/") != 1:

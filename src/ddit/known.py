@@ -31,16 +31,17 @@ def meta_transformer(model: str) -> Any:
     """
     import diffusers
 
+    known, folder = FOLDER / f"{model}.json", model_folder(model)
+    if not known.is_file() and not folder.exists() and model.count("/") != 1:
+        raise ValueError(f"{model!r} is none of {', '.join(names())}, no folder, and no hub id (owner/name) either")
     try:
-        if model in names():
-            loaded: Any = json.loads((FOLDER / f"{model}.json").read_text())
+        if known.is_file():
+            loaded: Any = json.loads(known.read_text())
         else:
-            folder = model_folder(model)
             loaded = PatchAdapter.load_config(str(folder) if folder.exists() else model, subfolder="transformer")
     except Exception as error:  # diffusers and the hub each raise their own
         raise ValueError(
-            f"{model!r} is none of {', '.join(names())}, and has no transformer/config.json that can be read: "
-            f"{(str(error) or repr(error)).splitlines()[0]}"
+            f"{model!r} has no transformer/config.json that can be read: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
     name = loaded.get("_class_name")
     if name not in REGISTRY:

@@ -53,7 +53,7 @@ class TrainingConfig:
     """Settings of the whole training; saved beside the result."""
 
     clips: int = 5_000
-    vae_steps: int = 800
+    vae_steps: int = 4_000
     vae_batch: int = 4
     text_steps: int = 400
     flow_steps: int = 12_000
@@ -121,6 +121,8 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
         return saved
     torch.manual_seed(config.seed)
     vae: Any = components.make_vae()
+    with torch.no_grad():  # Else the posterior starts with as much noise as latents, and layout alone is learnt.
+        vae.quant_conv.bias[components.CHANNELS :] = -4.0
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -139,7 +141,7 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
         return total + 2e-4 * posterior.kl().mean() / z[0].numel(), {"exact": round(exact.item(), 5)}
 
     def rates(step: int) -> Sequence[float]:
-        return [2e-3 * warm_cosine(step, config.vae_steps)]
+        return [5e-4 * warm_cosine(step, config.vae_steps)]
 
     fit("autoencoder", folder / "vae.pt", vae, [optimizer], rates, loss, steps=config.vae_steps, seed=config.seed)
     with torch.no_grad():
