@@ -192,7 +192,7 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
 
 
 def test_runs_without_large_patches_are_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="higher thresholds"):
+    with pytest.raises(ValueError, match="higher --thresholds"):
         train(settings(base, tmp_path, samples=str(tmp_path / "samples"), thresholds=(1e-9, 1e-9)))
 
 

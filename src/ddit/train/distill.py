@@ -33,18 +33,10 @@ class Draw:
 
 
 def draw(config: TrainConfig, samples: Samples, records: int, step: int, number: int) -> Draw:
-    """The same for the same seed, step and number within the step's global batch, on any number of processes.
-
-    Raises:
-        ValueError: When the runs have no steps with large patches.
-    """
+    """The same for the same seed, step and number within the step's global batch, on any number of processes."""
     rng = np.random.default_rng([config.seed, step, number])
-    count = bisect_left(samples.usable, records)
-    if count == 0:
-        raise ValueError(
-            f"no run in {samples.folder} took large patches; draw others with higher thresholds, in another folder"
-        )
-    record, scale = samples.usable[int(rng.integers(count))], int(rng.choice(config.scales))
+    among = bisect_left(samples.usable, records)
+    record, scale = samples.usable[int(rng.integers(among))], int(rng.choice(config.scales))
     return Draw(record, scale, int(rng.choice(samples.coarse(record))))
 
 

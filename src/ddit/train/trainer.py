@@ -128,6 +128,12 @@ class Run:
         )
         if len(samples) <= config.validation:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
+        first_kept = len(samples) - config.validation
+        if not samples.usable or not samples.usable[0] < first_kept <= samples.usable[-1]:
+            raise ValueError(
+                f"too few runs in {samples.folder} took large patches, to train on or to validate; "
+                "draw others with higher --thresholds, in another folder"
+            )
         if config.pictures == 0:
             for name in ("text_encoder", "text_encoder_2", "vae"):
                 if hasattr(pipe, name):
