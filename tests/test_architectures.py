@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -326,3 +327,11 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
     for key, parameter in adapter.named_parameters():
         used = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert used == key.startswith("parts.2"), key
+
+
+@pytest.mark.parametrize("name", ["WanVACETransformer3DModel", "WanAnimateTransformer3DModel"])
+def test_relatives_of_wan_with_a_second_embedding_are_refused(name):
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(num_layers=1, **({"vace_layers": [0]} if "VACE" in name else {}))
+    with pytest.raises(ValueError, match=rf"{name} is not supported; supported are .*WanTransformer3DModel"):
+        ddit.apply(model)
