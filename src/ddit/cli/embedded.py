@@ -147,21 +147,18 @@ def _train_detector(args: argparse.Namespace) -> None:
 
 
 def _check_detector(args: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKL
-
-    from ddit.embedded import MODEL_FOLDER
-    from ddit.embedded.detector import evaluate_detector, load_detector
-
     check_writable(args.out)
     if args.video:
-        from ddit.embedded.video.judge import check
-        from ddit.embedded.video.judge import load_detector as load
+        from ddit.embedded.video import judge
 
-        figures = check(load(), args.count)
-        write_json(args.out, {"command": command_line(), "environment": environment("cpu"), **figures})
-        print(json.dumps(figures))
-        return
-    vae: Any = AutoencoderKL.from_pretrained(MODEL_FOLDER / "vae")
-    figures = evaluate_detector(load_detector(), args.count, seed=500, vae=vae)
+        figures: dict[str, Any] = judge.check(judge.load_detector(), args.count)
+    else:
+        from diffusers import AutoencoderKL
+
+        from ddit.embedded import MODEL_FOLDER
+        from ddit.embedded.detector import evaluate_detector, load_detector
+
+        vae: Any = AutoencoderKL.from_pretrained(MODEL_FOLDER / "vae")
+        figures = evaluate_detector(load_detector(), args.count, seed=500, vae=vae)
     write_json(args.out, {"command": command_line(), "environment": environment("cpu"), **figures})
     print(json.dumps(figures))

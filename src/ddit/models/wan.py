@@ -61,12 +61,12 @@ class Wan(Architecture):
     def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
         padded = pad_to_multiple(inputs["hidden_states"].float(), scale * self.patch_size)
         small = shrink(padded, scale, self.patch_size, config.start)
-        return self._call(inputs, latents, sigma, small.to(latents.dtype), scale)
+        return self._call(inputs, latents, sigma, small.to(latents.dtype))
 
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
-        return self._call(inputs, latents, sigma, inputs["hidden_states"], 1)
+        return self._call(inputs, latents, sigma, inputs["hidden_states"])
 
-    def _call(self, inputs: Inputs, latents: Tensor, sigma: Tensor, like: Tensor, scale: int) -> Inputs:
+    def _call(self, inputs: Inputs, latents: Tensor, sigma: Tensor, like: Tensor) -> Inputs:
         """The call with other latents; conditions and known frames are those of ``like``, on the latents' grid."""
         timestep = sigma * TRAIN_STEPS
         given: Tensor = inputs["timestep"]

@@ -118,8 +118,8 @@ class Samples:
             self._read(shard, partial(read, row=row, which=which, chosen=chosen))
         joined = {name: torch.cat(values) for name, values in parts.items()}
         latents, velocity = joined.pop("latents"), joined.pop("velocity")
-        call = {**self.manifest.get("call", {}), **call}
-        return latents, velocity, {**call, **{name.removeprefix("row/"): value for name, value in joined.items()}}
+        own = {name.removeprefix("row/"): value for name, value in joined.items()}
+        return latents, velocity, {**self.manifest.get("call", {}), **call, **own}
 
     def _read(self, shard: int, take: Callable[[Any], Any]) -> Any:
         path = shard_path(self.folder, shard)
@@ -224,10 +224,10 @@ def draw_samples(
     mine = [n for n in shards if n % processes == rank and not shard_path(folder, n).exists()]
     parts = {n: range(n * shard, min((n + 1) * shard, len(prompts))) for n in mine}
     total = sum(-(-len(part) // batch) for part in parts.values())
+    runs = _Runs(pipe, settings, thresholds, preset, batch)
     with progress("samples", total, hidden=rank > 0) as advance:
         for number, part in parts.items():
             seeds = [_seed(seed, i) for i in part]
-            runs = _Runs(pipe, settings, thresholds, preset, batch)
             tensors, facts = runs.draw([prompts[i] for i in part], seeds, advance)
             if not path.exists() and rank == 0:
                 write_json(path, {**asked, **facts, "prompts": prompts})
