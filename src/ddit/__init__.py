@@ -12,10 +12,20 @@ if TYPE_CHECKING:
     from ddit.config import ScheduleConfig
     from ddit.models import supported_models
     from ddit.report import Report
+    from ddit.teacache import TeaCacheConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["Handle", "PatchAdapter", "Report", "ScheduleConfig", "__version__", "apply", "supported_models"]
+__all__ = [
+    "Handle",
+    "PatchAdapter",
+    "Report",
+    "ScheduleConfig",
+    "TeaCacheConfig",
+    "__version__",
+    "apply",
+    "supported_models",
+]
 
 _HOME = {
     "apply": "ddit.api",
@@ -23,6 +33,7 @@ _HOME = {
     "PatchAdapter": "ddit.adapter",
     "ScheduleConfig": "ddit.config",
     "Report": "ddit.report",
+    "TeaCacheConfig": "ddit.teacache",
     "supported_models": "ddit.models",
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
+from ddit.caches import Cache, Config, make_cache
 from ddit.config import ScheduleConfig
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first, to_meta
@@ -37,6 +38,7 @@ def apply(
     config: ScheduleConfig | None = None,
     policy: Policy | None = None,
     detail_variance: Mapping[int, Sequence[float]] | None = None,
+    cache: Config | str | None = None,
 ) -> Handle:
     """Let a pipeline's transformer change its patch size from step to step.
 
@@ -51,13 +53,16 @@ def apply(
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
             model's own samples; by default the adapter's. It counts where there was no step at scale 1 yet.
+        cache: Of diffusers (``FirstBlockCacheConfig``, ``TaylorSeerCacheConfig``, ``MagCacheConfig``), a
+            `ddit.TeaCacheConfig`, or text as for ``--cache``. A cache that is there already, or comes later with
+            ``transformer.enable_cache``, works as well.
 
     Returns:
         A handle with ``.report`` and ``.remove()``; in a ``with`` block it removes itself.
 
     Raises:
         ValueError: For an unsupported model, an adapter of another base model, without the schedule's scales or for a
-            pipeline with two transformers, or variances that don't fit the scales.
+            pipeline with two transformers, variances that don't fit the scales, or a cache that does not work here.
     """
     found = [model for model in (getattr(pipe_or_transformer, n, None) for n in _TRANSFORMERS) if model is not None]
     transformers = found or [pipe_or_transformer]
@@ -82,7 +87,17 @@ def apply(
         previous = getattr(transformer, _MARK, None)
         if previous is not None:
             previous.remove()
-    seats = list(zip(transformers, architectures, strict=True))
+    if isinstance(cache, str):
+        cache = make_cache(cache)
+    caches: list[Cache] = []
+    try:
+        for architecture in architectures:
+            caches.append(Cache(architecture, cache))
+    except BaseException:
+        for put_on in caches:
+            put_on.remove()
+        raise
+    seats = list(zip(transformers, architectures, caches, strict=True))
     return Handle(seats, pipe, config, policy or make_policy(config), variance, adapter)
 
 
@@ -109,9 +124,10 @@ def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:
 class Seat:
     """One transformer with `Handle` around its forward, until `remove`."""
 
-    def __init__(self, transformer: Any, architecture: Architecture, handle: Handle) -> None:
+    def __init__(self, transformer: Any, architecture: Architecture, cache: Cache, handle: Handle) -> None:
         self.transformer = transformer
         self.architecture = architecture
+        self.cache = cache
         # Around `transformer.compile()`, so that decisions stay out of compiled code; inside accelerate's hook, which
         # model offloading takes off and on again after every run.
         places = [p for p in ("_compiled_call_impl", "_old_forward") if vars(transformer).get(p) is not None]
@@ -131,6 +147,7 @@ class Seat:
 
     def remove(self) -> None:
         """Give the transformer back as it was."""
+        self.cache.remove()
         attributes = vars(self.transformer)
         for name, value in self._patched.items():
             for place in _FORWARDS if name in _FORWARDS else (name,):
@@ -160,7 +177,7 @@ class Handle:
 
     def __init__(
         self,
-        transformers: Sequence[tuple[Any, Architecture]],
+        transformers: Sequence[tuple[Any, Architecture, Cache]],
         pipe: Any,
         config: ScheduleConfig,
         policy: Policy,
@@ -178,7 +195,7 @@ class Handle:
         self._timesteps: Any = None
         self._warned: set[str] = set()
         self._active = True
-        self._seats = [Seat(transformer, architecture, self) for transformer, architecture in transformers]
+        self._seats = [Seat(*parts, self) for parts in transformers]
 
     @property
     def scales(self) -> list[int]:
@@ -232,7 +249,13 @@ class Handle:
     def _start_over(self) -> None:
         if self._generation.steps:
             self._finished = self._generation.finished()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the generation under way."""
         self._generation = Generation(self.config)
+        for seat in self._seats:
+            seat.cache.start_over()
 
     def _call(self, seat: Seat, *args: Any, **kwargs: Any) -> Any:
         if not self._active:
@@ -240,7 +263,7 @@ class Handle:
         try:
             return self._step(seat, args, kwargs)
         except BaseException:
-            self._generation = Generation(self.config)
+            self._forget()
             raise
 
     def _step(self, seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -256,19 +279,37 @@ class Handle:
         z = arch.latents(inputs)
         if not self._generation.repeats(z, sigma):
             self._begin(arch, inputs, self._generation.continues(z, sigma))
-            total = getattr(self._pipe, "_num_timesteps", None)
             with torch.no_grad():
-                self._generation.decide(z, sigma, self._policy, arch.patch_size, total)
+                self._generation.decide(z, sigma, self._policy, arch.patch_size, self._total)
         scales = self._generation.scales
         height, width = z.shape[-2:]
         if set(scales) == {1}:
-            answer = seat.forward(*args, **kwargs)
+            answer = self._forward(seat, 1, range(len(z)))(*args, **kwargs)
             velocity = arch.velocity(first(answer), (height, width))
             self._generation.record(velocity.detach(), time.perf_counter() - started)
             return answer
         velocity = self._mixed_step(seat, inputs, scales, (height, width))
         self._generation.record(velocity.detach(), time.perf_counter() - started)
         return arch.answer(velocity.to(z.dtype), inputs)
+
+    @property
+    def _total(self) -> int | None:
+        """Number of steps of this generation, where the pipeline knows it."""
+        return getattr(self._pipe, "_num_timesteps", None)
+
+    def _forward(self, seat: Seat, scale: int, samples: Sequence[int], *, aside: bool = False) -> Callable[..., Any]:
+        """The transformer's own forward for some samples of the current step; see `Cache.call`."""
+        generation = self._generation
+        return seat.cache.call(
+            seat.forward,
+            step=len(generation.steps) - 1,
+            steps=self._total,
+            guidance=len(generation.velocities),
+            scale=scale,
+            samples=samples,
+            reused=generation.reused,
+            aside=aside,
+        )
 
     def _sigma(self, told: Tensor) -> float:
         """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be rounded."""
@@ -306,7 +347,8 @@ class Handle:
         if obstacle not in self._warned:
             self._warned.add(obstacle)
             warnings.warn(f"ddit keeps every step at scale 1: {obstacle}", stacklevel=5)
-        answer = seat.forward(*args, **kwargs)
+        answer = self._forward(seat, 1, range(len(tokens)))(*args, **kwargs)
+        self._generation.velocities.append(first(answer).detach())  # counts the guidance passes
         self._generation.add_seconds(time.perf_counter() - started)
         return answer
 
@@ -329,7 +371,7 @@ class Handle:
         arch, config = seat.architecture, self.config
         rows = inputs if len(samples) == len(memory.known) else arch.rows(inputs, samples)
         if scale == 1:
-            return arch.velocity(first(seat.forward(**rows)), size).float()
+            return arch.velocity(first(self._forward(seat, 1, samples)(**rows)), size).float()
         anchor = low = None
         if memory.known[samples[0]]:
             anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
@@ -340,11 +382,12 @@ class Handle:
                 there = memory.anchor.rows(missing)
                 call = arch.rows(inputs, missing)
                 with torch.no_grad():
-                    line = arch.low_line(seat.forward, call, scale, config, there, earlier, self.adapter)
+                    forward = self._forward(seat, scale, missing, aside=True)
+                    line = arch.low_line(forward, call, scale, config, there, earlier, self.adapter)
                 memory.asked(scale, missing, line)
                 self._generation.compared(missing)
         return arch.coarse_step(
-            seat.forward,
+            self._forward(seat, scale, samples),
             rows,
             scale,
             config,

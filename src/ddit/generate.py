@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.api import Handle, apply
+from ddit.caches import Config as CacheConfig
 from ddit.config import ScheduleConfig
 from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER, video
 from ddit.models import architecture_for
@@ -52,8 +53,13 @@ def model_folder(model: str) -> Path:
     return EMBEDDED[model][0] if model in EMBEDDED else Path(model)
 
 
-def load_pipeline(model: str = "embedded", *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Preset]:
+def load_pipeline(
+    model: str = "embedded", *, dtype: str = "float32", device: str = "cpu", preset: str | Path | None = None
+) -> tuple[Any, Preset]:
     """A pipeline from a folder, a hub id or the embedded model, with its preset.
+
+    Args:
+        preset: Folder with the preset to use instead of the model's own.
 
     Raises:
         ValueError: When there is no such model, or this is no pipeline's folder.
@@ -77,7 +83,7 @@ def load_pipeline(model: str = "embedded", *, dtype: str = "float32", device: st
     except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
         raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device), Preset.load(folder)
+    return pipe.to(device), Preset.load(folder if preset is None else preset)
 
 
 def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:
@@ -144,9 +150,10 @@ def run(
     config: ScheduleConfig | None = None,
     preset: Preset | None = None,
     adapter: PatchAdapter | None = None,
+    cache: CacheConfig | None = None,
     on_step: OnStep | None = None,
 ) -> Run:
-    """Call a pipeline once, plain (``config=None``) or with dynamic patches.
+    """Call a pipeline once, plain (``config=None``) or with dynamic patches, and with a cache under either.
 
     Args:
         prompts: One per picture.
@@ -156,9 +163,11 @@ def run(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     settings = for_batch(settings, len(prompts))
     handle: Handle | None = None
+    if cache is not None and config is None:
+        config = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
     if config is not None:
-        variance = preset.detail_variance if preset else None
-        handle = apply(pipe, adapter=adapter, config=config, detail_variance=variance)
+        variance = preset.detail_variance if preset and len(config.scales) > 1 else None
+        handle = apply(pipe, adapter=adapter, config=config, detail_variance=variance, cache=cache)
 
     def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -218,6 +227,7 @@ def race(
     *,
     preset: Preset | None = None,
     adapter: PatchAdapter | None = None,
+    cache: CacheConfig | None = None,
     repeats: int = 1,
     on_step: OnStep | None = None,
 ) -> tuple[Run, Run]:
@@ -235,7 +245,17 @@ def race(
     for _ in range(repeats):
         plain.append(run(pipe, prompts, seeds, settings, on_step=on_step))
         dynamic.append(
-            run(pipe, prompts, seeds, settings, config=config, preset=preset, adapter=adapter, on_step=on_step)
+            run(
+                pipe,
+                prompts,
+                seeds,
+                settings,
+                config=config,
+                preset=preset,
+                adapter=adapter,
+                cache=cache,
+                on_step=on_step,
+            )
         )
     return _median(plain), _median(dynamic)
 

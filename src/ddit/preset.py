@@ -23,6 +23,9 @@ class Preset:
     detail_variance: Mapping[int, list[float]] = field(default_factory=dict)
     """Scale -> variance per latent channel of what pooling by the scale loses (see `ddit.patches.detail`)."""
 
+    teacache: tuple[float, ...] | list[float] = ()
+    """Coefficients of TeaCache's polynomial, highest power first (see `ddit.calibrate`)."""
+
     @classmethod
     def load(cls, folder: str | Path) -> Preset:
         """Read a folder's preset; an empty one where there is no such file.

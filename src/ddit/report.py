@@ -24,6 +24,8 @@ class Step:
     """Samples for which the coarse grid was also asked at the last step at scale 1, to see what has changed since."""
     skipped: frozenset[int] = frozenset()
     """Samples for which the model was not asked at all (`ddit.ScheduleConfig.gain`)."""
+    reused: frozenset[int] = frozenset()
+    """Samples for which a cache answered. What it computes to decide, at most one block, is not counted as work."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,25 @@ class Report:
 
     def _fraction(self, costs: Mapping[int, int]) -> float:
         calls = [
-            (scale, (i not in step.skipped) + (i in step.compared))
+            (scale, (i not in step.skipped | step.reused) + (i in step.compared))
             for step in self.steps
             for i, scale in enumerate(step.scales)
         ]
         return sum(costs[s] * count for s, count in calls) / (len(calls) * costs[1])
 
     def strip(self, sample: int = 0) -> str:
-        """The schedule of one sample on a line, such as ``1 1 1 4 4 2 1``; ``-`` where the model was not asked."""
-        return " ".join("-" if sample in step.skipped else str(step.scales[sample]) for step in self.steps)
+        """The schedule of one sample on a line, such as ``1 1 1 4 (4) 2 - 1``.
+
+        ``-`` where the model was not asked, in brackets where a cache answered.
+        """
+        return " ".join(_mark(step, sample) for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {
             "scales": self.scales,
             "skipped": [sorted(step.skipped) for step in self.steps],
+            "reused": [sorted(step.reused) for step in self.steps],
             "sigmas": [step.sigma for step in self.steps],
             "statistics": [[dict(sample) for sample in step.statistics] for step in self.steps],
             "step_seconds": [step.seconds for step in self.steps],
@@ -127,3 +133,9 @@ class Report:
         bottom.set_ylabel("scale")
         bottom.set_xlabel("step")
         figure.savefig(path, dpi=120)
+
+
+def _mark(step: Step, sample: int) -> str:
+    if sample in step.skipped:
+        return "-"
+    return f"({step.scales[sample]})" if sample in step.reused else str(step.scales[sample])

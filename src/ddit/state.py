@@ -213,6 +213,11 @@ class Generation:
         """Record that the model was not asked for these samples in this step."""
         self.steps[-1] = replace(self.steps[-1], skipped=self.steps[-1].skipped | set(samples))
 
+    def reused(self, samples: Sequence[int]) -> None:
+        """Record that a cache answered for these samples in this step; guidance passes count once."""
+        if not self.velocities:
+            self.steps[-1] = replace(self.steps[-1], reused=self.steps[-1].reused | set(samples))
+
     def record(self, velocity: Tensor, seconds: float) -> None:
         """Keep the answer ``[B, C, ..., H, W]`` to a call, from which later steps with large patches start."""
         if self.config.anchored and 1 in self.scales and max(self.config.scales) > 1:

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt")
     _model_options(generate)
     _schedule_options(generate)
+    generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
@@ -81,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--adapter-rank", type=int, help="count an adapter along")
     bench.add_argument("--out", type=Path, help="stem of .json and .md")
 
+    calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
+    _model_options(calibrate, adapter=False)
+    calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
+    calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
+
     learn = add_command(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
     learn.add_argument("--dry-run", action="store_true", help="only count parameters and memory; needs no weights")
@@ -92,11 +100,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _model_options(command: argparse.ArgumentParser) -> None:
+def _model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> None:
     command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    command.add_argument(
-        "--adapter", help="folder or hub id of an adapter; embedded is the embedded model's (default: none)"
-    )
+    if adapter:
+        command.add_argument(
+            "--adapter", help="folder or hub id of an adapter; embedded is the embedded model's (default: none)"
+        )
+    command.add_argument("--preset", type=Path, help="folder with a ddit.json to use instead of the model's own")
     command.add_argument("--steps", type=int, help="denoising steps")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
@@ -194,9 +204,11 @@ def _demo(args: argparse.Namespace) -> None:
 def _draw(args: argparse.Namespace) -> None:
     from ddit import generate as lib
     from ddit import outputs
+    from ddit.caches import make_cache
 
     lib.check_prompt(args.prompt, args.model)
-    pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device)
+    pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
+    cache = make_cache(args.cache, preset.teacache) if args.cache is not None else None
     suffix = ".mp4" if lib.draws_video(pipe) else ".png"
     out = args.out or Path("out/ddit").with_suffix(suffix)
     if out.suffix.lower() != suffix:
@@ -221,13 +233,22 @@ def _draw(args: argparse.Namespace) -> None:
                 config,
                 preset=preset,
                 adapter=adapter,
+                cache=cache,
                 repeats=args.repeats,
                 on_step=on_step,
             )
         else:
             plain = None
             dynamic = lib.run(
-                pipe, prompts, seeds, settings, config=config, preset=preset, adapter=adapter, on_step=on_step
+                pipe,
+                prompts,
+                seeds,
+                settings,
+                config=config,
+                preset=preset,
+                adapter=adapter,
+                cache=cache,
+                on_step=on_step,
             )
     report = dynamic.report
     assert report is not None
@@ -237,6 +258,7 @@ def _draw(args: argparse.Namespace) -> None:
         "seeds": seeds,
         "model": args.model,
         "adapter": args.adapter or "none",
+        "cache": args.cache or "none",
         **report.to_dict(),
     }
     result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=environment(args.device))
@@ -287,9 +309,14 @@ class _step_bar:
 
 def _evaluate(args: argparse.Namespace) -> None:
     _check_run(args, (args.out.with_suffix(".json"),))
-    if args.model != "embedded" and not Path(args.model).is_dir():
-        raise ValueError("evaluate judges pictures of the project's own grammar; name a folder with such a model")
     from ddit.eval.suites import SuiteConfig, run_suite
+    from ddit.generate import EMBEDDED
+
+    if args.model not in EMBEDDED and not Path(args.model).is_dir():
+        raise ValueError(
+            "evaluate judges what the project's own grammars ask for; "
+            f"name {' or '.join(EMBEDDED)}, or a folder with a model that knows their words"
+        )
 
     chosen = {"num_inference_steps": args.steps, "height": args.height, "width": args.width}
     config = SuiteConfig(
@@ -304,10 +331,41 @@ def _evaluate(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         out=args.out,
+        preset=args.preset,
         repeats=args.repeats,
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from ddit import calibrate
+    from ddit import generate as lib
+    from ddit.eval.suites import subject_of
+    from ddit.preset import FILE
+    from ddit.progress import progress
+    from ddit.train.samples import read_prompts
+
+    if args.prompts is None and args.model not in lib.EMBEDDED:
+        raise ValueError("name a file with prompts: --prompts FILE, one per line")
+    folder = args.out or lib.model_folder(args.model)
+    if args.out is None and not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r} to write {FILE} into; name one with --out")
+    _check_run(args, (folder / FILE,))
+    pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts, args.count)
+    else:
+        prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
+    settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
+    lib.check_size(pipe, settings)
+    with progress("calibrate", len(prompts)) as advance:
+        pairs = calibrate.teacache_changes(pipe, prompts, settings, seed=args.seed, advance=advance)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(preset, teacache=calibrate.fit(pairs)).save(folder)
+    print(f"wrote {folder / FILE}")
 
 
 def _bench(args: argparse.Namespace) -> None:

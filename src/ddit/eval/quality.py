@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
+from ddit.caches import Config, make_cache
 from ddit.config import ScheduleConfig
 from ddit.embedded.scenes import Split
 from ddit.eval.metrics import bootstrap_difference, bootstrap_interval, frechet_distance, psnr, ssim
@@ -37,13 +38,14 @@ class Method:
     config: ScheduleConfig | None
     """``None`` is the untouched pipeline."""
     adapter: PatchAdapter | None = None
+    cache: Config | None = None
 
 
 def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) -> Method:
     """Read ``POLICY:field=value,...``: ``plain``, ``plain:run_steps=20``, ``dynamic:threshold=0.01,scales=1/2``.
 
-    Fields are those of `ScheduleConfig`, ``run_steps``, the number of denoising steps, and ``adapter``, a folder or
-    ``none``. Lists are joined by ``/``.
+    Fields are those of `ScheduleConfig`, ``run_steps``, the number of denoising steps, ``cache``, as for `make_cache`,
+    and ``adapter``, a folder or ``none``. Lists are joined by ``/``.
 
     Args:
         adapters: Loads an adapter by name; called with ``None`` where the method names no adapter.
@@ -54,19 +56,21 @@ def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) 
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"{item!r} in method {text!r} is not field=value")
-        values[key] = value if key == "adapter" else _value(value)
+        values[key] = value if key in ("adapter", "cache") else _value(value)
     run_steps = values.pop("run_steps", run_steps)
     if not isinstance(run_steps, int) or run_steps < 1:
         raise ValueError(f"run_steps is {run_steps!r} in method {text!r}; it must be a whole number above 0")
+    cached = values.pop("cache", None)
+    cache = None if cached is None else make_cache(cached, preset.teacache)
     if policy == "plain":
         if values:
-            raise ValueError(f"method {text!r}: plain takes run_steps only")
-        return Method(text, run_steps, None)
+            raise ValueError(f"method {text!r}: plain takes run_steps and cache only")
+        return Method(text, run_steps, None, cache=cache)
     lists = {f.name for f in fields(ScheduleConfig) if f.name in ("scales", "steps")}
     adapter = adapters(values.pop("adapter", None))
     values = {k: [v] if k in lists and isinstance(v, int) else v for k, v in values.items()}
     config = ScheduleConfig.from_dict({**preset.schedule, "policy": policy, **values})
-    return Method(text, run_steps, config, adapter)
+    return Method(text, run_steps, config, adapter, cache)
 
 
 def _value(text: str) -> Any:
@@ -106,7 +110,14 @@ def draw_all(
     def call(method: Method, part: slice, steps: int) -> Run:
         chosen = {**settings, "num_inference_steps": steps}
         return run(
-            pipe, prompts[part], seeds[part], chosen, config=method.config, preset=preset, adapter=method.adapter
+            pipe,
+            prompts[part],
+            seeds[part],
+            chosen,
+            config=method.config,
+            preset=preset,
+            adapter=method.adapter,
+            cache=method.cache,
         )
 
     warm = False

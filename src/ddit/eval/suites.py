@@ -50,6 +50,8 @@ class SuiteConfig:
     dtype: str
     out: Path
     """Stem of the files to write."""
+    preset: Path | None = None
+    """Folder with a preset to use instead of the model's own."""
     repeats: int = 30
     """Timings of each step in the cost suite."""
 
@@ -101,12 +103,12 @@ def _parts_folder(config: SuiteConfig) -> Path:
 
 
 def _quality(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
     settings = call_settings(preset, **config.settings)
     run_steps = settings.pop("num_inference_steps")
     adapters = _adapter_loader(config)
     methods = [quality.parse_method(text, run_steps, preset, adapters) for text in config.methods or DEFAULT_METHODS]
-    subject = _subject(pipe)
+    subject = subject_of(pipe)
     asked = subject.prompts(config.split, config.prompts, config.seed)
     parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
     results = quality.draw_all(
@@ -127,7 +129,8 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
     }
 
 
-def _subject(pipe: Any) -> Subject:
+def subject_of(pipe: Any) -> Subject:
+    """What a pipeline draws."""
     return Clips() if draws_video(pipe) else Pictures()
 
 
@@ -138,7 +141,9 @@ def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Method])
     return {
         **{k: str(v) for k, v in asdict(config).items() if k not in ("methods", "out")},
         "model": [_digest(m) for m in modules],
-        "methods": [(m.name, m.run_steps, repr(m.config), a) for m, a in zip(methods, learnt, strict=True)],
+        "methods": [
+            (m.name, m.run_steps, repr(m.config), repr(m.cache), a) for m, a in zip(methods, learnt, strict=True)
+        ],
     }
 
 
@@ -165,8 +170,8 @@ def _adapter_loader(config: SuiteConfig) -> quality.Adapters:
 
 
 def _velocity(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
-    asked = _subject(pipe).prompts(config.split, config.prompts, config.seed)
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    asked = subject_of(pipe).prompts(config.split, config.prompts, config.seed)
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
     rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings, adapter=adapter)
@@ -178,8 +183,8 @@ def _velocity(config: SuiteConfig) -> dict[str, Any]:
 
 
 def _cost(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device)
-    prompt = _subject(pipe).prompts(config.split, 1, config.seed)[0].prompt
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    prompt = subject_of(pipe).prompts(config.split, 1, config.seed)[0].prompt
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
     rows = [

@@ -112,6 +112,11 @@ class Architecture(ABC):
     feed_forward_names: ClassVar[re.Pattern[str]]
     """Names of the linear layers of the feed-forward parts, in every block."""
 
+    block_lists: ClassVar[tuple[str, ...]]
+    """Names of the lists of blocks, in the order in which they run."""
+    teacache_first: ClassVar[int] = 1
+    """Steps at the beginning that TeaCache always computes."""
+
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
         self._signature = inspect.signature(type(transformer).forward)
@@ -194,6 +199,23 @@ class Architecture(ABC):
         """Names and layers of the feed-forward parts of all blocks."""
         names = [name for name, _ in self.transformer.named_modules() if self.feed_forward_names.fullmatch(name)]
         return [(name, self.layer(name)) for name in names]
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks in the order in which they run."""
+        return [block for name in self.block_lists for block in self.transformer.get_submodule(name).children()]
+
+    @abstractmethod
+    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
+        """What TeaCache watches: the modulated input of the first block.
+
+        Args:
+            block: The first one.
+            argument: Gives one of its arguments by name.
+        """
+
+    def teacache_coefficients(self) -> tuple[float, ...] | None:
+        """Published for this model (https://github.com/ali-vilab/TeaCache), or ``None``."""
+        return None
 
     def answer(self, velocity: Tensor, inputs: Inputs) -> Any:
         """A velocity ``[B, C, ..., H, W]`` in the form that the caller of the transformer expects."""

@@ -7,6 +7,7 @@ through ``img_ids [N, 3] = (0, row, column)`` alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Flux(PackedArchitecture):
 
     embedding = "x_embedder"
     head = "proj_out"
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     feed_forward_names = re.compile(
         r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
     )
@@ -75,6 +77,15 @@ class Flux(PackedArchitecture):
             "txt_ids": torch.zeros(TEXT_TOKENS, 3),
             "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
         }
+
+    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
+        return block.norm1(argument("hidden_states"), emb=argument("temb"))[0]
+
+    def teacache_coefficients(self) -> tuple[float, ...] | None:
+        model: Any = self.transformer
+        if model.config.num_layers != 19:
+            return None
+        return (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
     def latents(self, inputs: Inputs) -> Tensor:
         grid = self._read_grid(inputs)

@@ -8,7 +8,7 @@ from its edge: a coarse grid is to it a smaller picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ class QwenImage(PackedArchitecture):
     )
     embedding = "img_in"
     head = "proj_out"
+    block_lists = ("transformer_blocks",)
     feed_forward_names = re.compile(r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)")
 
     def obstacle(self, inputs: Inputs) -> str | None:
@@ -56,6 +57,10 @@ class QwenImage(PackedArchitecture):
             "timestep": torch.full((1,), 0.5),
             "img_shapes": [[(1, rows, columns)]],
         }
+
+    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
+        shift, scale, _ = block.img_mod(argument("temb")).chunk(2, dim=-1)[0].unsqueeze(1).chunk(3, dim=-1)
+        return block.img_norm1(argument("hidden_states")) * (1 + scale) + shift
 
     def latents(self, inputs: Inputs) -> Tensor:
         rows, columns = inputs["img_shapes"][0][0][1:]

@@ -7,7 +7,7 @@ Image to video has condition channels behind those of the latents; its output ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ class Wan(Architecture):
     batched = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image", "timestep")
     embedding = "patch_embedding"
     head = "proj_out"
+    block_lists = ("blocks",)
+    teacache_first = 5
     feed_forward_names = re.compile(r"blocks\.\d+\.ffn\.net\.(0\.proj|2)")
 
     def obstacle(self, inputs: Inputs) -> str | None:
@@ -49,6 +51,18 @@ class Wan(Architecture):
             "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.text_dim),
             "encoder_hidden_states_image": torch.zeros(1, IMAGE_TOKENS, image) if image else None,
         }
+
+    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
+        return argument("temb")  # The authors watch the timestep's embedding alone (their --use_ret_steps).
+
+    def teacache_coefficients(self) -> tuple[float, ...] | None:
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        if config.in_channels != config.out_channels:  # Those for 480p and 720p differ, the models' shapes do not.
+            return None
+        return {
+            30: (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),  # 1.3B
+            40: (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),  # 14B
+        }.get(config.num_layers)
 
     def latents(self, inputs: Inputs) -> Tensor:
         return inputs["hidden_states"][:, : self.channels]

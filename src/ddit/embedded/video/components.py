@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from ddit.embedded import components
@@ -16,18 +18,34 @@ CHANNELS = 16
 
 
 def make_vae() -> AutoencoderKLWan:
-    """Latents of 16 channels: a quarter of the height and width, a quarter of the frames but for the first."""
-    return AutoencoderKLWan(
-        base_dim=16,
+    """Latents of 16 channels: a quarter of the height and width, half of the frames but for the first.
+
+    Pixels in patches and shortcuts around the resampling, as in Wan 2.2's autoencoder: it learns in half the time that
+    one like Wan 2.1's takes.
+    """
+    vae = AutoencoderKLWan(
+        base_dim=32,
         z_dim=CHANNELS,
-        dim_mult=[1, 2, 4],
+        dim_mult=[1, 1],
         num_res_blocks=1,
-        temperal_downsample=[True, True],
+        temperal_downsample=[True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
         scale_factor_spatial=4,
-        scale_factor_temporal=4,
+        scale_factor_temporal=2,
         latents_mean=[0.0] * CHANNELS,
         latents_std=[1.0] * CHANNELS,
     )
+    convolutions = [m for m in vae.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    for convolution in convolutions:  # PyTorch's own start shrinks what passes, and learning takes longer.
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="linear")
+        nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+    with torch.no_grad():  # Else the posterior starts with as much noise as latents, and layout alone is learnt.
+        vae.quant_conv.bias[CHANNELS:] = -4.0  # type: ignore[index]
+        vae.quant_conv.weight[CHANNELS:] *= 0.1
+    return vae
 
 
 def make_transformer() -> WanTransformer3DModel:

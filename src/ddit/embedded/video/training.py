@@ -39,13 +39,14 @@ from ddit.embedded.video.clips import (
     complete,
     film,
 )
+from ddit.embedded.video.judge import saturation
 from ddit.files import replacing
 from ddit.progress import progress
 
 SCALES = (1, 2, 4)
 """The flow is trained on latents of a clip, and on the same pooled."""
 COVER = 32
-"""Height and width of the masks that are kept, for each frame of the latents."""
+"""Height and width of the masks of `where`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,11 @@ class TrainingConfig:
     """Settings of the whole training; saved beside the result."""
 
     clips: int = 5_000
-    vae_steps: int = 4_000
+    vae_steps: int = 2_500
     vae_batch: int = 4
     text_steps: int = 400
-    flow_steps: int = 12_000
-    batches: tuple[int, int, int] = (16, 32, 48)
+    flow_steps: int = 6_000
+    batches: tuple[int, int, int] = (10, 24, 48)
     """Batch size at each of `SCALES`."""
     mix: tuple[float, float, float] = (0.9, 0.07, 0.03)
     """Share of the steps at each."""
@@ -84,20 +85,17 @@ def train(folder: Path, config: TrainingConfig) -> Path:
     vae = train_vae(folder, drawn["frames"], config)
     latents = encode(folder / "latents.npy", vae, drawn["frames"])
     text = train_text(folder, config)
-    return train_flow(folder, drawn["prompts"].tolist(), latents, drawn["covers"], text, vae, config)
+    covers = np.concatenate([where(part) for part in np.array_split(drawn["frames"], 50)])
+    return train_flow(folder, drawn["prompts"].tolist(), latents, covers, text, vae, config)
 
 
 def _draw_shard(seed: int, count: int) -> dict[str, np.ndarray]:
     rng, prompts = np.random.default_rng([seed, 1]), []
-    frames, covers = np.empty((count, FRAMES, SIZE, SIZE, 3), np.uint8), np.empty((count, 3, COVER, COVER), np.uint8)
-    pool = SIZE // COVER
+    frames = np.empty((count, FRAMES, SIZE, SIZE, 3), np.uint8)
     for i, clip in enumerate(islice(clips(seed, "train"), count)):
-        frames[i], cover = film(complete(clip, rng), rng)
+        frames[i], _ = film(complete(clip, rng), rng)
         prompts.append(clip.prompt)
-        small = cover.reshape(FRAMES, COVER, pool, COVER, pool).mean((2, 4))
-        # A frame of latents stands for the first frame, then for four each.
-        covers[i] = [small[0], small[1:5].mean(0), small[5:].mean(0)]
-    return {"prompts": np.array(prompts), "frames": frames, "covers": covers}
+    return {"prompts": np.array(prompts), "frames": frames}
 
 
 def to_model(frames: np.ndarray) -> Tensor:
@@ -121,8 +119,6 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
         return saved
     torch.manual_seed(config.seed)
     vae: Any = components.make_vae()
-    with torch.no_grad():  # Else the posterior starts with as much noise as latents, and layout alone is learnt.
-        vae.quant_conv.bias[components.CHANNELS :] = -4.0
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -141,7 +137,7 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
         return total + 2e-4 * posterior.kl().mean() / z[0].numel(), {"exact": round(exact.item(), 5)}
 
     def rates(step: int) -> Sequence[float]:
-        return [5e-4 * warm_cosine(step, config.vae_steps)]
+        return [1.5e-3 * warm_cosine(step, config.vae_steps)]
 
     fit("autoencoder", folder / "vae.pt", vae, [optimizer], rates, loss, steps=config.vae_steps, seed=config.seed)
     with torch.no_grad():
@@ -153,7 +149,7 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
 
 @torch.no_grad()
 def encode(path: Path, vae: AutoencoderKLWan, frames: np.ndarray, batch: int = 10) -> np.ndarray:
-    """Normalised latents ``[N, C, 3, 16, 16]`` of all clips, cached as float16."""
+    """Normalised latents ``[N, C, 5, 16, 16]`` of all clips, cached as float16."""
     if not path.exists():
         mean, std = (torch.tensor(vae.config[k])[:, None, None, None] for k in ("latents_mean", "latents_std"))
         parts = []
@@ -165,6 +161,16 @@ def encode(path: Path, vae: AutoencoderKLWan, frames: np.ndarray, batch: int = 1
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(parts))
     return np.load(path, mmap_mode="r")
+
+
+def where(frames: np.ndarray) -> np.ndarray:
+    """What the object covers at the time of each frame of the latents: ``[N, F, H, W, 3] -> [N, 5, 32, 32]``, uint8."""
+    covers = saturation(frames.astype(np.float32) / 255)
+    fine = SIZE // COVER
+    covers = covers.reshape(*covers.shape[:2], COVER, fine, COVER, fine).mean((3, 5))
+    # A frame of the latents stands for the first frame, then for two each.
+    covers = np.concatenate([covers[:, :1], (covers[:, 1::2] + covers[:, 2::2]) / 2], axis=1)
+    return (covers * 255).round().astype(np.uint8)
 
 
 # Text

@@ -1,0 +1,283 @@
+"""Caches under dynamic patches: fresh states on every change of scale, for every architecture and cache."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+from torch import Tensor
+
+import ddit
+import tiny
+from ddit import ScheduleConfig, TeaCacheConfig
+from ddit.caches import make_cache
+from ddit.teacache import polynomial, relative_change
+from test_architectures import CASES, SMALL, draw, parameters
+
+SCHEDULE = (1, 1, 1, 2, 2, 1, 4, 4)
+FIXED = ScheduleConfig(policy="fixed", steps=SCHEDULE)
+LIKELY = {
+    "teacache": lambda: TeaCacheConfig(1e9, (0.0, 0.0)),
+    "first-block": lambda: FirstBlockCacheConfig(1e9),
+    "magcache": lambda: MagCacheConfig(1e9, max_skip_steps=99, retention_ratio=0.0, mag_ratios=FLUX_MAG_RATIOS),
+    "taylorseer": lambda: TaylorSeerCacheConfig(
+        cache_interval=99, disable_cache_before_step=1, use_lite_mode=True, taylor_factors_dtype=torch.float32
+    ),
+}
+"""Caches that answer whenever they may."""
+REUSED = {
+    "teacache": "1 (1) (1) 2 (2) 1 4 4",  # It always computes the last step.
+    "first-block": "1 (1) (1) 2 (2) 1 4 (4)",
+    "magcache": "1 (1) (1) 2 (2) 1 4 (4)",
+    "taylorseer": "1 (1) 1 2 (2) 1 4 (4)",  # It computes the second step after its warm-up.
+}
+"""Their strips."""
+every_cache = pytest.mark.parametrize("cache", LIKELY)
+
+
+def without_warm_up(cache: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cache of `LIKELY`, for which one computed step is enough."""
+    from ddit.models.wan import Wan
+
+    monkeypatch.setattr(Wan, "teacache_first", 1)
+    return LIKELY[cache]()
+
+
+@parameters()
+@every_cache
+def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch):
+    """Where the scale changes, the model answers just what it answers without a cache."""
+    case = CASES[name]
+    pipe = case.make()
+    config = without_warm_up(cache, name, monkeypatch)
+    if hasattr(pipe, "transformer_2") and pipe.transformer_2 is not None:
+        pytest.skip("the hand-over between two transformers starts afresh as well; tested below")
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+    twin = deepcopy(pipe.transformer)
+    forward = pipe.transformer.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        answer = forward(*args, **kwargs)
+        calls.append((args, kwargs, answer[0]))
+        return answer
+
+    pipe.transformer.forward = spy
+    with ddit.apply(pipe, config=FIXED, cache=config) as run:
+        draw(pipe, case)
+    assert run.report.strip() == REUSED[cache]
+    exact = [torch.equal(twin(*args, **kwargs)[0], answer) for args, kwargs, answer in calls]
+    asked = sum(len(step.compared) for step in run.report.steps)
+    assert len(calls) == case.passes * (len(SCHEDULE) + asked)
+    assert exact.count(False) == case.passes * REUSED[cache].count("(")
+
+
+@parameters(SMALL)
+@every_cache
+def test_costs_and_removal(name, cache, monkeypatch):
+    case = CASES[name]
+    pipe = case.make()
+    plain = draw(pipe, case)
+    run = ddit.apply(pipe, config=FIXED, cache=without_warm_up(cache, name, monkeypatch))
+    first = draw(pipe, case)
+    assert torch.equal(draw(pipe, case), first), "a second run starts afresh"
+    with_cache = run.report
+    assert with_cache.to_dict()["reused"] == [[0] if "(" in mark else [] for mark in REUSED[cache].split()]
+    run.remove()
+    assert torch.equal(draw(pipe, case), plain)
+    with ddit.apply(pipe, config=FIXED) as run:
+        draw(pipe, case)
+    assert with_cache.flops_fraction < run.report.flops_fraction
+
+
+@parameters(SMALL)
+@every_cache
+def test_an_exception_leaves_nothing_behind(name, cache, monkeypatch):
+    case = CASES[name]
+    pipe = case.make()
+    with ddit.apply(pipe, config=FIXED, cache=without_warm_up(cache, name, monkeypatch)):
+        whole = draw(pipe, case)
+
+        def stop(_: Any, step: int, *rest: Any) -> dict[str, Any]:
+            if step == 1:
+                raise RuntimeError("stopped")
+            return {}
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            draw(pipe, case, seed=7, callback_on_step_end=stop)
+        assert torch.equal(draw(pipe, case), whole)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("cache", ["first-block", "magcache", "taylorseer"])
+def test_a_users_own_cache_is_kept_apart_too(when, cache):
+    case = CASES["wan"]
+    pipe = case.make()
+    with ddit.apply(pipe, config=FIXED, cache=LIKELY[cache]()):
+        ours = draw(pipe, case)
+    if when == "before":
+        pipe.transformer.enable_cache(LIKELY[cache]())
+    run = ddit.apply(pipe, config=FIXED)
+    if when == "after":
+        pipe.transformer.enable_cache(LIKELY[cache]())
+    assert torch.equal(draw(pipe, case), ours) and run.report.strip() == REUSED[cache]
+    run.remove()
+    assert pipe.transformer.is_cache_enabled
+
+
+class Alternating:
+    """Even samples change their scale when odd ones do not."""
+
+    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
+        return [SCHEDULE[step] if i % 2 == 0 else (1, 1, 1, 1, 2, 2, 2, 2)[step] for i in range(len(stats))]
+
+
+@every_cache
+def test_samples_of_different_scale_have_states_of_their_own(cache, monkeypatch):
+    case = CASES["flux"]
+    pipe = case.make()
+    config = without_warm_up(cache, "flux", monkeypatch)
+    with ddit.apply(pipe, config=FIXED, cache=config, policy=Alternating()) as run:
+        draw(pipe, case, prompt=[tiny.PROMPT] * 3)
+    # A sample that parts from the others, or joins them, starts afresh, and so do they.
+    odd = {"teacache": "1 (1) (1) 1 2 2 (2) 2", "taylorseer": "1 (1) 1 1 2 2 (2) 2"}
+    odd = odd.get(cache, "1 (1) (1) 1 2 2 (2) (2)")
+    even = REUSED[cache].replace("2 (2)", "2 2")
+    assert [run.report.strip(i) for i in range(3)] == [even, odd, even]
+
+
+def test_two_transformers_that_take_turns():
+    case = CASES["wan2.2-a14b"]
+    pipe = case.make()
+    plain = draw(pipe, case)
+    with ddit.apply(pipe, config=ScheduleConfig(threshold=0.0), cache=LIKELY["first-block"]()) as run:
+        draw(pipe, case)
+    strip = run.report.strip().split()
+    assert strip.count("1") == 2 and strip[0] == "1", "each transformer computes its own first step"
+    assert torch.equal(draw(pipe, case), plain)
+
+
+def test_a_cache_that_never_answers_changes_nothing():
+    case = CASES["flux"]
+    pipe = case.make()
+    with ddit.apply(pipe, config=FIXED) as run:
+        alone = draw(pipe, case)
+    for cache in (TeaCacheConfig(1e-9, (0.0, 1.0)), FirstBlockCacheConfig(0.0)):
+        with ddit.apply(pipe, config=FIXED, cache=cache) as run:
+            assert torch.equal(draw(pipe, case), alone)
+        assert "(" not in run.report.strip()
+
+
+def test_without_ddit_a_change_of_the_grid_fails():
+    """What the states of one's own are for: the cache alone, on the calls that dynamic patches make."""
+    case = CASES["flux"]
+    pipe = case.make()
+    small, large = _call(pipe, 4), _call(pipe, 8)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(1e9))
+    with pipe.transformer.cache_context("cond"), torch.no_grad():
+        pipe.transformer(**large)
+        with pytest.raises(RuntimeError, match="size"):
+            pipe.transformer(**small)
+
+
+def _call(pipe: Any, side: int) -> dict[str, Any]:
+    from ddit.models import architecture_for
+
+    return architecture_for(pipe.transformer).example(1, 2 * side, 2 * side)
+
+
+# TeaCache
+
+
+def test_teacache_computes_again_once_enough_has_changed():
+    """The sum of expected changes starts anew with every computed step; the first and the last always are."""
+    case = CASES["flux"]
+    pipe = case.make()
+    one = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
+    strips = {}
+    for threshold in (0.5, 2.5, 99.0):
+        with ddit.apply(pipe, config=one, cache=TeaCacheConfig(threshold, (0.0, 1.0))) as run:
+            draw(pipe, case)
+        strips[threshold] = run.report.strip()
+    assert strips[0.5] == "1 1 1 1 1 1 1 1"
+    assert strips[2.5] == "1 (1) (1) 1 (1) (1) 1 1"
+    assert strips[99.0] == "1 (1) (1) (1) (1) (1) (1) 1"
+
+
+def test_teacache_adds_what_the_blocks_added():
+    """A reused step at the very same input gives the very same answer."""
+    case = CASES["flux"]
+    pipe = case.make()
+    call = _call(pipe, 4)
+    call["hidden_states"] = torch.randn(call["hidden_states"].shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = pipe.transformer(**call)[0]
+        with ddit.apply(pipe.transformer, config=ScheduleConfig(scales=(1,)), cache=LIKELY["teacache"]()) as run:
+            pipe.transformer(**call)
+            later = {**call, "timestep": call["timestep"] * 0.9}
+            pipe.transformer(**later)
+            assert run.report.strip() == "1 (1)"
+            again = pipe.transformer(**later)[0]
+    assert again.shape == plain.shape
+
+
+def test_the_polynomial_and_the_change():
+    assert polynomial((2.0, 0.0, -1.0), 3.0) == 17.0
+    assert relative_change(torch.tensor([1.0, -3.0]), torch.tensor([2.0, -2.0])) == 0.5
+
+
+def test_published_coefficients_belong_to_their_models():
+    from ddit.known import meta_transformer
+    from ddit.models import architecture_for
+
+    for name, last in (("flux.1-dev", 0.264230861), ("wan2.1-1.3b", -0.0499875664), ("wan2.1-14b", -0.315583525)):
+        told = architecture_for(meta_transformer(name)).teacache_coefficients()
+        assert told is not None and len(told) == 5 and told[-1] == last
+    assert architecture_for(tiny.transformer()).teacache_coefficients() is None
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "text", ["", "teacache", "teacache:x", "teacache:-1", "taylorseer:1.5", "other:1", "magcache:0"]
+)
+def test_text_that_names_no_cache(text):
+    with pytest.raises(ValueError, match="such as teacache"):
+        make_cache(text)
+
+
+def test_text_that_names_one():
+    assert make_cache("teacache:0.3") == TeaCacheConfig(0.3)
+    assert make_cache("first-block:0.1").threshold == 0.1
+    assert make_cache("taylorseer:4").cache_interval == 4
+    assert make_cache("magcache:0.06").threshold == 0.06
+
+
+def test_magcache_is_told_the_number_of_steps():
+    case = CASES["flux"]
+    pipe = case.make()
+    config = make_cache("magcache:0.06")
+    with ddit.apply(pipe, config=FIXED, cache=config):
+        draw(pipe, case)
+    assert config.num_inference_steps == case.steps == len(config.mag_ratios)
+
+
+def test_pairs_that_cannot_work_are_refused():
+    pipe = tiny.pipeline()
+    before = tiny.sample(pipe)
+    with pytest.raises(ValueError, match="ddit calibrate"):
+        ddit.apply(pipe, cache="teacache:0.2")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(0.0))
+    with pytest.raises(ValueError, match="has a cache already"):
+        ddit.apply(pipe, cache="first-block:0.1")
+    pipe.transformer.disable_cache()
+    with pytest.raises(ValueError, match="PyramidAttentionBroadcastConfig does not work"):
+        ddit.apply(pipe, cache=PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 1))  # type: ignore[arg-type]
+    assert not pipe.transformer.is_cache_enabled
+    assert torch.equal(tiny.sample(pipe), before)
+    with pytest.raises(ValueError, match="above 0"):
+        TeaCacheConfig(0.0)
