@@ -192,6 +192,7 @@ class Handle:
         self._attachment = adapter.attach(transformers[0][1].transformer) if adapter is not None else None
         self._generation = Generation(config)
         self._finished: Generation | None = None
+        self._share = 0.0
         self._timesteps: Any = None
         self._warned: set[str] = set()
         self._active = True
@@ -216,7 +217,7 @@ class Handle:
         architecture = self._seats[0].architecture
         tokens = {s: architecture.tokens(generation.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(generation.examples[s], s, self.adapter) for s in scales}
-        return Report(tuple(generation.steps), tokens, flops, generation.forced)
+        return Report(tuple(generation.steps), tokens, flops, generation.forced, self._share)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -299,6 +300,7 @@ class Handle:
 
     def _forward(self, seat: Seat, scale: int, samples: Sequence[int], *, aside: bool = False) -> Callable[..., Any]:
         """The transformer's own forward for some samples of the current step; see `Cache.call`."""
+        self._share = seat.cache.share
         generation = self._generation
         return seat.cache.call(
             seat.forward,

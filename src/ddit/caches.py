@@ -127,6 +127,12 @@ class Cache:
         """Whether there is a cache at this moment."""
         return isinstance(self._config, TeaCacheConfig) or self._theirs is not None
 
+    @property
+    def share(self) -> float:
+        """Of the blocks, what a call computes in which the cache answers."""
+        first = isinstance(self._theirs, FirstBlockCacheConfig)
+        return 1 / len(self.architecture.blocks()) if first else 0.0
+
     def call(
         self,
         forward: Callable[..., Any],

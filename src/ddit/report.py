@@ -25,7 +25,7 @@ class Step:
     skipped: frozenset[int] = frozenset()
     """Samples for which the model was not asked at all (`ddit.ScheduleConfig.gain`)."""
     reused: frozenset[int] = frozenset()
-    """Samples for which a cache answered. What it computes to decide, at most one block, is not counted as work."""
+    """Samples for which a cache answered."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Report:
     """Floating-point operations of one forward of one sample at each of these scales."""
     forced: str | None = None
     """Why some steps had to stay at scale 1, or ``None``."""
+    reused_share: float = 0.0
+    """What a call costs in which a cache answers, as a fraction of the whole call."""
 
     @property
     def scales(self) -> list[list[int]]:
@@ -61,11 +63,11 @@ class Report:
         return sum(step.seconds for step in self.steps)
 
     def _fraction(self, costs: Mapping[int, int]) -> float:
-        calls = [
-            (scale, (i not in step.skipped | step.reused) + (i in step.compared))
-            for step in self.steps
-            for i, scale in enumerate(step.scales)
-        ]
+        def calls_of(step: Step, i: int) -> float:
+            asked = 0.0 if i in step.skipped else self.reused_share if i in step.reused else 1.0
+            return asked + (i in step.compared)
+
+        calls = [(scale, calls_of(step, i)) for step in self.steps for i, scale in enumerate(step.scales)]
         return sum(costs[s] * count for s, count in calls) / (len(calls) * costs[1])
 
     def strip(self, sample: int = 0) -> str:

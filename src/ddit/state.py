@@ -126,6 +126,10 @@ class Generation:
     """Decision for the current step, one scale per sample."""
     steps: list[Step] = field(default_factory=list)
     """Record of all steps, the current one last."""
+    borrowed: set[int] = field(default_factory=set)
+    """Samples that a cache answered for in the current call."""
+    doubtful: set[int] = field(default_factory=set)
+    """The same of all guidance passes of the current step: what a cache says is no evidence of what has changed."""
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Scale -> arguments of one sample's call without data: from these, costs are counted when asked for."""
     forced: str | None = None
@@ -162,6 +166,7 @@ class Generation:
         self.sigmas = [*self.sigmas, sigma][-keep:]
         self.path = self.path[-keep if plain else -1 :]
         stats = self._plain_statistics(len(z), patch_size) if plain else self._expected_statistics(patch_size)
+        self.doubtful = set()
         chosen, allowed = policy.choose(len(self.steps), total, stats), self.config.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
@@ -179,8 +184,8 @@ class Generation:
     def _expected_statistics(self, patch_size: int) -> list[dict[int, float]]:
         """Per sample, scale -> statistic of the difference per sigma as it must be expected at this step."""
         order = self.config.order
-        fine = self.steps[-1].scales if self.steps else ()
-        new = [i for i, scale in enumerate(fine) if scale == 1 and len(self.levels[i]) == order]
+        fine = self._fine()
+        new = [i for i, at_one in enumerate(fine) if at_one and len(self.levels[i]) == order]
         if new:
             nodes = self.nodes if len(new) == len(fine) else [v[new] for v in self.nodes]
             values = difference_per_sigma(nodes, [self.levels[i] for i in new])
@@ -196,6 +201,7 @@ class Generation:
         self.path, self.sigmas, self.velocities, self.memories = [], [sigma], [], []
         self.nodes, self.levels, self.measured = [], [[] for _ in tokens], [{} for _ in tokens]
         self.seen, self.scales = tokens.clone(), [1] * len(tokens)
+        self.borrowed, self.doubtful = set(), set()
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
 
     def memory(self) -> Memory:
@@ -214,15 +220,18 @@ class Generation:
         self.steps[-1] = replace(self.steps[-1], skipped=self.steps[-1].skipped | set(samples))
 
     def reused(self, samples: Sequence[int]) -> None:
-        """Record that a cache answered for these samples in this step; guidance passes count once."""
+        """Record that a cache answered for these samples in this call; as costs, guidance passes count once."""
+        self.borrowed |= set(samples)
+        self.doubtful |= set(samples)
         if not self.velocities:
             self.steps[-1] = replace(self.steps[-1], reused=self.steps[-1].reused | set(samples))
 
     def record(self, velocity: Tensor, seconds: float) -> None:
         """Keep the answer ``[B, C, ..., H, W]`` to a call, from which later steps with large patches start."""
-        if self.config.anchored and 1 in self.scales and max(self.config.scales) > 1:
-            fine = [scale == 1 for scale in self.scales]
+        fine = [scale == 1 and i not in self.borrowed for i, scale in enumerate(self.scales)]
+        if self.config.anchored and any(fine) and max(self.config.scales) > 1:
             self.memory().renew(fine, self._seen.float(), velocity.float(), self.sigmas[-1])
+        self.borrowed = set()
         self.velocities.append(velocity)
         self.add_seconds(seconds)
 
@@ -248,7 +257,7 @@ class Generation:
 
     def _add_node(self, step: Tensor, sigma: float) -> None:
         """The path's velocity over the last step joins the nodes of the samples that took it at scale 1."""
-        fine, order, last = [scale == 1 for scale in self.steps[-1].scales], self.config.order, self.sigmas[-1]
+        fine, order, last = self._fine(), self.config.order, self.sigmas[-1]
         level = half_log_snr(last)
         if self.config.difference == "plain" or not any(fine) or sigma >= last:
             return
@@ -256,6 +265,11 @@ class Generation:
         nodes = self.nodes or [new] * order
         self.nodes = [renewed(fine, newer, older) for older, newer in zip(nodes, [*nodes[1:], new], strict=True)]
         self.levels = [[*old, level][-order:] if at_one else old for old, at_one in zip(self.levels, fine, strict=True)]
+
+    def _fine(self) -> list[bool]:
+        """Per sample, whether the model itself answered the last step, at scale 1."""
+        last = self.steps[-1].scales if self.steps else ()
+        return [scale == 1 and i not in self.doubtful for i, scale in enumerate(last)]
 
     def _like(self, z: Tensor) -> bool:
         return z.shape == self._seen.shape and z.dtype == self._seen.dtype and z.device == self._seen.device

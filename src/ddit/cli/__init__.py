@@ -66,14 +66,22 @@ def parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     evaluate.add_argument("--suite", choices=("quality", "velocity", "cost"), default="quality")
     evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
-    evaluate.add_argument("--prompts", type=positive, default=200)
-    evaluate.add_argument("--split", choices=("judge", "tune"), default="judge")
-    evaluate.add_argument("--batch", type=positive, default=8)
-    evaluate.add_argument("--seed", type=int, default=0)
+    _judging_options(evaluate)
     evaluate.add_argument(
         "--repeats", type=positive, default=30, help="of --suite cost: it takes the median of this many"
     )
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
+
+    text = "race dynamic patches against fewer steps, caches and progressive resolution"
+    compare = add_command(commands, "compare", _evaluate, text)
+    _model_options(compare)
+    _judging_options(compare)
+    compare.add_argument("--methods", nargs="+", help="as for evaluate (default: all that suit the model)")
+    compare.add_argument(
+        "--at", type=positive, nargs="+", default=[], help="numbers of steps to compare at, the first also for plain"
+    )
+    compare.add_argument("--out", type=Path, default=Path("out/compare"), help="stem of .json, .md, .png and .svg")
+    compare.set_defaults(suite="compare")
 
     bench = add_command(commands, "bench", _bench, "count the work of a forward at every scale; needs no weights")
     bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
@@ -112,6 +120,13 @@ def _model_options(command: argparse.ArgumentParser, *, adapter: bool = True) ->
     command.add_argument("--width", type=int)
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+def _judging_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--prompts", type=positive, default=200)
+    command.add_argument("--split", choices=("judge", "tune"), default="judge")
+    command.add_argument("--batch", type=positive, default=8)
+    command.add_argument("--seed", type=int, default=0)
 
 
 def _schedule_options(command: argparse.ArgumentParser) -> None:
@@ -332,7 +347,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         out=args.out,
         preset=args.preset,
-        repeats=args.repeats,
+        **({"run_steps": tuple(args.at)} if args.suite == "compare" else {"repeats": args.repeats}),
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")

@@ -62,8 +62,9 @@ def train_vae(folder: Path, pictures: np.ndarray, config: TrainingConfig, device
     return vae
 
 
-def reconstruction(output: Tensor, target: Tensor) -> Tensor:
-    return F.l1_loss(output, target) + F.mse_loss(output, target)
+def reconstruction(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean of absolute and squared differences, with a weight per pixel."""
+    return F.l1_loss(output, target, weight=weight) + F.mse_loss(output, target, weight=weight)
 
 
 def crops(pictures: np.ndarray, rng: np.random.Generator, *, count: int, size: int) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from ddit.config import ScheduleConfig
 from ddit.embedded.scenes import Split
 from ddit.eval.metrics import bootstrap_difference, bootstrap_interval, frechet_distance, psnr, ssim
 from ddit.eval.parts import Part, Parts
+from ddit.eval.rivals import progressive
 from ddit.eval.subjects import Subject, Verdict
-from ddit.generate import Run, run
+from ddit.generate import run
 from ddit.outputs import frames
 from ddit.preset import Preset
 from ddit.progress import progress
@@ -39,13 +40,16 @@ class Method:
     """``None`` is the untouched pipeline."""
     adapter: PatchAdapter | None = None
     cache: Config | None = None
+    progressive: float | None = None
+    """Fraction of the steps at half resolution (`ddit.eval.rivals.progressive`)."""
 
 
 def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) -> Method:
     """Read ``POLICY:field=value,...``: ``plain``, ``plain:run_steps=20``, ``dynamic:threshold=0.01,scales=1/2``.
 
-    Fields are those of `ScheduleConfig`, ``run_steps``, the number of denoising steps, ``cache``, as for `make_cache`,
-    and ``adapter``, a folder or ``none``. Lists are joined by ``/``.
+    Policies are ``plain``, ``progressive`` and those of `ScheduleConfig`. Fields are those of `ScheduleConfig`,
+    ``run_steps``, the number of denoising steps, ``cache``, as for `make_cache`, and ``adapter``, a folder or ``none``.
+    Lists are joined by ``/``.
 
     Args:
         adapters: Loads an adapter by name; called with ``None`` where the method names no adapter.
@@ -66,6 +70,11 @@ def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) 
         if values:
             raise ValueError(f"method {text!r}: plain takes run_steps and cache only")
         return Method(text, run_steps, None, cache=cache)
+    if policy == "progressive":
+        fraction = values.pop("fraction", 0.5)
+        if values or cache is not None or not isinstance(fraction, float):
+            raise ValueError(f"method {text!r}: progressive takes fraction, between 0 and 1, and run_steps only")
+        return Method(text, run_steps, None, progressive=fraction)
     lists = {f.name for f in fields(ScheduleConfig) if f.name in ("scales", "steps")}
     adapter = adapters(values.pop("adapter", None))
     values = {k: [v] if k in lists and isinstance(v, int) else v for k, v in values.items()}
@@ -107,9 +116,12 @@ def draw_all(
     prompts = [scene.prompt for scene in asked]
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
 
-    def call(method: Method, part: slice, steps: int) -> Run:
+    def call(method: Method, part: slice, steps: int) -> Part:
         chosen = {**settings, "num_inference_steps": steps}
-        return run(
+        if method.progressive is not None:
+            outcome, work = progressive(pipe, prompts[part], seeds[part], chosen, method.progressive)
+            return replace(Part.of(outcome), work=np.array(work))
+        outcome = run(
             pipe,
             prompts[part],
             seeds[part],
@@ -119,6 +131,7 @@ def draw_all(
             adapter=method.adapter,
             cache=method.cache,
         )
+        return Part.of(outcome)
 
     warm = False
     starts = range(0, len(prompts), batch)
@@ -131,7 +144,7 @@ def draw_all(
                 warm, new = True, {}
                 for k in range(len(methods)):
                     i = (k + turn) % len(methods)
-                    new[i] = Part.of(call(methods[i], slice(start, start + batch), methods[i].run_steps))
+                    new[i] = call(methods[i], slice(start, start + batch), methods[i].run_steps)
                     advance()
                 drawn = [new[i] for i in range(len(methods))]
                 if parts:
@@ -196,7 +209,7 @@ def summarise(
             "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
         }
         scales = [sample.tolist() for part in result for sample in part.scales]
-        if method.config is not None:
+        if method.config is not None and len(method.config.scales) > 1:
             row["steps_per_scale"] = _steps_per_scale(scales)
             row["fine_steps"] = _fine_steps(scales, asked, subject)
         rows.append(row)

@@ -15,12 +15,14 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
-from ddit.eval import quality, steps
+from ddit.eval import compare, quality, steps
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Pictures, Subject
 from ddit.files import write_json
 from ddit.generate import call_settings, draws_video, load_adapter, load_pipeline
+from ddit.models import architecture_for
 
+MEASURES = ("adherence", "frechet")
 DEFAULT_METHODS = (
     "plain",
     "plain:run_steps=25",
@@ -52,13 +54,15 @@ class SuiteConfig:
     """Stem of the files to write."""
     preset: Path | None = None
     """Folder with a preset to use instead of the model's own."""
+    run_steps: tuple[int, ...] = ()
+    """Of the comparison: numbers of steps at which the methods run, the first one also for plain."""
     repeats: int = 30
     """Timings of each step in the cost suite."""
 
 
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
-    figures = {"quality": _quality, "velocity": _velocity, "cost": _cost}[suite](config)
+    figures = {"quality": _quality, "velocity": _velocity, "cost": _cost, "compare": _compare}[suite](config)
     return _write(config, {**about, "suite": suite, **figures})
 
 
@@ -127,6 +131,26 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
         "seed": config.seed,
         "methods": rows,
     }
+
+
+def _compare(config: SuiteConfig) -> dict[str, Any]:
+    """The quality suite over all that a user could pick; see `ddit.eval.compare`."""
+    if not config.methods:
+        pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+        steps = config.run_steps or (call_settings(preset, **config.settings)["num_inference_steps"],)
+        known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
+        methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
+        config = replace(config, methods=tuple(methods), adapter=None)
+        config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
+    figures = _quality(config)
+    rows = figures["methods"]
+    table = compare.markdown(rows)
+    with config.out.with_suffix(".md").open("a") as file:
+        file.write("\n" + table)
+    compare.plot(config.out, rows)
+    print(table)
+    best = {m: {str(k): [r["method"] for r in v] for k, v in compare.winners(rows, m).items()} for m in MEASURES}
+    return {**figures, "best_at_least_as_fast": best}
 
 
 def subject_of(pipe: Any) -> Subject:
