@@ -347,7 +347,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         out=args.out,
         preset=args.preset,
-        **({"run_steps": tuple(args.at)} if args.suite == "compare" else {"repeats": args.repeats}),
+        run_steps=tuple(getattr(args, "at", ())),
+        repeats=getattr(args, "repeats", 1),
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")

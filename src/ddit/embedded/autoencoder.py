@@ -62,9 +62,10 @@ def train_vae(folder: Path, pictures: np.ndarray, config: TrainingConfig, device
     return vae
 
 
-def reconstruction(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+def reconstruction(output: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Mean of absolute and squared differences, with a weight per pixel."""
-    return F.l1_loss(output, target, weight=weight) + F.mse_loss(output, target, weight=weight)
+    difference = output - target
+    return ((difference.abs() + difference.square()) * weight).mean()
 
 
 def crops(pictures: np.ndarray, rng: np.random.Generator, *, count: int, size: int) -> Tensor:

@@ -30,8 +30,9 @@ def progressive(
     Raises:
         ValueError: For another pipeline than FLUX.1's, or a fraction that leaves either half without steps.
     """
-    if not isinstance(pipe, FluxPipeline):
-        raise ValueError(f"method progressive is written for FluxPipeline, not {type(pipe).__name__}")
+    kind = type(pipe)
+    if kind is not FluxPipeline:
+        raise ValueError(f"method progressive is written for FluxPipeline, not {kind.__name__}")
     steps, height, width = (settings[k] for k in ("num_inference_steps", "height", "width"))
     early = round(fraction * steps)
     if not 2 <= early < steps:

@@ -126,7 +126,8 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         drawn = frames[np.sort(rng.choice(len(frames), config.vae_batch, replace=False))]
         x, objects = to_model(drawn), torch.from_numpy(saturation(drawn.astype(np.float32) / 255))[:, None]
-        weight = (1 + config.object_weight * objects).expand_as(x)
+        weight = 1 + config.object_weight * objects
+        weight = weight / weight.mean()
         scale = int(rng.choice(SCALES[1:]))
         small = pool(x, scale)
         torch.manual_seed(int(rng.integers(2**31)))

@@ -1,0 +1,203 @@
+"""`ddit compare`, `ddit calibrate` and caches on the command line, on a shrunken model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from ddit import calibrate
+from ddit.cli import main
+from ddit.eval import compare
+from ddit.eval.quality import parse_method
+from ddit.eval.rivals import progressive
+from ddit.generate import run
+from ddit.preset import Preset
+from ddit.teacache import polynomial
+
+SETTINGS = {"height": 32, "width": 32, "num_inference_steps": 8, "max_sequence_length": 20}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A shrunken FLUX that draws pictures of the size the judge knows."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.pipeline().save_pretrained(folder)
+    call = {"height": 128, "width": 128, "num_inference_steps": 6, "max_sequence_length": 20}
+    Preset(call=call, schedule={"threshold": 1e6}).save(folder)
+    return str(folder)
+
+
+# Methods
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("plain", "fewer steps"),
+        ("plain:run_steps=10", "fewer steps"),
+        ("plain:cache=first-block:0.1,run_steps=25", "cache"),
+        ("progressive:fraction=0.3", "progressive resolution"),
+        ("dynamic:threshold=0.003", "large patches"),
+        ("dynamic:threshold=0.003,adapter=none", "large patches"),
+        ("dynamic:adapter=embedded", "adapter"),
+        ("dynamic:threshold=0.003,gain=0", "forecasts"),
+        ("dynamic:threshold=0.003,gain=0.5", "large patches"),
+        ("dynamic:gain=0,cache=teacache:0.1", "stacked"),
+    ],
+)
+def test_families(method, family):
+    assert compare.family(method) == family
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_the_methods_of_a_comparison_can_all_be_read(video):
+    names = compare.methods((50, 25), video=video, teacache=not video, adapter="some")
+    assert names[0] == "plain" and len(names) == len(set(names))
+    preset = Preset(teacache=(1.0, 0.0))
+    read = [parse_method(name, 50, preset, lambda name: None) for name in names]
+    assert {m.run_steps for m in read} == {50, 33, 25, 17, 12, 10}
+    families = {compare.family(name) for name in names}
+    assert families == set(compare.FAMILIES) - ({"progressive resolution"} if video else set())
+    assert any("teacache" in name for name in names) != video
+
+
+def test_winners_are_the_best_among_those_as_fast():
+    rows = [
+        {"method": method, "speedup": speed, "frechet": frechet, "adherence": adherence}
+        for method, speed, frechet, adherence in [
+            ("plain", 1.0, 1.0, 0.9),
+            ("plain:run_steps=25", 2.1, 3.0, 0.8),
+            ("plain:run_steps=10", 5.2, 2.5, 0.7),
+            ("dynamic", 2.5, 2.0, 0.6),
+            ("dynamic:threshold=0.1", 4.5, 4.0, 0.95),
+        ]
+    ]
+    told = {speed: [row["method"] for row in best] for speed, best in compare.winners(rows, "frechet").items()}
+    assert told == {
+        1.5: ["dynamic", "plain:run_steps=10"],
+        2: ["dynamic", "plain:run_steps=10"],
+        3: ["plain:run_steps=10", "dynamic:threshold=0.1"],
+        4: ["plain:run_steps=10", "dynamic:threshold=0.1"],
+        5: ["plain:run_steps=10"],
+    }
+    told = {speed: [row["method"] for row in best] for speed, best in compare.winners(rows, "adherence").items()}
+    assert told[2] == ["dynamic:threshold=0.1", "plain:run_steps=25"]
+
+
+def test_compare(model, tmp_path, capsys):
+    out = tmp_path / "race"
+    methods = ["plain", "plain:run_steps=3", "plain:cache=first-block:9", "progressive:fraction=0.5", "dynamic"]
+    flags = ["--model", model, "--methods", *methods, "--prompts", "3", "--batch", "2", "--out", str(out)]
+    assert main(["compare", *flags]) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    plain, fewer, cached, small, dynamic = result["methods"]
+    assert result["suite"] == "compare" and plain["flops_fraction"] == fewer["flops_fraction"] == 1
+    blocks = 2
+    assert cached["flops_fraction"] == pytest.approx((1 + 5 / blocks) / 6)
+    assert small["tokens_fraction"] == pytest.approx(1 - 0.75 * 0.5) and small["flops_fraction"] < 1
+    assert dynamic["tokens_fraction"] < 1
+    assert set(result["best_at_least_as_fast"]) == {"adherence", "frechet"}
+    assert "### 2x or faster" in out.with_suffix(".md").read_text()
+    assert all((tmp_path / f"race-pareto{e}").stat().st_size > 1000 for e in (".png", ".svg"))
+
+
+@pytest.mark.slow
+def test_compare_with_its_own_methods(model, tmp_path, capsys):
+    flags = ["--model", model, "--prompts", "2", "--batch", "2", "--at", "10", "6", "--out", str(tmp_path / "race")]
+    assert main(["compare", *flags]) == 0
+    rows = json.loads((tmp_path / "race.json").read_text())["methods"]
+    assert [row["method"] for row in rows] == compare.methods((10, 6), video=False, teacache=False, adapter=None)
+
+
+@pytest.mark.parametrize(
+    "text", ["plain:cache=other:1", "progressive:fraction=x", "progressive:threshold=1", "progressive:cache=magcache:1"]
+)
+def test_methods_that_make_no_sense(text):
+    with pytest.raises(ValueError, match=r"cache is|progressive takes"):
+        parse_method(text, 50, Preset(), lambda name: None)
+
+
+def test_progressive_resolution_ends_with_the_whole_picture():
+    pipe = tiny.pipeline()
+    outcome, (tokens, flops) = progressive(pipe, [tiny.PROMPT] * 2, [1, 2], SETTINGS, 0.25)
+    assert outcome.pictures.shape == (2, 32, 32, 3) and np.isfinite(outcome.pictures).all()
+    assert tokens == pytest.approx(1 - 0.75 * 0.25) and tokens < flops + 0.2 and flops < 1
+    assert not pipe._interrupt and run(pipe, [tiny.PROMPT], [1], SETTINGS).pictures.shape == (1, 32, 32, 3)
+
+
+def test_progressive_resolution_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="leaves one half without steps"):
+        progressive(tiny.pipeline(), [tiny.PROMPT], [1], SETTINGS, 1.0)
+    with pytest.raises(ValueError, match="written for FluxPipeline, not WanPipeline"):
+        progressive(tiny.wan_pipeline(), [tiny.PROMPT], [1], SETTINGS, 0.5)
+
+
+# Calibration
+
+
+def test_the_fit_finds_a_polynomial_again():
+    coefficients = (3.0, -2.0, 0.5, 1.0, 0.1)
+    pairs = [(x, polynomial(coefficients, x)) for x in np.linspace(0, 1, 12)]
+    assert calibrate.fit(pairs) == pytest.approx(coefficients, abs=1e-6)
+    with pytest.raises(ValueError, match="too few"):
+        calibrate.fit(pairs[:4])
+
+
+def test_changes_are_those_between_steps_of_one_guidance_pass():
+    pipe = tiny.pipeline()
+    done = []
+    plain = calibrate.teacache_changes(pipe, [tiny.PROMPT], SETTINGS, advance=lambda: done.append(1))
+    guided = {**SETTINGS, "negative_prompt": tiny.PROMPT, "true_cfg_scale": 1.5}
+    both = calibrate.teacache_changes(pipe, [tiny.PROMPT] * 2, guided, advance=lambda: done.append(1))
+    assert len(plain) == 7 and len(both) == 2 * 2 * 7 and len(done) == 3
+    # The negative prompt is the prompt: both passes change alike, and as the plain run.
+    assert np.allclose(both[:7], both[7:14]) and np.allclose(both[:7], plain, atol=1e-4)
+    assert not pipe.transformer.transformer_blocks[0]._forward_pre_hooks
+
+
+def test_calibrate_writes_what_teacache_needs(model, tmp_path, capsys):
+    folder, prompts = tmp_path / "preset", tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue star\n")
+    flags = ["--model", model, "--prompts", str(prompts), "--count", "2", "--height", "64", "--width", "64"]
+    assert main(["calibrate", *flags, "--out", str(folder)]) == 0
+    preset = Preset.load(folder)
+    assert len(preset.teacache) == 5 and preset.schedule == {"threshold": 1e6}
+    out = ["--out", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
+    flags = ["generate", "a red circle", "--model", model, "--height", "64", "--width", "64", *out]
+    assert main([*flags, "--cache", "teacache:0.3"]) == 2
+    assert "ddit calibrate" in capsys.readouterr().err
+    assert main([*flags, "--cache", "teacache:99999", "--preset", str(folder)]) == 0
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["cache"] == "teacache:99999" and any(result["reused"])
+    assert "(1)" in capsys.readouterr().out
+
+
+def test_bad_calibrations_are_refused(model, tmp_path, capsys):
+    for flags, told in (
+        (["--model", model], "--prompts FILE"),
+        (["--model", "some/model", "--prompts", "x"], "--out"),
+        (["--model", model, "--prompts", str(tmp_path / "none"), "--out", str(tmp_path)], "no file"),
+    ):
+        assert main(["calibrate", *flags]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_generate_with_a_cache_and_with_a_bad_one(model, tmp_path, capsys):
+    flags = ["generate", "a red circle", "--model", model, "--out", str(tmp_path / "a.png")]
+    assert main([*flags, "--cache", "first-block:9"]) == 0
+    assert main([*flags, "--cache", "first-block"]) == 2
+    assert "such as teacache:0.25" in capsys.readouterr().err
+
+
+def test_a_run_with_a_cache_alone_is_plain_but_for_what_it_reuses():
+    pipe = tiny.pipeline()
+    plain = run(pipe, [tiny.PROMPT], [1], SETTINGS)
+    cached = run(
+        pipe, [tiny.PROMPT], [1], SETTINGS, cache=parse_method("plain:cache=first-block:1e-9", 8, Preset(), str).cache
+    )
+    assert torch.equal(torch.from_numpy(cached.pictures), torch.from_numpy(plain.pictures))
+    assert cached.report is not None and cached.report.flops_fraction == 1
