@@ -136,6 +136,15 @@ def test_progressive_resolution_refuses_what_it_cannot_do():
         progressive(tiny.wan_pipeline(), [tiny.PROMPT], [1], SETTINGS, 0.5)
 
 
+def test_what_caches_do_where_the_scale_changes(model, tmp_path, capsys):
+    """Alone each fails or answers for the wrong tokens; under ddit each is exact."""
+    out = tmp_path / "switch"
+    assert main(["evaluate", "--suite", "caches", "--model", model, "--out", str(out)]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == 4 * 2 and all(row["under ddit"] < 1e-5 for row in rows)
+    assert all(isinstance(row["alone"], str) or row["alone"] > 1e-3 for row in rows)
+
+
 # Calibration
 
 

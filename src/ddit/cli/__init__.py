@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = add_command(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
     _model_options(evaluate)
-    evaluate.add_argument("--suite", choices=("quality", "velocity", "cost"), default="quality")
+    evaluate.add_argument("--suite", choices=("quality", "velocity", "cost", "caches"), default="quality")
     evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
     _judging_options(evaluate)
     evaluate.add_argument(

@@ -15,7 +15,7 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
-from ddit.eval import compare, quality, steps
+from ddit.eval import compare, quality, steps, switch
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Pictures, Subject
 from ddit.files import write_json
@@ -62,7 +62,9 @@ class SuiteConfig:
 
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
-    figures = {"quality": _quality, "velocity": _velocity, "cost": _cost, "compare": _compare}[suite](config)
+    figures = {"quality": _quality, "velocity": _velocity, "cost": _cost, "caches": _caches, "compare": _compare}[
+        suite
+    ](config)
     return _write(config, {**about, "suite": suite, **figures})
 
 
@@ -218,3 +220,14 @@ def _cost(config: SuiteConfig) -> dict[str, Any]:
     for row in rows:
         print(json.dumps(row))
     return {"rows": rows}
+
+
+def _caches(config: SuiteConfig) -> dict[str, Any]:
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    prompt = subject_of(pipe).prompts(config.split, 1, config.seed)[0].prompt
+    rows = switch.at_changes_of_scale(pipe, prompt, call_settings(preset, **config.settings))
+    text = switch.table(rows)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.with_suffix(".md").write_text(text)
+    print(text)
+    return {"schedule": switch.SCHEDULE, "rows": rows}
