@@ -39,26 +39,43 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return value.float()
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features ``[N, D]`` (Heusel et al. 2017, FID).
+class FrechetTo:
+    """Fréchet distance of features to a fixed reference, between Gaussians fitted to both (Heusel et al. 2017, FID).
 
-    ``|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``. The trace of the root comes from
-    the eigenvalues of ``cov_a^(1/2) cov_b cov_a^(1/2)``, which is symmetric and has those of ``cov_a cov_b``.
-    Biased upwards for few pictures: compare only distances from the same N, and keep N well above D.
+    ``|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``. The trace of the root is the sum of the
+    singular values of ``a cov_b^(1/2)`` with ``a`` centred and divided by ``sqrt(N - 1)``, from the smaller of its two
+    Gram matrices. Biased upwards for few pictures: compare only distances from the same N, and keep N well above D.
+
+    Args:
+        reference: Features ``[M, D]``, M of 2 or more.
     """
-    for name, features in (("a", a), ("b", b)):
+
+    def __init__(self, reference: Tensor) -> None:
+        self._check(reference)
+        reference = reference.double()
+        self.mean = reference.mean(0)
+        covariance = torch.cov(reference.T).reshape(len(self.mean), len(self.mean))
+        self.trace = covariance.trace()
+        values, vectors = torch.linalg.eigh(covariance)
+        self.root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The distance of features ``[N, D]``, N of 2 or more."""
+        self._check(features)
+        if features.shape[1] != len(self.mean):
+            raise ValueError(f"features differ in width: {features.shape[1]} and {len(self.mean)}")
+        mean = features.double().mean(0)
+        a = (features.double() - mean) / (len(features) - 1) ** 0.5
+        product = a @ self.root
+        gram = product @ product.T if len(product) < product.shape[1] else product.T @ product
+        root = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        return (mean - self.mean).square().sum() + a.square().sum() + self.trace - 2 * root
+
+    @staticmethod
+    def _check(features: Tensor) -> None:
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"features {name} are {tuple(features.shape)}, expected [N, D] with N of 2 or more")
-        _check_finite(f"features {name}", features)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"features differ in width: {a.shape[1]} and {b.shape[1]}")
-    a, b = a.double(), b.double()
-    cov_a, cov_b = (torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    mean = (a.mean(0) - b.mean(0)).square().sum()
-    return float(mean + cov_a.trace() + cov_b.trace() - 2 * root)
+            raise ValueError(f"features are {tuple(features.shape)}, expected [N, D] with N of 2 or more")
+        _check_finite("features", features)
 
 
 def bootstrap_interval(

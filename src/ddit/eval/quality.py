@@ -18,7 +18,7 @@ from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
 from ddit.config import ScheduleConfig
 from ddit.embedded.scenes import Split
-from ddit.eval.metrics import bootstrap_difference, bootstrap_interval, frechet_distance, psnr, ssim
+from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.rivals import progressive
 from ddit.eval.subjects import Subject, Verdict
@@ -171,15 +171,11 @@ def summarise(
     intervals over prompts. The Fréchet distance is to ten drawings per prompt, from the judge's features. Clips are
     compared frame by frame.
     """
-    drawn = subject.reference(10 * len(asked), split)
+    distance = FrechetTo(subject.reference(10 * len(asked), split))
     reference = stacked(results[0])
     base = subject.verdicts(reference, asked)
     base_features = subject.features(reference)
     plain = _adherence(base, subject)
-
-    def distance(features: Tensor) -> Tensor:
-        return torch.tensor(frechet_distance(features, drawn))
-
     sizes = [len(part.pictures) for part in results[0]]
     rows = []
     for method, result in zip(methods, results, strict=True):
