@@ -68,8 +68,8 @@ class Table:
     def __init__(self, *samples: list[int]):
         self.samples = samples
 
-    def choose(self, step, total, stats):
-        return [sample[min(step, len(sample) - 1)] for sample in self.samples]
+    def choose(self, moment):
+        return [sample[min(moment.step, len(sample) - 1)] for sample in self.samples]
 
 
 def call_inputs(batch=1, grid=(4, 4), sigma=0.5, seed=0, features=16, origin=(0, 0), **kwargs):
@@ -368,9 +368,9 @@ def test_custom_policy_sees_step_total_and_statistics(pipe):
     seen = []
 
     class Mine:
-        def choose(self, step, total, stats):
-            seen.append((step, total, len(stats), len(stats[0])))
-            return [2 if step % 2 else 1 for _ in stats]
+        def choose(self, moment):
+            seen.append((moment.step, moment.total, len(moment.stats), len(moment.stats[0])))
+            return [2 if moment.step % 2 else 1 for _ in moment.stats]
 
     handle = ddit.apply(pipe, policy=Mine(), config=ScheduleConfig(difference="plain", order=3))
     tiny.sample(pipe, num_images_per_prompt=2)
@@ -381,7 +381,7 @@ def test_custom_policy_sees_step_total_and_statistics(pipe):
 @pytest.mark.parametrize("chosen", [[3], [8], [], [1, 1], ["2"], [None], None, 2])
 def test_nonsense_of_a_policy_is_refused(chosen):
     class Bad:
-        def choose(self, step, total, stats):
+        def choose(self, moment):
             return chosen
 
     transformer = tiny.transformer()

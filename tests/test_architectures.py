@@ -28,6 +28,7 @@ from ddit.config import Positions, Start
 from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import first
+from ddit.schedule import Moment
 from ddit.train.distill import Draw, errors, make_batch
 from ddit.train.samples import draw_samples
 
@@ -214,8 +215,8 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     class Alternating:
-        def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
-            return [1 if step < 3 else (2, 4)[i % 2] for i in range(len(stats))]
+        def choose(self, moment: Moment) -> list[int]:
+            return [1 if moment.step < 3 else (2, 4)[i % 2] for i in range(len(moment.stats))]
 
     call = dict(num_inference_steps=6, output_type="latent", return_dict=False)
     with ddit.apply(pipe, policy=Alternating()) as run:

@@ -15,6 +15,7 @@ import ddit
 import tiny
 from ddit import ScheduleConfig, TeaCacheConfig
 from ddit.caches import make_cache
+from ddit.schedule import Moment
 from ddit.teacache import polynomial, relative_change
 from test_architectures import CASES, SMALL, draw, parameters
 
@@ -131,8 +132,9 @@ def test_a_users_own_cache_is_kept_apart_too(when, cache):
 class Alternating:
     """Even samples change their scale when odd ones do not."""
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
-        return [SCHEDULE[step] if i % 2 == 0 else (1, 1, 1, 1, 2, 2, 2, 2)[step] for i in range(len(stats))]
+    def choose(self, moment: Moment) -> list[int]:
+        step, others = moment.step, (1, 1, 1, 1, 2, 2, 2, 2)
+        return [SCHEDULE[step] if i % 2 == 0 else others[step] for i in range(len(moment.stats))]
 
 
 @every_cache

@@ -9,6 +9,7 @@ import torch
 
 from ddit.config import ScheduleConfig
 from ddit.schedule import (
+    Moment,
     channel_moments,
     choose_scale,
     difference,
@@ -254,25 +255,25 @@ def test_threshold_zero_chooses_scale_one_even_for_a_flat_difference():
 def test_dynamic_policy_warms_up():
     policy = make_policy(ScheduleConfig(warmup=4, warmup_scale=2, threshold=1.0))
     stats = [{2: 0.0, 4: 0.0}, {2: 0.0, 4: 9.0}, {2: 9.0, 4: 9.0}]
-    assert policy.choose(3, None, stats) == [2, 2, 2]
-    assert policy.choose(4, None, stats) == [4, 2, 1]
+    assert policy.choose(Moment(3, None, stats)) == [2, 2, 2]
+    assert policy.choose(Moment(4, None, stats)) == [4, 2, 1]
 
 
 def test_fixed_policy_holds_its_last_scale():
     policy = make_policy(ScheduleConfig(policy="fixed", steps=(4, 2, 1)))
-    assert [policy.choose(i, None, [{}, {}]) for i in range(5)] == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
+    assert [policy.choose(Moment(i, None, [{}, {}])) for i in range(5)] == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize(("fraction", "coarse"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
 def test_first_policy_counts_steps(fraction, coarse):
     policy = make_policy(ScheduleConfig(policy="first", fraction=fraction, scales=(1, 2)))
-    assert [policy.choose(i, 8, [{}])[0] for i in range(8)] == [2] * coarse + [1] * (8 - coarse)
+    assert [policy.choose(Moment(i, 8, [{}]))[0] for i in range(8)] == [2] * coarse + [1] * (8 - coarse)
 
 
 def test_first_policy_needs_the_number_of_steps():
     policy = make_policy(ScheduleConfig(policy="first"))
     with pytest.raises(ValueError, match="number of steps"):
-        policy.choose(0, None, [{}])
+        policy.choose(Moment(0, None, [{}]))
 
 
 # --- latents below float32 ---

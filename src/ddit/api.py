@@ -18,8 +18,10 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.caches import Cache, Config, make_cache
 from ddit.config import ScheduleConfig
+from ddit.dial import Budget
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first, to_meta
+from ddit.preset import FILE, Preset
 from ddit.report import Report
 from ddit.schedule import Policy, make_policy
 from ddit.state import Generation, Memory
@@ -39,6 +41,7 @@ def apply(
     policy: Policy | None = None,
     detail_variance: Mapping[int, Sequence[float]] | None = None,
     cache: Config | str | None = None,
+    preset: Preset | str | Path | None = None,
 ) -> Handle:
     """Let a pipeline's transformer change its patch size from step to step.
 
@@ -56,6 +59,8 @@ def apply(
         cache: Of diffusers (``FirstBlockCacheConfig``, ``TaylorSeerCacheConfig``, ``MagCacheConfig``), a
             `ddit.TeaCacheConfig`, or text as for ``--cache``. A cache that is there already, or comes later with
             ``transformer.enable_cache``, works as well.
+        preset: What `ddit calibrate` measured on the model, or the folder that holds it; by default that of the
+            folder that the pipeline was loaded from, if there is one.
 
     Returns:
         A handle with ``.report`` and ``.remove()``; in a ``with`` block it removes itself.
@@ -69,6 +74,7 @@ def apply(
     pipe = pipe_or_transformer if found else None
     architectures = [architecture_for(transformer) for transformer in transformers]
     config = config or ScheduleConfig()
+    known = _preset(preset, pipe)
     if adapter is not None:
         if len(transformers) > 1:
             raise ValueError(
@@ -79,6 +85,8 @@ def apply(
         adapter.check(architectures[0].transformer)
         config = _adapted(config, adapter)
         detail_variance = detail_variance or adapter.detail_variance
+    if not detail_variance and set(config.scales) <= {1, *known.detail_variance}:
+        detail_variance = known.detail_variance
     variance = {s: torch.tensor(list(v)) for s, v in (detail_variance or {}).items()}
     missing = sorted(set(config.scales) - {1} - set(variance)) if variance else []
     if missing:
@@ -87,8 +95,15 @@ def apply(
         previous = getattr(transformer, _MARK, None)
         if previous is not None:
             previous.remove()
+    if config.quality:
+        if known.dial is None:
+            raise ValueError(
+                "a quality needs a preset of this model: make one with 'ddit calibrate', "
+                "or ask for a speedup or a threshold"
+            )
+        config = replace(config, threshold=known.dial.threshold_of_quality(config.quality))
     if isinstance(cache, str):
-        cache = make_cache(cache)
+        cache = make_cache(cache, known.teacache)
     caches: list[Cache] = []
     try:
         for architecture in architectures:
@@ -98,7 +113,22 @@ def apply(
             put_on.remove()
         raise
     seats = list(zip(transformers, architectures, caches, strict=True))
-    return Handle(seats, pipe, config, policy or make_policy(config), variance, adapter)
+    return Handle(seats, pipe, config, policy or _policy(config, known), variance, adapter)
+
+
+def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
+    if isinstance(preset, Preset):
+        return preset
+    if preset is None:
+        source = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+        return Preset.load(source) if source else Preset()
+    if not (Path(preset) / FILE).is_file():
+        raise ValueError(f"{preset} holds no {FILE}; name a folder that 'ddit calibrate' wrote one into")
+    return Preset.load(preset)
+
+
+def _policy(config: ScheduleConfig, preset: Preset) -> Policy:
+    return Budget(config, preset.dial) if config.speedup else make_policy(config)
 
 
 def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:
@@ -217,7 +247,8 @@ class Handle:
         architecture = self._seats[0].architecture
         tokens = {s: architecture.tokens(generation.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(generation.examples[s], s, self.adapter) for s in scales}
-        return Report(tuple(generation.steps), tokens, flops, generation.forced, self._share)
+        asked = self.config.speedup or None
+        return Report(tuple(generation.steps), tokens, flops, generation.forced, self._share, asked)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -335,6 +366,10 @@ class Handle:
             self._start_over()
         if len(self._generation.examples) < len(self.config.scales):  # none, or those of a forced step
             self._generation.examples = self._examples(arch, inputs)
+            if self.config.speedup:
+                examples = self._generation.examples
+                flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
+                self._generation.ratios = {s: count / flops[1] for s, count in flops.items()}
 
     def _plain_step(
         self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]

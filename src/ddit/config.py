@@ -29,6 +29,12 @@ class ScheduleConfig:
 
     threshold: float = 1e-3
     """tau of the paper: a scale may be used while its statistic lies below. 0 keeps every step at scale 1."""
+    speedup: float = 0.0
+    """Asks for a speed instead of a threshold: how many times less work than a plain run of as many steps, from 1 on.
+    0 leaves it to ``threshold``."""
+    quality: float = 0.0
+    """Asks for a quality instead of a threshold: likeness to the plain run, PSNR in dB, that is to be expected. Needs a
+    preset of the model (``ddit calibrate``). 0 leaves it to ``threshold``."""
     percentile: float = 0.4
     """rho of the paper, in [0, 1]: which quantile of the patches' deviations is compared with ``threshold``."""
     order: int = 2
@@ -74,6 +80,16 @@ class ScheduleConfig:
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
         object.__setattr__(self, "scales", tuple(sorted(self.scales)))
         _number("threshold", self.threshold, 0, math.inf)
+        _number("speedup", self.speedup, 0, math.inf)
+        _number("quality", self.quality, 0, math.inf)
+        if 0 < self.speedup < 1:
+            raise ValueError(f"speedup is {self.speedup:g}; it must be at least 1, or 0 to leave it to the threshold")
+        if (self.speedup or self.quality) and self.policy != "dynamic":
+            raise ValueError(
+                f"policy {self.policy!r} has its own schedule; a speedup or a quality needs policy 'dynamic'"
+            )
+        if self.speedup and self.quality:
+            raise ValueError("a speedup and a quality can't both be asked for; give one of them")
         _number("percentile", self.percentile, 0, 1)
         _number("fraction", self.fraction, 0, 1)
         _number("gain", self.gain, 0, 1)

@@ -167,7 +167,7 @@ def run(
         config = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
     if config is not None:
         variance = preset.detail_variance if preset and len(config.scales) > 1 else None
-        handle = apply(pipe, adapter=adapter, config=config, detail_variance=variance, cache=cache)
+        handle = apply(pipe, adapter=adapter, config=config, detail_variance=variance, cache=cache, preset=preset)
 
     def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:

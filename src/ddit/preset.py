@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddit.dial import Dial
+
 FILE = "ddit.json"
 VERSION = 1
 
@@ -26,6 +28,9 @@ class Preset:
     teacache: tuple[float, ...] | list[float] = ()
     """Coefficients of TeaCache's polynomial, highest power first (see `ddit.calibrate`)."""
 
+    dial: Dial | None = None
+    """What thresholds make of the model's runs (see `ddit.dial`)."""
+
     @classmethod
     def load(cls, folder: str | Path) -> Preset:
         """Read a folder's preset; an empty one where there is no such file.
@@ -40,6 +45,8 @@ class Preset:
             values = json.loads(path.read_text())
             version = values.pop("version")
             values["detail_variance"] = {int(s): list(v) for s, v in values["detail_variance"].items()}
+            if values.get("dial") is not None:
+                values["dial"] = Dial.from_dict(values["dial"])
             preset = cls(**values)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a preset of ddit ({error!r}); write it anew or delete it") from error

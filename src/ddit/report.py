@@ -27,6 +27,11 @@ class Step:
     reused: frozenset[int] = frozenset()
     """Samples for which a cache answered."""
 
+    def calls(self, sample: int, reused_share: float = 0.0) -> float:
+        """Calls of the model for a sample at its scale; one that a cache answers counts as a share."""
+        asked = 0.0 if sample in self.skipped else reused_share if sample in self.reused else 1.0
+        return asked + (sample in self.compared)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -41,6 +46,8 @@ class Report:
     """Why some steps had to stay at scale 1, or ``None``."""
     reused_share: float = 0.0
     """What a call costs in which a cache answers, as a fraction of the whole call."""
+    asked: float | None = None
+    """The speedup that was asked for; what was got is ``1 / flops_fraction``."""
 
     @property
     def scales(self) -> list[list[int]]:
@@ -63,11 +70,8 @@ class Report:
         return sum(step.seconds for step in self.steps)
 
     def _fraction(self, costs: Mapping[int, int]) -> float:
-        def calls_of(step: Step, i: int) -> float:
-            asked = 0.0 if i in step.skipped else self.reused_share if i in step.reused else 1.0
-            return asked + (i in step.compared)
-
-        calls = [(scale, calls_of(step, i)) for step in self.steps for i, scale in enumerate(step.scales)]
+        share = self.reused_share
+        calls = [(scale, step.calls(i, share)) for step in self.steps for i, scale in enumerate(step.scales)]
         return sum(costs[s] * count for s, count in calls) / (len(calls) * costs[1])
 
     def strip(self, sample: int = 0) -> str:
@@ -92,6 +96,7 @@ class Report:
             "flops_fraction": self.flops_fraction,
             "seconds": self.seconds,
             "forced": self.forced,
+            "asked_speedup": self.asked,
         }
 
     def __repr__(self) -> str:
@@ -102,6 +107,7 @@ class Report:
         lines = [
             f"Report({len(self.steps)} steps, {len(samples)} samples, {self.seconds:.2f} s in the transformer)",
             f"  tokens {self.tokens_fraction:.1%}, FLOPs {self.flops_fraction:.1%} of a run at scale 1",
+            *([f"  asked for {self.asked:g}x less work, got {1 / self.flops_fraction:.2f}x"] if self.asked else []),
             *([f"  held at scale 1: {self.forced}"] if self.forced else []),
             *shown,
         ]

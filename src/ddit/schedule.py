@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -138,17 +139,29 @@ def choose_scale(stats: Mapping[int, float], threshold: float) -> int:
     return max((s for s, value in stats.items() if value < threshold), default=1)
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a policy knows when it chooses the scales of a step."""
+
+    step: int
+    """Number of the step, from 0."""
+    total: int | None
+    """Number of steps of this generation, ``None`` where nobody knows."""
+    stats: list[dict[int, float]]
+    """Per sample, scale -> statistic; empty dictionaries while there are too few latents."""
+    sigma: float = 1.0
+    """Noise level of the latents."""
+    spent: Sequence[float] = ()
+    """Per sample, work of the steps before, in steps at scale 1. Like ``costs`` only for `ddit.dial.Budget`."""
+    costs: Mapping[int, float] = field(default_factory=dict)
+    """Scale -> work of a step, in steps at scale 1."""
+
+
 class Policy(Protocol):
     """Chooses the scales of one step. Passed to `ddit.apply` as ``policy=`` in place of the built-in ones."""
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
-        """Scale of each sample.
-
-        Args:
-            step: Number of the step, from 0.
-            total: Number of steps of this generation, ``None`` where nobody knows.
-            stats: Per sample, scale -> statistic; empty dictionaries while there are too few latents.
-        """
+    def choose(self, moment: Moment) -> list[int]:
+        """Scale of each sample."""
         ...
 
 
@@ -158,10 +171,10 @@ class Dynamic:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
-        if step < self.config.warmup:
-            return [self.config.warmup_scale] * len(stats)
-        return [choose_scale(sample, self.config.threshold) for sample in stats]
+    def choose(self, moment: Moment) -> list[int]:
+        if moment.step < self.config.warmup:
+            return [self.config.warmup_scale] * len(moment.stats)
+        return [choose_scale(sample, self.config.threshold) for sample in moment.stats]
 
 
 class Fixed:
@@ -170,9 +183,9 @@ class Fixed:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
+    def choose(self, moment: Moment) -> list[int]:
         steps = self.config.steps
-        return [steps[min(step, len(steps) - 1)]] * len(stats)
+        return [steps[min(moment.step, len(steps) - 1)]] * len(moment.stats)
 
 
 class First:
@@ -181,14 +194,14 @@ class First:
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
-        if total is None:
+    def choose(self, moment: Moment) -> list[int]:
+        if moment.total is None:
             raise ValueError(
                 "policy 'first' needs the number of steps, which only a pipeline knows; "
                 "apply ddit to the pipeline, or use policy 'fixed' with a list of scales"
             )
-        scale = max(self.config.scales) if step < round(self.config.fraction * total) else 1
-        return [scale] * len(stats)
+        scale = max(self.config.scales) if moment.step < round(self.config.fraction * moment.total) else 1
+        return [scale] * len(moment.stats)
 
 
 POLICIES = {"dynamic": Dynamic, "fixed": Fixed, "first": First}

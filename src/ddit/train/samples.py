@@ -29,7 +29,7 @@ from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
 from ddit.progress import progress
-from ddit.schedule import choose_scale
+from ddit.schedule import Moment, choose_scale
 
 MANIFEST = "samples.json"
 VERSION = 2
@@ -139,10 +139,10 @@ class Varied:
     thresholds: Sequence[float]
     warmup: int
 
-    def choose(self, step: int, total: int | None, stats: list[dict[int, float]]) -> list[int]:
-        if step < self.warmup:
-            return [1] * len(stats)
-        return [choose_scale(sample, t) for sample, t in zip(stats, self.thresholds, strict=True)]
+    def choose(self, moment: Moment) -> list[int]:
+        if moment.step < self.warmup:
+            return [1] * len(moment.stats)
+        return [choose_scale(sample, t) for sample, t in zip(moment.stats, self.thresholds, strict=True)]
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -1,0 +1,124 @@
+"""One dial: a speed or a quality that is asked for, in place of a threshold.
+
+What a threshold makes of a run depends on the model and on the number of steps. The number of steps at scale 1 that
+it asks for hardly depends on the latter: it belongs to the path, not to how finely the path is cut. So
+`ddit calibrate` measures it once for several thresholds, and a speed becomes a number of such steps, and that a
+threshold. While a run is under way the threshold follows what the content has taken so far, and the last steps settle
+the account.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddit.config import ScheduleConfig
+from ddit.schedule import Moment, choose_scale
+
+PULL = 0.5
+"""How strongly a step at scale 1 too many, or too few, moves the logarithm of the threshold."""
+SLACK = 0.5
+"""Steps at scale 1 by which a run may end off its budget: a step can't be halved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dial:
+    """What thresholds made of a model's runs.
+
+    Raises:
+        ValueError: Where lists are not of one length, or not in order.
+    """
+
+    thresholds: tuple[float, ...]
+    """Rising."""
+    fine_steps: tuple[float, ...]
+    """Mean number of steps at scale 1 beyond the warm-up, for each of these."""
+    psnr: tuple[float, ...]
+    """Likeness to the plain run in dB, median over prompts, for each."""
+    sigmas: tuple[float, ...]
+    """Noise levels, falling."""
+    taken: tuple[float, ...]
+    """Share of the steps at scale 1 that lie before each of these, rising from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("thresholds", "fine_steps", "psnr", "sigmas", "taken"):
+            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        if not len(self.thresholds) == len(self.fine_steps) == len(self.psnr) > 1:
+            raise ValueError("a dial needs as many fine_steps and psnr as thresholds, two at least")
+        if not len(self.sigmas) == len(self.taken) > 1:
+            raise ValueError("a dial needs as many values of taken as sigmas, two at least")
+        if list(self.thresholds) != sorted(set(self.thresholds)) or self.thresholds[0] <= 0:
+            raise ValueError("a dial's thresholds must rise from above 0")
+        if list(self.sigmas) != sorted(self.sigmas, reverse=True) or list(self.taken) != sorted(self.taken):
+            raise ValueError("a dial's sigmas must fall and its values of taken rise")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Dial:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**values)
+
+    def threshold_for(self, fine_steps: float) -> float:
+        """The threshold that takes so many steps at scale 1 beyond the warm-up; the nearest end outside the table."""
+        counts = np.minimum.accumulate(self.fine_steps)[::-1]
+        return float(np.exp(np.interp(fine_steps, counts, np.log(self.thresholds)[::-1])))
+
+    def threshold_of_quality(self, psnr: float) -> float:
+        """The largest threshold whose pictures are expected to be as near to plain's as ``psnr`` dB."""
+        likeness = np.minimum.accumulate(self.psnr)[::-1]
+        if psnr > likeness[-1]:
+            return 0.0
+        return float(np.exp(np.interp(psnr, likeness, np.log(self.thresholds)[::-1])))
+
+    def share(self, sigma: float) -> float:
+        """Share of the steps at scale 1 that lie before a noise level."""
+        return float(np.interp(-sigma, [-s for s in self.sigmas], self.taken))
+
+
+class Budget:
+    """The rule with a threshold that follows a budget of work: ``1 / config.speedup`` of a plain run."""
+
+    def __init__(self, config: ScheduleConfig, dial: Dial | None) -> None:
+        self.config = config
+        self.dial = dial
+
+    def choose(self, moment: Moment) -> list[int]:
+        if moment.total is None:
+            raise ValueError(
+                "a speedup needs the number of steps, which only a pipeline knows; "
+                "apply ddit to the pipeline, or give a threshold"
+            )
+        if moment.step == 0:
+            self._check(moment.total, min(moment.costs.values()))
+        if moment.step < self.config.warmup:
+            return [self.config.warmup_scale] * len(moment.stats)
+        return [self._one(moment, stats, spent) for stats, spent in zip(moment.stats, moment.spent, strict=True)]
+
+    def _one(self, moment: Moment, stats: Mapping[int, float], spent: float) -> int:
+        total, costs, warm = moment.total or 0, moment.costs, self.config.warmup
+        floor = min(costs.values())
+        budget, rest = total / self.config.speedup, total - moment.step - 1
+        fine = (budget - total * floor) / (1 - floor) - warm
+        done = (spent - moment.step * floor) / (1 - floor) - warm
+        due = fine * (self.dial.share(moment.sigma) if self.dial else (moment.step - warm) / (total - warm))
+        threshold = self.dial.threshold_for(fine) if self.dial else self.config.threshold
+        scale = choose_scale(stats, threshold * math.exp(PULL * (done - due)))
+        after = budget - spent - costs[scale]
+        if after > rest + SLACK:
+            return 1
+        if after < rest * floor - SLACK:
+            return min(costs, key=lambda s: (costs[s], s))
+        return scale
+
+    def _check(self, total: int, floor: float) -> None:
+        most = total / (self.config.warmup + (total - self.config.warmup) * floor)
+        if self.config.speedup > most + 1e-9:
+            warnings.warn(
+                f"a speedup of {self.config.speedup:g} can't be reached with {total} steps, of which "
+                f"{self.config.warmup} are warm-up: the most is {most:.2f}; take fewer steps instead, or gain 0",
+                stacklevel=2,
+            )
