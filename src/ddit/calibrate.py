@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,12 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddit.config import ScheduleConfig
+from ddit.dial import Dial
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
+from ddit.preset import Preset
 from ddit.teacache import relative_change
 
 DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""
+THRESHOLDS = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+"""For which a `Dial` is measured."""
+MOST = 80.0
+"""PSNR in dB that stands for pictures which do not differ."""
 
 
 def teacache_changes(
@@ -69,3 +77,60 @@ def fit(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:
         raise ValueError(f"{len(pairs)} steps are too few to fit a polynomial to; take more steps or prompts")
     x, y = np.array(pairs).T
     return tuple(np.polyfit(x, y, DEGREE).tolist())
+
+
+def measure_dial(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    preset: Preset,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    advance: Callable[[], None],
+) -> Dial:
+    """What each of `THRESHOLDS` makes of runs with the preset's schedule.
+
+    Args:
+        prompts: Each is run plain and with every threshold.
+        advance: Called after each run.
+    """
+    groups = [list(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+    seeds = [[seed * 1_000_003 + i + k for k in range(len(group))] for i, group in enumerate(groups)]
+    plain = []
+    for group, own in zip(groups, seeds, strict=True):
+        plain.append(run(pipe, group, own, settings).pictures)
+        advance()
+    counts, likeness, places = [], [], []
+    sigmas: list[float] = []
+    for threshold in THRESHOLDS:
+        schedule = {**preset.schedule, "policy": "dynamic", "threshold": threshold, "speedup": 0.0, "quality": 0.0}
+        config = ScheduleConfig.from_dict(schedule)
+        samples, decibels = [], []
+        for group, own, reference in zip(groups, seeds, plain, strict=True):
+            outcome = run(pipe, group, own, settings, config=config, preset=preset)
+            assert outcome.report is not None
+            sigmas = [step.sigma for step in outcome.report.steps]
+            fine = torch.tensor(outcome.report.scales) == 1
+            samples.append(fine[:, config.warmup :].double())
+            decibels += _decibels(outcome.pictures, reference)
+            advance()
+        all_fine = torch.cat(samples)
+        counts.append(float(all_fine.sum(1).mean()))
+        likeness.append(statistics.median(decibels))
+        places.append(all_fine.mean(0))
+    where = torch.stack(places).mean(0)
+    before = torch.cat([torch.zeros(1), where.cumsum(0) / where.sum().clamp(min=1e-9)]).clamp(max=1)
+    return Dial(
+        thresholds=THRESHOLDS,
+        fine_steps=tuple(counts),
+        psnr=tuple(likeness),
+        sigmas=(*sigmas[len(sigmas) - len(where) :], 0.0),
+        taken=tuple(before.tolist()),
+    )
+
+
+def _decibels(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
+    """PSNR of each picture or clip; `MOST` where nothing differs."""
+    error = np.square(pictures - reference).reshape(len(pictures), -1).mean(1)
+    return [min(MOST, float(-10 * np.log10(max(e, 1e-30)))) for e in error]

@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _model_options(calibrate, adapter=False)
     calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
     calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
+    calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
     calibrate.add_argument("--seed", type=int, default=0)
     calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
 
@@ -377,10 +378,15 @@ def _calibrate(args: argparse.Namespace) -> None:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
     settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
     lib.check_size(pipe, settings)
-    with progress("calibrate", len(prompts)) as advance:
+    with progress("TeaCache", len(prompts)) as advance:
         pairs = calibrate.teacache_changes(pipe, prompts, settings, seed=args.seed, advance=advance)
+    turns = -(-len(prompts) // args.batch) * (1 + len(calibrate.THRESHOLDS))
+    with progress("thresholds", turns) as advance:
+        dial = calibrate.measure_dial(
+            pipe, prompts, settings, preset, batch=args.batch, seed=args.seed, advance=advance
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    replace(preset, teacache=calibrate.fit(pairs)).save(folder)
+    replace(preset, teacache=calibrate.fit(pairs), dial=dial).save(folder)
     print(f"wrote {folder / FILE}")
 
 
