@@ -47,12 +47,12 @@ def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: s
     chosen = ["plain", *(f"plain:run_steps={round(first / speed)}" for speed in SPEEDS)]
     for n in run_steps:
         at = f",run_steps={n}" if n != first else ""
-        caches = [f"first-block:{t}" for t in (0.05, 0.1, 0.2)] + [f"taylorseer:{k}" for k in (2, 4, 6)]
+        caches = [f"first-block:{t}" for t in (0.1, 0.2)] + [f"taylorseer:{k}" for k in (2, 4, 6)]
         if teacache:
-            caches += [f"teacache:{t}" for t in (0.1, 0.2, 0.4)]
+            caches += [f"teacache:{t}" for t in (0.1, 0.2)]
         chosen += [f"plain:cache={cache}{at}" for cache in caches]
         if not video:
-            chosen += [f"progressive:fraction={f}{at}" for f in (0.3, 0.5)]
+            chosen.append(f"progressive:fraction=0.3{at}")
         chosen += [f"dynamic:threshold={t}{at}" for t in (0.003, 0.006)]
         if adapter is not None:
             chosen += [f"dynamic:threshold=0.003,adapter={adapter}{at}"]
