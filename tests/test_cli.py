@@ -55,6 +55,12 @@ def test_help_is_quick_and_loads_no_torch():
     ("flags", "words"),
     [
         (["--threshold", "-1"], "threshold"),
+        (["--device", "cuda:99"], "this machine has cpu"),
+        (["--device", "nonsense"], "this machine has cpu"),
+        (["--cache", "magic:1"], "such as teacache:0.25"),
+        (["--speedup", "0.5"], "at least 1"),
+        (["--speedup", "2", "--quality", "30"], "one of them"),
+        (["--preset", "nowhere"], "holds no ddit.json"),
         (["--threshold", "nan"], "threshold"),
         (["--threshold", "inf"], "threshold"),
         (["--percentile", "1.5"], "percentile"),

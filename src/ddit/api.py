@@ -21,7 +21,7 @@ from ddit.config import ScheduleConfig
 from ddit.dial import Budget
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first, to_meta
-from ddit.preset import FILE, Preset
+from ddit.preset import Preset
 from ddit.report import Report
 from ddit.schedule import Policy, make_policy
 from ddit.state import Generation, Memory
@@ -122,9 +122,7 @@ def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
     if preset is None:
         source = getattr(getattr(pipe, "config", None), "_name_or_path", None)
         return Preset.load(source) if source else Preset()
-    if not (Path(preset) / FILE).is_file():
-        raise ValueError(f"{preset} holds no {FILE}; name a folder that 'ddit calibrate' wrote one into")
-    return Preset.load(preset)
+    return Preset.load(preset, required=True)
 
 
 def _policy(config: ScheduleConfig, preset: Preset) -> Policy:

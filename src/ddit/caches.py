@@ -79,6 +79,8 @@ class Cache:
         self._groups: dict[tuple[int, int, tuple[int, ...]], _Group] = {}
         self._computed = False
         self._ratios: Any = None
+        self._last: Any = None
+        self._found: tuple[Any, list[StateManager]] | None = None
         _check(config)
         if config is not None:
             self._enable(config)
@@ -155,6 +157,7 @@ class Cache:
             aside: A call at another noise level than the step's; nothing is kept of it.
         """
         if not self.active:
+            self._found = None
             return forward
         _check(self._theirs)
         self._tell(steps)
@@ -193,14 +196,18 @@ class Cache:
         def note(*_: Any) -> None:
             self._computed = True
 
-        _, last = self.architecture.feed_forward()[-1]
-        probe = last.register_forward_hook(note)
+        if self._last is None:
+            _, self._last = self.architecture.feed_forward()[-1]
+        probe = self._last.register_forward_hook(note)
         try:
             yield
         finally:
             probe.remove()
 
     def _managers(self) -> list[StateManager]:
+        """Of the cache's hooks, looked up once: a large model has thousands of modules."""
+        if self._found is not None and self._found[0] is self._theirs:
+            return self._found[1]
         hooks = [
             hook
             for module in self.transformer.modules()
@@ -208,7 +215,8 @@ class Cache:
             for hook in module._diffusers_hook.hooks.values()
         ]
         found = [value for hook in hooks for value in vars(hook).values() if isinstance(value, StateManager)]
-        return list({id(manager): manager for manager in found}.values())
+        self._found = self._theirs, list({id(manager): manager for manager in found}.values())
+        return self._found[1]
 
     def _drop(self, names: set[str]) -> None:
         for manager in self._managers() if names else ():

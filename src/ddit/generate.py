@@ -66,6 +66,8 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
+    check_device(device)
+    given = None if preset is None else Preset.load(preset, required=True)
     folder = model_folder(model)
     if model in EMBEDDED and not folder.exists():
         flag = " --video" if model == "embedded-video" else ""
@@ -83,7 +85,19 @@ def load_pipeline(
     except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
         raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device), Preset.load(folder if preset is None else preset)
+    return pipe.to(device), given or Preset.load(folder)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine or this PyTorch does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there = ", ".join(["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])])
+        raise ValueError(
+            f"device {device!r} can't be used here ({str(error).splitlines()[0]}); this machine has {there}"
+        ) from error
 
 
 def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:

@@ -32,13 +32,15 @@ class Preset:
     """What thresholds make of the model's runs (see `ddit.dial`)."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Preset:
-        """Read a folder's preset; an empty one where there is no such file.
+    def load(cls, folder: str | Path, *, required: bool = False) -> Preset:
+        """Read a folder's preset; an empty one where there is no such file, unless it is ``required``.
 
         Raises:
-            ValueError: When the file is not a preset of this version.
+            ValueError: When the file is not a preset of this version, or is missing.
         """
         path = Path(folder) / FILE
+        if required and not path.is_file():
+            raise ValueError(f"{folder} holds no {FILE}; name a folder that 'ddit calibrate' wrote one into")
         if not path.is_file():
             return cls()
         try:

@@ -1,0 +1,185 @@
+"""A speed or a quality that is asked for: the account is met whatever the content does."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import warnings
+
+import pytest
+
+import ddit
+import tiny
+from ddit import ScheduleConfig
+from ddit.cli import main
+from ddit.dial import SLACK, Budget, Dial
+from ddit.preset import Preset
+from ddit.schedule import Moment
+
+DIAL = Dial(
+    thresholds=(0.001, 0.002, 0.004),
+    fine_steps=(20.0, 10.0, 5.0),
+    psnr=(50.0, 40.0, 30.0),
+    sigmas=(1.0, 0.5, 0.0),
+    taken=(0.0, 0.25, 1.0),
+)
+COSTS = {1: 1.0, 2: 0.3, 4: 0.1}
+
+
+def test_thresholds_lie_on_the_curve_and_stop_at_its_ends():
+    assert [DIAL.threshold_for(n) for n in (40, 20, 10, 5, 1)] == pytest.approx([0.001, 0.001, 0.002, 0.004, 0.004])
+    assert DIAL.threshold_for(15) == pytest.approx(math.exp((math.log(0.001) + math.log(0.002)) / 2))
+    assert [DIAL.threshold_of_quality(db) for db in (60, 50, 45, 30, 10)] == pytest.approx(
+        [0.0, 0.001, 0.001 * 2**0.5, 0.004, 0.004]
+    )
+    assert [DIAL.share(s) for s in (1.0, 0.75, 0.5, 0.25, 0.0)] == pytest.approx([0, 0.125, 0.25, 0.625, 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"thresholds": (0.002, 0.001, 0.004)}, "must rise"),
+        ({"thresholds": (0.0, 0.001, 0.004)}, "must rise"),
+        ({"psnr": (1.0,)}, "as many"),
+        ({"taken": (0.0, 1.0)}, "as many values"),
+        ({"sigmas": (0.0, 0.5, 1.0)}, "must fall"),
+        ({"taken": (0.0, 1.0, 0.5)}, "must fall"),
+    ],
+)
+def test_dials_that_make_no_sense(changes, told):
+    values = {k: getattr(DIAL, k) for k in ("thresholds", "fine_steps", "psnr", "sigmas", "taken")}
+    with pytest.raises(ValueError, match=told):
+        Dial(**{**values, **changes})
+
+
+def play(
+    speedup: float, total: int, scale_of_stats: float, costs: dict[int, float], seed: int, dial: Dial | None
+) -> float:
+    """Work of a whole run with statistics drawn at random."""
+    draw = random.Random(seed)
+    policy = Budget(ScheduleConfig(speedup=speedup), dial)
+    spent = 0.0
+    for step in range(total):
+        value = scale_of_stats * math.exp(draw.gauss(0, 1))
+        stats = {2: value, 4: 1.5 * value} if step >= 3 else {}
+        moment = Moment(step, total, [stats], 1 - step / total, [spent], costs)
+        spent += costs[policy.choose(moment)[0]]
+    return spent
+
+
+@pytest.mark.parametrize("dial", [DIAL, None])
+@pytest.mark.parametrize("total", [12, 25, 50, 100])
+@pytest.mark.parametrize("speedup", [1.0, 1.25, 1.5, 2.0, 3.0])
+def test_the_budget_is_met_for_any_content(speedup, total, dial):
+    """Statistics a hundred times smaller, or larger, than expected change when work is done, not how much."""
+    for costs in (COSTS, {1: 1.0, 2: 0.0, 4: 0.0}):
+        for scale in (2e-5, 2e-3, 2e-1):
+            for seed in range(5):
+                assert abs(play(speedup, total, scale, costs, seed, dial) - total / speedup) <= SLACK + 1e-9
+
+
+def test_what_cannot_be_reached_is_said_and_approached():
+    with pytest.warns(UserWarning, match=r"speedup of 5 can't be reached with 12 steps.*the most is 3\.08"):
+        assert play(5.0, 12, 2e-3, COSTS, 0, DIAL) == pytest.approx(3 + 9 * 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        play(3.0, 12, 2e-3, COSTS, 0, DIAL)
+
+
+def test_steps_go_where_the_statistic_is_high():
+    """At equal work, the run whose statistics rise late takes its fine steps late."""
+    taken = {}
+    for name, high in (("early", range(3, 25)), ("late", range(25, 50))):
+        policy, spent, fine = Budget(ScheduleConfig(speedup=2.5), None), 0.0, []
+        for step in range(50):
+            value = 0.01 if step in high else 1e-5
+            stats = {2: value, 4: value} if step >= 3 else {}
+            chosen = policy.choose(Moment(step, 50, [stats], 1 - step / 50, [spent], COSTS))[0]
+            spent += COSTS[chosen]
+            fine += [step] if chosen == 1 else []
+        taken[name] = sum(fine) / len(fine)
+    assert taken["early"] + 5 < taken["late"]
+
+
+def test_a_budget_needs_the_number_of_steps():
+    with pytest.raises(ValueError, match="number of steps"):
+        Budget(ScheduleConfig(speedup=2.0), None).choose(Moment(0, None, [{}]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"speedup": 0.5}, "at least 1"),
+        ({"speedup": -1.0}, "speedup"),
+        ({"quality": math.inf}, "quality"),
+        ({"speedup": 2.0, "quality": 30.0}, "one of them"),
+        ({"speedup": 2.0, "policy": "first"}, "own schedule"),
+    ],
+)
+def test_bad_wishes_are_refused(fields, told):
+    with pytest.raises(ValueError, match=told):
+        ScheduleConfig(**fields)
+
+
+# In a pipeline
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.0])
+@pytest.mark.parametrize("speedup", [1.0, 1.5, 2.0])
+def test_a_pipeline_meets_what_was_asked(speedup, gain):
+    """Two samples of one batch, each on its own account."""
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe, config=ScheduleConfig(speedup=speedup, gain=gain)) as run:
+        tiny.sample(pipe, steps=24, num_images_per_prompt=2)
+    report = run.report
+    slack = 1 if gain else SLACK  # A look back at the anchor is paid for after the decision.
+    assert abs(24 * report.flops_fraction - 24 / speedup) <= slack
+    assert report.asked == speedup and report.to_dict()["asked_speedup"] == speedup
+    assert f"asked for {speedup:g}x" in repr(report)
+
+
+def test_nothing_is_counted_where_no_budget_asks():
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe) as run:
+        tiny.sample(pipe, steps=4)
+        assert run.report.asked is None and not run._generation.ratios
+
+
+def test_a_quality_is_a_threshold_of_the_preset(tmp_path):
+    pipe = tiny.pipeline()
+    with pytest.raises(ValueError, match="ddit calibrate"):
+        ddit.apply(pipe, config=ScheduleConfig(quality=40.0))
+    Preset(dial=DIAL).save(tmp_path)
+    assert Preset.load(tmp_path).dial == DIAL
+    for preset in (Preset(dial=DIAL), tmp_path):
+        run = ddit.apply(pipe, config=ScheduleConfig(quality=40.0), preset=preset)
+        assert run.config.threshold == pytest.approx(0.002)
+    with pytest.raises(ValueError, match=r"holds no ddit\.json"):
+        ddit.apply(pipe, preset=tmp_path / "none")
+
+
+def test_a_pipeline_finds_the_preset_of_its_folder(tmp_path):
+    tiny.pipeline().save_pretrained(tmp_path)
+    Preset(dial=DIAL).save(tmp_path)
+    pipe = type(tiny.pipeline()).from_pretrained(tmp_path)
+    assert ddit.apply(pipe, config=ScheduleConfig(quality=40.0)).config.threshold == pytest.approx(0.002)
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny.pipeline().save_pretrained(model)
+    call = {"height": 32, "width": 32, "num_inference_steps": 16, "max_sequence_length": 20}
+    Preset(call=call).save(model)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue star\n")
+    assert main(["calibrate", "--model", str(model), "--prompts", str(prompts), "--count", "2", "--batch", "2"]) == 0
+    dial = Preset.load(model).dial
+    assert dial is not None and len(dial.sigmas) == 16 - 3 + 1 and dial.taken[0] == 0 and dial.taken[-1] == 1
+    flags = ["generate", "a red circle", "--model", str(model), "--out", str(tmp_path / "a.png")]
+    assert main([*flags, "--speedup", "2", "--json", str(tmp_path / "a.json")]) == 0
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["flops_fraction"] == pytest.approx(0.5, abs=0.07)
+    assert main([*flags, "--quality", "30"]) == 0
+    assert main([*flags, "--speedup", "0.5"]) == 2
+    assert "at least 1" in capsys.readouterr().err
