@@ -135,6 +135,8 @@ def test_a_pipeline_meets_what_was_asked(speedup, gain):
     report = run.report
     slack = 1 if gain else SLACK  # A look back at the anchor is paid for after the decision.
     assert abs(24 * report.flops_fraction - 24 / speedup) <= slack
+    assert report.flops_fraction == pytest.approx(sum(report.flops_fractions) / 2)
+    assert all(abs(24 * x - 24 / speedup) <= slack for x in report.flops_fractions)
     assert report.asked == speedup and report.to_dict()["asked_speedup"] == speedup
     assert f"asked for {speedup:g}x" in repr(report)
 

@@ -107,7 +107,7 @@ def test_a_killed_evaluation_continues(model, tmp_path, monkeypatch, capsys):
         assert {k: v for k, v in a.items() if "sec" not in k and "speed" not in k} == {
             k: v for k, v in b.items() if "sec" not in k and "speed" not in k
         }
-    Parts(folder, {"seed": 1}).save(0, [Part(*np.zeros((4, 1)))])
+    Parts(folder, {"seed": 1}).save(0, [Part(*np.zeros((5, 1)))])
     assert Parts(folder, {"seed": 1}).load(0) is not None
     assert Parts(folder, {"seed": 2}).load(0) is None
 

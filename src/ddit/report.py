@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,19 @@ class Report:
         return self._fraction(self.flops)
 
     @property
+    def flops_fractions(self) -> list[float]:
+        """`flops_fraction` of each sample."""
+        return [self._fraction(self.flops, [i]) for i in range(len(self.steps[0].scales))]
+
+    @property
     def seconds(self) -> float:
         """Host time inside the transformer's calls."""
         return sum(step.seconds for step in self.steps)
 
-    def _fraction(self, costs: Mapping[int, int]) -> float:
+    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None) -> float:
         share = self.reused_share
-        calls = [(scale, step.calls(i, share)) for step in self.steps for i, scale in enumerate(step.scales)]
+        chosen = range(len(self.steps[0].scales)) if samples is None else samples
+        calls = [(step.scales[i], step.calls(i, share)) for step in self.steps for i in chosen]
         return sum(costs[s] * count for s, count in calls) / (len(calls) * costs[1])
 
     def strip(self, sample: int = 0) -> str:

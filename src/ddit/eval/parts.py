@@ -28,6 +28,8 @@ class Part:
     """Fractions of tokens and of FLOPs of a run at scale 1, two numbers."""
     scales: np.ndarray
     """``[B, steps]``; no steps for a plain run."""
+    flops: np.ndarray
+    """Of each sample, as a fraction of those of a run at scale 1, ``[B]``."""
 
     @classmethod
     def of(cls, outcome: Run) -> Part:
@@ -35,8 +37,9 @@ class Part:
         report = outcome.report
         work = (1.0, 1.0) if report is None else (report.tokens_fraction, report.flops_fraction)
         scales = [[] for _ in outcome.pictures] if report is None else report.scales
+        flops = [1.0] * len(outcome.pictures) if report is None else report.flops_fractions
         pictures = (outcome.pictures * 255).round().astype(np.uint8)
-        return cls(pictures, np.array(outcome.seconds), np.array(work), np.array(scales, dtype=int))
+        return cls(pictures, np.array(outcome.seconds), np.array(work), np.array(scales, dtype=int), np.array(flops))
 
 
 class Parts:

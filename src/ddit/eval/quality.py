@@ -205,11 +205,20 @@ def summarise(
             "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
         }
         scales = [sample.tolist() for part in result for sample in part.scales]
+        if method.config is not None and method.config.speedup:
+            row["realised"] = _realised(result, method.config.speedup)
         if method.config is not None and len(method.config.scales) > 1:
             row["steps_per_scale"] = _steps_per_scale(scales)
             row["fine_steps"] = _fine_steps(scales, asked, subject)
         rows.append(row)
     return rows
+
+
+def _realised(result: Results, asked: float) -> dict[str, float]:
+    """How much less work every sample took, relative to what was asked for: 1 is exact."""
+    got = np.concatenate([1 / part.flops for part in result]) / asked
+    within = float((abs(got - 1) <= 0.05).mean())
+    return {"mean": float(got.mean()), "least": float(got.min()), "most": float(got.max()), "within_5_percent": within}
 
 
 def _adherence(verdicts: Sequence[Verdict], subject: Subject) -> Tensor:
@@ -287,4 +296,4 @@ def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results],
             axis.imshow(picture if picture.ndim == 3 else picture[len(picture) // 2])
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(method.name.replace(":", "\n").replace(",", "\n"), fontsize=6, rotation=0, ha="right")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=min(110, 2200 // len(methods)))
