@@ -91,10 +91,6 @@ def apply(
     missing = sorted(set(config.scales) - {1} - set(variance)) if variance else []
     if missing:
         raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
-    for transformer in transformers:
-        previous = getattr(transformer, _MARK, None)
-        if previous is not None:
-            previous.remove()
     if config.quality:
         if known.dial is None:
             raise ValueError(
@@ -104,6 +100,10 @@ def apply(
         config = replace(config, threshold=known.dial.threshold_of_quality(config.quality))
     if isinstance(cache, str):
         cache = make_cache(cache, known.teacache)
+    for transformer in transformers:
+        previous = getattr(transformer, _MARK, None)
+        if previous is not None:
+            previous.remove()
     caches: list[Cache] = []
     try:
         for architecture in architectures:

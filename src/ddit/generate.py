@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,22 +256,11 @@ def race(
     warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
     scales = (1, *sorted(config.scales, reverse=True))
     run(pipe, prompts, seeds, warm, config=ScheduleConfig(policy="fixed", steps=scales, scales=config.scales))
+    draw = partial(run, pipe, prompts, seeds, settings, on_step=on_step)
     plain, dynamic = [], []
     for _ in range(repeats):
-        plain.append(run(pipe, prompts, seeds, settings, on_step=on_step))
-        dynamic.append(
-            run(
-                pipe,
-                prompts,
-                seeds,
-                settings,
-                config=config,
-                preset=preset,
-                adapter=adapter,
-                cache=cache,
-                on_step=on_step,
-            )
-        )
+        plain.append(draw())
+        dynamic.append(draw(config=config, preset=preset, adapter=adapter, cache=cache))
     return _median(plain), _median(dynamic)
 
 

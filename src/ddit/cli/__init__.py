@@ -240,32 +240,11 @@ def _draw(args: argparse.Namespace) -> None:
     prompts = [args.prompt] * args.num_images
     seeds = [args.seed + i for i in range(args.num_images)]
     with _step_bar() as on_step:
+        same: dict[str, Any] = {"preset": preset, "adapter": adapter, "cache": cache, "on_step": on_step}
         if args.compare:
-            plain, dynamic = lib.race(
-                pipe,
-                prompts,
-                seeds,
-                settings,
-                config,
-                preset=preset,
-                adapter=adapter,
-                cache=cache,
-                repeats=args.repeats,
-                on_step=on_step,
-            )
+            plain, dynamic = lib.race(pipe, prompts, seeds, settings, config, repeats=args.repeats, **same)
         else:
-            plain = None
-            dynamic = lib.run(
-                pipe,
-                prompts,
-                seeds,
-                settings,
-                config=config,
-                preset=preset,
-                adapter=adapter,
-                cache=cache,
-                on_step=on_step,
-            )
+            plain, dynamic = None, lib.run(pipe, prompts, seeds, settings, config=config, **same)
     report = dynamic.report
     assert report is not None
     result = {

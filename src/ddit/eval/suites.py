@@ -21,6 +21,7 @@ from ddit.eval.subjects import Clips, Pictures, Subject
 from ddit.files import write_json
 from ddit.generate import call_settings, draws_video, load_adapter, load_pipeline
 from ddit.models import architecture_for
+from ddit.preset import Preset
 
 MEASURES = ("adherence", "frechet")
 DEFAULT_METHODS = (
@@ -109,7 +110,7 @@ def _parts_folder(config: SuiteConfig) -> Path:
 
 
 def _quality(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    pipe, preset = _load(config)
     settings = call_settings(preset, **config.settings)
     run_steps = settings.pop("num_inference_steps")
     adapters = _adapter_loader(config)
@@ -138,7 +139,7 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
 def _compare(config: SuiteConfig) -> dict[str, Any]:
     """The quality suite over all that a user could pick; see `ddit.eval.compare`."""
     if not config.methods:
-        pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+        pipe, preset = _load(config)
         steps = config.run_steps or (call_settings(preset, **config.settings)["num_inference_steps"],)
         known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
         methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
@@ -153,6 +154,10 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     print(table)
     best = {m: {str(k): [r["method"] for r in v] for k, v in compare.winners(rows, m).items()} for m in MEASURES}
     return {**figures, "best_at_least_as_fast": best}
+
+
+def _load(config: SuiteConfig) -> tuple[Any, Preset]:
+    return load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
 
 
 def subject_of(pipe: Any) -> Subject:
@@ -196,7 +201,7 @@ def _adapter_loader(config: SuiteConfig) -> quality.Adapters:
 
 
 def _velocity(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    pipe, preset = _load(config)
     asked = subject_of(pipe).prompts(config.split, config.prompts, config.seed)
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
@@ -209,7 +214,7 @@ def _velocity(config: SuiteConfig) -> dict[str, Any]:
 
 
 def _cost(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    pipe, preset = _load(config)
     prompt = subject_of(pipe).prompts(config.split, 1, config.seed)[0].prompt
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
@@ -223,7 +228,7 @@ def _cost(config: SuiteConfig) -> dict[str, Any]:
 
 
 def _caches(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    pipe, preset = _load(config)
     prompt = subject_of(pipe).prompts(config.split, 1, config.seed)[0].prompt
     rows = switch.at_changes_of_scale(pipe, prompt, call_settings(preset, **config.settings))
     text = switch.table(rows)
