@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import tiny
-from ddit import calibrate
 from ddit.cli import main
-from ddit.eval import compare
+from ddit.eval import calibrate, compare
 from ddit.eval.quality import parse_method
 from ddit.eval.rivals import progressive
 from ddit.generate import run

@@ -16,7 +16,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 GROUPS = (
     ("ddit.cli",),
     ("ddit.train", "ddit.eval"),
-    ("ddit.known", "ddit.calibrate"),
+    ("ddit.known",),
     ("ddit.generate", "ddit.outputs"),
     ("ddit.embedded",),
     ("ddit",),

@@ -26,7 +26,7 @@ class Preset:
     """Scale -> variance per latent channel of what pooling by the scale loses (see `ddit.patches.detail`)."""
 
     teacache: tuple[float, ...] | list[float] = ()
-    """Coefficients of TeaCache's polynomial, highest power first (see `ddit.calibrate`)."""
+    """Coefficients of TeaCache's polynomial, highest power first (see `ddit.eval.calibrate`)."""
 
     dial: Dial | None = None
     """What thresholds make of the model's runs (see `ddit.dial`)."""

@@ -337,8 +337,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from ddit import calibrate
     from ddit import generate as lib
+    from ddit.eval import calibrate
     from ddit.eval.suites import subject_of
     from ddit.preset import FILE
     from ddit.progress import progress

@@ -109,8 +109,8 @@ def _parts_folder(config: SuiteConfig) -> Path:
     return config.out.with_suffix(".parts")
 
 
-def _quality(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = _load(config)
+def _quality(config: SuiteConfig, loaded: tuple[Any, Preset] | None = None) -> dict[str, Any]:
+    pipe, preset = loaded or _load(config)
     settings = call_settings(preset, **config.settings)
     run_steps = settings.pop("num_inference_steps")
     adapters = _adapter_loader(config)
@@ -123,10 +123,8 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
     )
     rows = quality.summarise(methods, results, asked, subject, config.split)
     table = quality.markdown(rows, len(asked))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.with_suffix(".md").write_text(table)
+    _show(config, table)
     quality.save_grid(config.out.with_suffix(".png"), methods, results)
-    print(table)
     return {
         "prompts": len(asked),
         "split": config.split,
@@ -138,14 +136,14 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
 
 def _compare(config: SuiteConfig) -> dict[str, Any]:
     """The quality suite over all that a user could pick; see `ddit.eval.compare`."""
+    pipe, preset = _load(config)
     if not config.methods:
-        pipe, preset = _load(config)
         steps = config.run_steps or (call_settings(preset, **config.settings)["num_inference_steps"],)
         known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
         methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
         config = replace(config, methods=tuple(methods), adapter=None)
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
-    figures = _quality(config)
+    figures = _quality(config, (pipe, preset))
     rows = figures["methods"]
     table = compare.markdown(rows)
     with config.out.with_suffix(".md").open("a") as file:
@@ -158,6 +156,13 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
 
 def _load(config: SuiteConfig) -> tuple[Any, Preset]:
     return load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+
+
+def _show(config: SuiteConfig, table: str) -> None:
+    """Write a suite's table, and print it."""
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.with_suffix(".md").write_text(table)
+    print(table)
 
 
 def subject_of(pipe: Any) -> Subject:
@@ -207,9 +212,7 @@ def _velocity(config: SuiteConfig) -> dict[str, Any]:
     adapter = _adapter_loader(config)(None)
     rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings, adapter=adapter)
     table = steps.velocity_table(rows)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.with_suffix(".md").write_text(table)
-    print(table)
+    _show(config, table)
     return {"prompts": len(asked), "split": config.split, "rows": rows}
 
 
@@ -231,8 +234,5 @@ def _caches(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = _load(config)
     prompt = subject_of(pipe).prompts(config.split, 1, config.seed)[0].prompt
     rows = switch.at_changes_of_scale(pipe, prompt, call_settings(preset, **config.settings))
-    text = switch.table(rows)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.with_suffix(".md").write_text(text)
-    print(text)
+    _show(config, switch.table(rows))
     return {"schedule": switch.SCHEDULE, "rows": rows}

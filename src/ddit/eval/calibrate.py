@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddit.config import ScheduleConfig
 from ddit.dial import Dial
+from ddit.eval.metrics import psnr
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
 from ddit.preset import Preset
@@ -132,5 +133,5 @@ def measure_dial(
 
 def _decibels(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
     """PSNR of each picture or clip; `MOST` where nothing differs."""
-    error = np.square(pictures - reference).reshape(len(pictures), -1).mean(1)
-    return [min(MOST, float(-10 * np.log10(max(e, 1e-30)))) for e in error]
+    a, b = (torch.from_numpy(x).reshape(len(x), 1, 1, -1) for x in (pictures, reference))
+    return psnr(a, b).clamp(max=MOST).tolist()
