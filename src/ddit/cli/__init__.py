@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ddit import __version__
-from ddit.cli.common import add_command, check_writable, command_line, environment, positive
+from ddit.cli.common import (
+    add_command,
+    check_run,
+    check_writable,
+    command_line,
+    environment,
+    model_options,
+    positive,
+)
 from ddit.cli.embedded import add_embedded
+from ddit.cli.measure import add_measure
 from ddit.config import Difference, PolicyName, Positions, ScheduleConfig, Start
 from ddit.files import write_json
 from ddit.train.config import CHOICES, TrainConfig
@@ -46,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
     generate.add_argument("prompt")
-    _model_options(generate)
+    model_options(generate)
     _schedule_options(generate)
     generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
     generate.add_argument("--seed", type=int, default=0)
@@ -62,41 +71,7 @@ def parser() -> argparse.ArgumentParser:
     demo = add_command(commands, "demo", _demo, "watch it work on the embedded model: plain and dynamic side by side")
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
 
-    evaluate = add_command(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
-    _model_options(evaluate)
-    evaluate.add_argument("--suite", choices=("quality", "velocity", "cost", "caches"), default="quality")
-    evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
-    _judging_options(evaluate)
-    evaluate.add_argument(
-        "--repeats", type=positive, default=30, help="of --suite cost: it takes the median of this many"
-    )
-    evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
-
-    text = "race dynamic patches against fewer steps, caches and progressive resolution"
-    compare = add_command(commands, "compare", _evaluate, text)
-    _model_options(compare)
-    _judging_options(compare)
-    compare.add_argument("--methods", nargs="+", help="as for evaluate (default: all that suit the model)")
-    compare.add_argument(
-        "--at", type=positive, nargs="+", default=[], help="numbers of steps to compare at, the first also for plain"
-    )
-    compare.add_argument("--out", type=Path, default=Path("out/compare"), help="stem of .json, .md, .png and .svg")
-    compare.set_defaults(suite="compare")
-
-    bench = add_command(commands, "bench", _bench, "count the work of a forward at every scale; needs no weights")
-    bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
-    bench.add_argument("--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES")
-    bench.add_argument("--scales", type=positive, nargs="+", default=[1, 2, 4])
-    bench.add_argument("--adapter-rank", type=int, help="count an adapter along")
-    bench.add_argument("--out", type=Path, help="stem of .json and .md")
-
-    calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
-    _model_options(calibrate, adapter=False)
-    calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
-    calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
-    calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
-    calibrate.add_argument("--seed", type=int, default=0)
-    calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
+    add_measure(commands)
 
     learn = add_command(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
@@ -107,27 +82,6 @@ def parser() -> argparse.ArgumentParser:
     add_embedded(commands)
     add_command(commands, "info", _info, "versions, devices and supported models")
     return top
-
-
-def _model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> None:
-    command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    if adapter:
-        command.add_argument(
-            "--adapter", help="folder or hub id of an adapter; embedded is the embedded model's (default: none)"
-        )
-    command.add_argument("--preset", type=Path, help="folder with a ddit.json to use instead of the model's own")
-    command.add_argument("--steps", type=int, help="denoising steps")
-    command.add_argument("--height", type=int)
-    command.add_argument("--width", type=int)
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-
-
-def _judging_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompts", type=positive, default=200)
-    command.add_argument("--split", choices=("judge", "tune"), default="judge")
-    command.add_argument("--batch", type=positive, default=8)
-    command.add_argument("--seed", type=int, default=0)
 
 
 def _schedule_options(command: argparse.ArgumentParser) -> None:
@@ -179,22 +133,9 @@ def _schedule(args: argparse.Namespace, preset: dict[str, Any]) -> ScheduleConfi
     return ScheduleConfig.from_dict({**preset, **{k: v for k, v in chosen.items() if v is not None}})
 
 
-def _check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
-    """Refuse what can be refused before anything heavy is loaded or written."""
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"steps is {args.steps}; it must be at least 1")
-    for name in ("height", "width"):
-        size = getattr(args, name)
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
-    for path in outputs:
-        if path is not None:
-            check_writable(path)
-
-
 def _generate(args: argparse.Namespace) -> None:
     _schedule(args, {})
-    _check_run(args, (args.out, args.json, args.plot))
+    check_run(args, (args.out, args.json, args.plot))
     if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4"):
         raise ValueError(f"{args.out} must end in .png, or for a video model in .mp4")
     _draw(args)
@@ -300,101 +241,6 @@ class _step_bar:
 
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    _check_run(args, (args.out.with_suffix(".json"),))
-    from ddit.eval.suites import SuiteConfig, run_suite
-    from ddit.generate import EMBEDDED
-
-    if args.model not in EMBEDDED and not Path(args.model).is_dir():
-        raise ValueError(
-            "evaluate judges what the project's own grammars ask for; "
-            f"name {' or '.join(EMBEDDED)}, or a folder with a model that knows their words"
-        )
-
-    chosen = {"num_inference_steps": args.steps, "height": args.height, "width": args.width}
-    config = SuiteConfig(
-        model=args.model,
-        methods=tuple(args.methods or ()),
-        prompts=args.prompts,
-        adapter=args.adapter,
-        split=args.split,
-        batch=args.batch,
-        seed=args.seed,
-        settings={k: v for k, v in chosen.items() if v is not None},
-        device=args.device,
-        dtype=args.dtype,
-        out=args.out,
-        preset=args.preset,
-        run_steps=tuple(getattr(args, "at", ())),
-        repeats=getattr(args, "repeats", 1),
-    )
-    run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
-    print(f"wrote {args.out.with_suffix('.json')}")
-
-
-def _calibrate(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    from ddit import generate as lib
-    from ddit.eval import calibrate
-    from ddit.eval.suites import subject_of
-    from ddit.preset import FILE
-    from ddit.progress import progress
-    from ddit.train.samples import read_prompts
-
-    if args.prompts is None and args.model not in lib.EMBEDDED:
-        raise ValueError("name a file with prompts: --prompts FILE, one per line")
-    folder = args.out or lib.model_folder(args.model)
-    if args.out is None and not folder.is_dir():
-        raise ValueError(f"there is no folder {str(folder)!r} to write {FILE} into; name one with --out")
-    _check_run(args, (folder / FILE,))
-    pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
-    if args.prompts is not None:
-        prompts = read_prompts(args.prompts, args.count)
-    else:
-        prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
-    settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
-    lib.check_size(pipe, settings)
-    with progress("TeaCache", len(prompts)) as advance:
-        pairs = calibrate.teacache_changes(pipe, prompts, settings, seed=args.seed, advance=advance)
-    turns = -(-len(prompts) // args.batch) * (1 + len(calibrate.THRESHOLDS))
-    with progress("thresholds", turns) as advance:
-        dial = calibrate.measure_dial(
-            pipe, prompts, settings, preset, batch=args.batch, seed=args.seed, advance=advance
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    replace(preset, teacache=calibrate.fit(pairs), dial=dial).save(folder)
-    print(f"wrote {folder / FILE}")
-
-
-def _bench(args: argparse.Namespace) -> None:
-    if args.out is not None:
-        check_writable(args.out.with_suffix(".json"))
-    from ddit.eval.bench import count, table
-
-    scales = sorted({1, *args.scales})
-    ScheduleConfig(scales=tuple(scales))
-    results = []
-    for arch in args.arch:
-        for size in map(_size, args.size):
-            results.append(count(arch, **size, scales=scales, rank=args.adapter_rank))
-    print(table(results), end="")
-    if args.out is not None:
-        write_json(
-            args.out.with_suffix(".json"),
-            {"command": command_line(), "environment": environment("meta"), "counts": results},
-        )
-        args.out.with_suffix(".md").write_text(table(results))
-        print(f"wrote {args.out.with_suffix('.json')}")
-
-
-def _size(text: str) -> dict[str, int]:
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
-        raise ValueError(f"size is {text!r}; it must be HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, such as 480x832x81")
-    return dict(zip(("height", "width", "frames"), map(int, parts), strict=False))
 
 
 def _train(args: argparse.Namespace) -> None:

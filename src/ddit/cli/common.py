@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,21 @@ def add_command(commands: Any, name: str, run: Callable[..., None] | None, text:
     if run is not None:
         command.set_defaults(command=run)
     return command
+
+
+def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> None:
+    """Which model, what it needs beside, and how it is called."""
+    command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
+    if adapter:
+        command.add_argument(
+            "--adapter", help="folder or hub id of an adapter; embedded is the embedded model's (default: none)"
+        )
+    command.add_argument("--preset", type=Path, help="folder with a ddit.json to use instead of the model's own")
+    command.add_argument("--steps", type=int, help="denoising steps")
+    command.add_argument("--height", type=int)
+    command.add_argument("--width", type=int)
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 def positive(text: str) -> int:
@@ -43,6 +58,19 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{path} can't be written; name a file in a folder that can") from error
+
+
+def check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
+    """Refuse what can be refused before anything heavy is loaded or written."""
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"steps is {args.steps}; it must be at least 1")
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+    for path in outputs:
+        if path is not None:
+            check_writable(path)
 
 
 def environment(device: str) -> dict[str, Any]:
