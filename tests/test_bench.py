@@ -1,13 +1,17 @@
-"""Counts on the meta device."""
+"""Counts on the meta device, and timings of shrunken models."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
 
+import tiny
+from ddit import known
 from ddit.cli import main
-from ddit.eval.bench import count, table
+from ddit.eval import timing
+from ddit.eval.bench import Bench, count, parse_schedule, table
 from ddit.known import meta_transformer, names
 
 
@@ -62,8 +66,88 @@ def test_the_command_writes_a_table(tmp_path, capsys):
         (["--size", "480x832x80", "--arch", "wan2.1-1.3b"], "multiple of 4"),
         (["--arch", "flux.2"], "flux.1-dev"),
         (["--scales", "3"], "power"),
+        (["--blocks", "20"], "19 and 38"),
+        (["--blocks", "1", "1", "1"], "19 and 38"),
+        (["--compile", "--trace", "x.json"], "--compile, --trace need a device"),
+        (["--device", "cuda:7"], "this machine has"),
     ],
 )
 def test_nonsense_is_refused(flags, word, capsys):
     assert main(["bench", *flags]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_a_slice_is_as_wide_as_the_whole():
+    whole, part = meta_transformer("flux.1-dev"), meta_transformer("flux.1-dev", [1, 2])
+    assert (len(part.transformer_blocks), len(part.single_transformer_blocks)) == (1, 2)
+    assert part.x_embedder.weight.shape == whole.x_embedder.weight.shape
+    assert len(meta_transformer("wan2.1-1.3b", [2]).blocks) == 2
+    assert count("flux.1-dev", height=256, width=256, blocks=[1])["blocks"] == [1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """Shrunken pipelines of pictures and of clips."""
+    made = {"flux": tiny.pipeline(seed=1), "wan": tiny.wan_pipeline()}
+    there = {name: tmp_path_factory.mktemp(name) for name in made}
+    for name, pipe in made.items():
+        pipe.save_pretrained(there[name])
+    return {name: str(folder) for name, folder in there.items()}
+
+
+def test_weights_are_read_unless_random_ones_are_asked_for(folders):
+    there = tiny.pipeline(seed=1).transformer.state_dict()
+    read = known.transformer(folders["flux"]).state_dict()
+    assert all(torch.equal(read[k], v) for k, v in there.items())
+    other = known.transformer(folders["flux"], random_weights=True).state_dict()
+    assert not all(torch.equal(other[k], v) for k, v in there.items())
+    with pytest.raises(ValueError, match="--random-weights"):
+        known.transformer(folders["flux"], blocks=[1])
+
+
+def test_random_weights_have_the_types_of_loaded_ones(folders):
+    read, made = (known.transformer(folders["wan"], dtype="bfloat16", random_weights=r) for r in (False, True))
+    types = [{name: p.dtype for name, p in model.named_parameters()} for model in (read, made)]
+    assert types[0] == types[1] and torch.float32 in types[0].values() and torch.bfloat16 in types[0].values()
+
+
+@pytest.mark.parametrize(("name", "size"), [("flux", "32x32"), ("wan", "64x64x5")])
+def test_steps_and_runs_are_timed(folders, name, size, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "MATRIX", 64)
+    out, trace = tmp_path / "bench", tmp_path / "trace.json"
+    flags = ["--arch", folders[name], "--size", size, "--device", "cpu", "--dtype", "float32", "--batch", "1", "2"]
+    more = ["--adapter-rank", "4", "--runs", "--steps", "6", "--repeats", "2", "--trace", str(trace)]
+    assert main(["bench", *flags, *more, "--schedule", "1,1,4,2", "--out", str(out)]) == 0
+    assert "efficiency" in capsys.readouterr().out
+    rows = json.loads(out.with_suffix(".json").read_text())["counts"]
+    assert [row["steps"]["batch"] for row in rows] == [1, 2]
+    steps, run = rows[0]["steps"], rows[0]["runs"][0]
+    assert set(steps["time_ratio"]) == {"1", "2", "4"} and all(t > 0 for t in steps["seconds"].values())
+    assert set(steps["adapter_share"]) == {"2", "4"} and steps["scheduler_share_of_a_plain_step"] > 0
+    assert run["schedule"] == [1, 1, 4, 2, 2, 2] and run["speedup"] > 0 and run["flops_fraction"] > 0
+    named = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"ddit, scale 1", "ddit, scale 4", "ddit, scale 4, adapter"} <= named
+
+
+def test_what_a_run_costs_is_predicted_as_it_is_counted(folders):
+    """The same calls are counted in a run: with the costs of calls as times, the prediction is the run's."""
+    bench = Bench(folders["flux"], dtype="float32", random_weights=True)
+    inputs = bench.inputs(32, 32)
+    schedule = [1, 1, 1, 4, 4, 2, 1, 4, 2, 2, 1, 1, 4, 1]
+    run = timing.run_costs(bench.architecture, inputs, schedule, repeats=1)
+    flops = {int(s): row["flops"] for s, row in count(folders["flux"], height=32, width=32)["scales"].items()}
+    assert 1 / run["flops_fraction"] == pytest.approx(timing.predicted(schedule, flops))
+
+
+def test_schedules(tmp_path):
+    costs = {1: 1.0, 2: 0.3, 4: 0.15}
+    paper = parse_schedule("paper", 50, costs)
+    assert len(paper) == 50 and paper[:3] == [1, 1, 1] and paper[-1] == 1 and set(paper) == {1, 2, 4}
+    assert timing.predicted(paper, costs) == pytest.approx(2.18, abs=0.06)
+    assert parse_schedule("1,2,4", 5, costs) == [1, 2, 4, 4, 4]
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"scales": [[1, 4], [1, 2]]}))
+    assert parse_schedule(str(file), 3, costs) == [1, 4, 4]
+    for wrong in ("fast", "1,8", "", str(tmp_path / "none.json")):
+        with pytest.raises(ValueError, match="schedule"):
+            parse_schedule(wrong, 3, costs)

@@ -188,7 +188,7 @@ def test_without_ddit_a_change_of_the_grid_fails():
 def _call(pipe: Any, side: int) -> dict[str, Any]:
     from ddit.models import architecture_for
 
-    return architecture_for(pipe.transformer).example(1, 2 * side, 2 * side)
+    return architecture_for(pipe.transformer).example(1, 2 * side, 2 * side, 512)
 
 
 # TeaCache

@@ -112,6 +112,12 @@ class Attachment:
         for layer in self.layers:
             vars(layer).pop(_LOW_RANK, None)
 
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
 
 class PatchAdapter(ModelMixin, ConfigMixin):
     """Adapter for the scales above 1 of one base model; saved and loaded like any model of diffusers.

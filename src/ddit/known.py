@@ -1,18 +1,21 @@
-"""Architectures known by name: their exact configurations, which need no weights to be counted."""
+"""Architectures known by name: their exact configurations, which need no weights to be counted or timed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddit.adapter import PatchAdapter
-from ddit.generate import model_folder
-from ddit.models import REGISTRY
+from ddit.generate import check_device, model_folder
+from ddit.models import REGISTRY, architecture_class
 
 FOLDER = Path(__file__).parent / "models" / "configs"
+COMPRESSION = (8, 4)
+"""Pixels of a picture's edge to one of its latents, and frames of a clip; the first frame has a latent of its own."""
 
 
 def names() -> list[str]:
@@ -20,15 +23,82 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def meta_transformer(model: str) -> Any:
+def meta_transformer(model: str, blocks: Sequence[int] = ()) -> Any:
     """A transformer without weights, on the meta device.
 
     Args:
         model: One of `names`, or the folder or hub id of a pipeline; of that only the configuration is read.
+        blocks: Keep only so many blocks: a number for each of the model's lists, or one for all.
 
     Raises:
-        ValueError: When there is no configuration, or it is of an unsupported class.
+        ValueError: When there is no configuration, it is of an unsupported class, or it has fewer blocks.
     """
+    cls, config = _configuration(model, blocks)
+    with torch.device("meta"):
+        return cls.from_config(config)
+
+
+def transformer(
+    model: str, *, blocks: Sequence[int] = (), dtype: str = "float32", device: str = "cpu", random_weights: bool = False
+) -> Any:
+    """The same on a device: with its weights where there are any, else with random ones.
+
+    Args:
+        random_weights: Also for a folder or hub id, of which then only the configuration is read.
+
+    Raises:
+        ValueError: See `meta_transformer`; also for a device that is not there, weights that can't be read, or
+            ``blocks`` of a model with weights.
+    """
+    check_device(device)
+    cls, config = _configuration(model, blocks)
+    kind = getattr(torch, dtype)
+    if not (random_weights or model in names()):
+        if blocks:
+            raise ValueError("blocks can be left out of a model with random weights only; add --random-weights")
+        folder = model_folder(model)
+        try:
+            source = str(folder) if folder.exists() else model
+            return cls.from_pretrained(source, subfolder="transformer", torch_dtype=kind).to(device).eval()
+        except Exception as error:  # diffusers, safetensors and the hub each raise their own
+            raise ValueError(
+                f"the weights of {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    try:
+        torch.set_default_dtype(kind)
+        with torch.device(device):
+            made = cls.from_config(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    kept = set(cls._keep_in_fp32_modules or ())
+    for name, parameter in made.named_parameters():  # as from_pretrained loads them
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return made
+
+
+def compression(model: str) -> tuple[int, int]:
+    """Pixels of an edge, and frames, to one latent; of a folder or hub id as its autoencoder's configuration says."""
+    from diffusers import AutoencoderKL
+
+    if model in names():
+        return COMPRESSION
+    folder = model_folder(model)
+    try:
+        vae: Any = AutoencoderKL.load_config(str(folder) if folder.exists() else model, subfolder="vae")
+    except Exception:  # A transformer on its own
+        return COMPRESSION
+    if "scale_factor_spatial" in vae:
+        return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    if "temperal_downsample" in vae:
+        return 2 ** len(vae["temperal_downsample"]), 2 ** sum(vae["temperal_downsample"])
+    return 2 ** (len(vae["block_out_channels"]) - 1), COMPRESSION[1]
+
+
+def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+    """Class of the transformer and its configuration with so many blocks."""
     import diffusers
 
     known, folder = FOLDER / f"{model}.json", model_folder(model)
@@ -46,5 +116,14 @@ def meta_transformer(model: str) -> Any:
     name = loaded.get("_class_name")
     if name not in REGISTRY:
         raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
-    with torch.device("meta"):
-        return getattr(diffusers, name).from_config(loaded)
+    counts = architecture_class(name).block_counts
+    if blocks:
+        wanted = list(blocks) * len(counts) if len(blocks) == 1 else list(blocks)
+        there = [loaded[key] for key in counts]
+        if len(wanted) != len(counts) or not all(1 <= n <= most for n, most in zip(wanted, there, strict=False)):
+            raise ValueError(
+                f"blocks are {list(blocks)}; {model} has {' and '.join(map(str, there))}, "
+                "name as many or fewer of each, at least 1"
+            )
+        loaded = {**loaded, **dict(zip(counts, wanted, strict=True))}
+    return getattr(diffusers, name), loaded

@@ -18,17 +18,16 @@ from ddit.cli.common import (
 from ddit.config import ScheduleConfig
 from ddit.files import write_json
 
+PAPER = "paper"
+
 
 def add_measure(commands: Any) -> None:
     """The commands with their options."""
     evaluate = add_command(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
     model_options(evaluate)
-    evaluate.add_argument("--suite", choices=("quality", "velocity", "cost", "caches"), default="quality")
+    evaluate.add_argument("--suite", choices=("quality", "velocity", "caches"), default="quality")
     evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
     _judging_options(evaluate)
-    evaluate.add_argument(
-        "--repeats", type=positive, default=30, help="of --suite cost: it takes the median of this many"
-    )
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
 
     text = "race dynamic patches against fewer steps, caches and progressive resolution"
@@ -42,12 +41,29 @@ def add_measure(commands: Any) -> None:
     compare.add_argument("--out", type=Path, default=Path("out/compare"), help="stem of .json, .md, .png and .svg")
     compare.set_defaults(suite="compare")
 
-    bench = add_command(commands, "bench", _bench, "count the work of a forward at every scale; needs no weights")
+    bench = add_command(commands, "bench", _bench, "count or time a step at every scale; needs no weights")
     bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
     bench.add_argument("--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES")
     bench.add_argument("--scales", type=positive, nargs="+", default=[1, 2, 4])
-    bench.add_argument("--adapter-rank", type=int, help="count an adapter along")
-    bench.add_argument("--out", type=Path, help="stem of .json and .md")
+    bench.add_argument("--blocks", type=positive, nargs="+", default=[], help="keep only so many of each kind")
+    bench.add_argument("--adapter-rank", type=int, help="an adapter of this rank along")
+    bench.add_argument("--device", default="meta", help="where to time; meta, the default, counts only")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    bench.add_argument("--batch", type=positive, nargs="+", default=[1])
+    bench.add_argument("--random-weights", action="store_true", help="don't read those of a folder or hub id")
+    bench.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    bench.add_argument("--attention", help="one of diffusers' attention backends, such as native or flash")
+    bench.add_argument(
+        "--schedule",
+        default=PAPER,
+        help="scales such as 1,1,1,4,4,2,1 (the last one holds), a JSON file that ddit generate wrote, or "
+        f"{PAPER} (the default): coarsest first, as much work as makes the paper's 2.18x",
+    )
+    bench.add_argument("--steps", type=positive, nargs="+", default=[50], help="lengths of the schedule")
+    bench.add_argument("--runs", action="store_true", help="time whole runs, and do not only predict them")
+    bench.add_argument("--repeats", type=positive, default=15, help="medians of this many (default: %(default)s)")
+    bench.add_argument("--trace", type=Path, help="write a trace of a step at each scale for ui.perfetto.dev")
+    bench.add_argument("--out", "--json", type=Path, help="stem of .json and .md")
 
     calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
     model_options(calibrate, adapter=False)
@@ -91,7 +107,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         out=args.out,
         preset=args.preset,
         run_steps=tuple(getattr(args, "at", ())),
-        repeats=getattr(args, "repeats", 1),
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")
@@ -133,24 +148,59 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    if args.out is not None:
-        check_writable(args.out.with_suffix(".json"))
-    from ddit.eval.bench import count, table
+    for path in (args.out and args.out.with_suffix(".json"), args.trace):
+        if path is not None:
+            check_writable(path)
+    from ddit.eval import bench
 
     scales = sorted({1, *args.scales})
     ScheduleConfig(scales=tuple(scales))
-    results = []
-    for arch in args.arch:
-        for size in map(_size, args.size):
-            results.append(count(arch, **size, scales=scales, rank=args.adapter_rank))
-    print(table(results), end="")
+    sizes = [_size(text) for text in args.size]
+    kept: dict[str, Any] = {"blocks": args.blocks, "rank": args.adapter_rank, "scales": scales}
+    results = [bench.count(arch, **size, **kept) for arch in args.arch for size in sizes]
+    tables = [bench.table(results)]
+    print(tables[0])
+    if args.device == "meta":
+        given = [f for f in ("compile", "attention", "runs", "trace", "random_weights") if getattr(args, f)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{flags} need a device to time on; add --device cpu or cuda")
+    else:
+        results = _timed(args, results, kept)
+        tables.append(bench.times_table(results))
+        print(tables[1])
     if args.out is not None:
-        write_json(
-            args.out.with_suffix(".json"),
-            {"command": command_line(), "environment": environment("meta"), "counts": results},
-        )
-        args.out.with_suffix(".md").write_text(table(results))
+        about = {"command": command_line(), "environment": environment(args.device)}
+        write_json(args.out.with_suffix(".json"), {**about, "counts": results})
+        args.out.with_suffix(".md").write_text("\n".join(tables))
         print(f"wrote {args.out.with_suffix('.json')}")
+
+
+def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[str, Any]) -> list[dict[str, Any]]:
+    from ddit.eval import bench
+    from ddit.progress import progress
+
+    how = {name: getattr(args, name) for name in ("dtype", "device", "random_weights", "compile", "attention")}
+    results, loaded = [], None
+    with progress("timings", len(counted) * len(args.batch) * (1 + args.runs * len(args.steps))) as advance:
+        for row in counted:
+            if loaded is None or loaded.model != row["model"]:
+                loaded = None  # two of them may be more than the device holds
+                loaded = bench.Bench(row["model"], **how, **kept)
+            for batch in args.batch:
+                inputs = loaded.inputs(row["height"], row["width"], row["frames"], batch)
+                figures = loaded.measure(
+                    inputs,
+                    schedule=args.schedule,
+                    lengths=args.steps,
+                    runs=args.runs,
+                    repeats=args.repeats,
+                    advance=advance,
+                )
+                results.append({**row, **how, **figures})
+                if args.trace is not None:
+                    loaded.trace(inputs, args.trace)
+    return results
 
 
 def _size(text: str) -> dict[str, int]:

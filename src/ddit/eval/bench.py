@@ -1,45 +1,48 @@
-"""What a forward costs at each scale, counted on the meta device: no weights and no GPU are needed."""
+"""What a forward costs at each scale: counted on the meta device, or timed. Time does not depend on the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
-from ddit.known import meta_transformer
+from ddit.eval import timing
+from ddit.generate import model_folder
+from ddit.known import compression, meta_transformer, transformer
 from ddit.models import architecture_for
-from ddit.models.base import to_meta
-
-PIXELS, GROUP = 8, 4
-"""Pixels of a picture, and frames of a clip, to one of its latents; the first frame has a latent of its own."""
+from ddit.models.base import Architecture, Inputs, to_meta
+from ddit.preset import Preset
 
 
 def count(
-    model: str, *, height: int, width: int, frames: int = 1, scales: Sequence[int] = (1, 2, 4), rank: int | None = None
+    model: str,
+    *,
+    height: int,
+    width: int,
+    frames: int = 1,
+    scales: Sequence[int] = (1, 2, 4),
+    rank: int | None = None,
+    blocks: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Tokens and floating-point operations of one forward of one sample.
 
     Args:
-        model: See `ddit.known.meta_transformer`.
+        model: See `ddit.known.meta_transformer`, as for ``blocks``.
         height, width, frames: Of the picture or clip.
         rank: Count an adapter of this rank along.
 
     Raises:
         ValueError: For an unknown model, or sizes that it does not take.
     """
-    transformer = meta_transformer(model)
-    architecture, config = architecture_for(transformer), ScheduleConfig(scales=tuple(scales))
-    multiple = PIXELS * architecture.patch_size
-    for name, size in (("height", height), ("width", width)):
-        if size < multiple or size % multiple:
-            raise ValueError(f"{name} is {size}; it must be a multiple of {multiple}")
-    if frames % GROUP != 1:
-        raise ValueError(f"frames is {frames}; it must be one more than a multiple of {GROUP}")
-    inputs = architecture.example((frames - 1) // GROUP + 1, height // PIXELS, width // PIXELS)
-    adapter = (
-        None if rank is None else PatchAdapter.for_model(transformer, scales=[s for s in scales if s > 1], rank=rank)
-    )
+    meta = meta_transformer(model, blocks)
+    architecture, config = architecture_for(meta), ScheduleConfig(scales=tuple(scales))
+    inputs = example(architecture, model, height, width, frames)
+    adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
     rows = {}
     for scale in scales:
         call = inputs if scale == 1 else architecture.coarse_inputs(inputs, scale, config)[0]
@@ -47,14 +50,155 @@ def count(
         rows[scale] = {"tokens": architecture.tokens(call), "flops": flops}
     return {
         "model": model,
-        "class": type(transformer).__name__,
-        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "class": type(meta).__name__,
+        "blocks": list(blocks) or None,
+        "parameters": sum(p.numel() for p in meta.parameters()),
         "height": height,
         "width": width,
         "frames": frames,
         "adapter_rank": rank,
         "scales": {s: {**row, "ratio": rows[1]["flops"] / row["flops"]} for s, row in rows.items()},
     }
+
+
+def example(architecture: Architecture, model: str, height: int, width: int, frames: int) -> Inputs:
+    """A call for a picture or clip of this size, with as much text as the model's pipeline takes.
+
+    Raises:
+        ValueError: For sizes that the model does not take.
+    """
+    pixels, group = compression(model)
+    multiple = pixels * architecture.patch_size
+    for name, size in (("height", height), ("width", width)):
+        if size < multiple or size % multiple:
+            raise ValueError(f"{name} is {size}; it must be a multiple of {multiple}")
+    if frames % group != 1:
+        raise ValueError(f"frames is {frames}; it must be one more than a multiple of {group}")
+    text = Preset.load(model_folder(model)).call.get("max_sequence_length", architecture.text_tokens)
+    return architecture.example((frames - 1) // group + 1, height // pixels, width // pixels, text)
+
+
+class Bench:
+    """A transformer on a device, to be timed at several sizes.
+
+    Args:
+        model: See `ddit.known.transformer`, as for the other arguments.
+        compile: Compile the repeated blocks, as diffusers recommends.
+        attention: Name of one of diffusers' attention backends.
+        rank: Time an adapter of this rank along, untrained.
+
+    Raises:
+        ValueError: See `ddit.known.transformer`; also for an attention backend that does not run here.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        blocks: Sequence[int] = (),
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        random_weights: bool = False,
+        compile: bool = False,
+        attention: str | None = None,
+        scales: Sequence[int] = (1, 2, 4),
+        rank: int | None = None,
+    ) -> None:
+        self.model, self.blocks, self.rank = model, blocks, rank
+        self.transformer = transformer(model, blocks=blocks, dtype=dtype, device=device, random_weights=random_weights)
+        self.architecture = architecture_for(self.transformer)
+        self.large = [s for s in scales if s > 1]
+        if attention is not None:
+            try:
+                self.transformer.set_attention_backend(attention)
+            except Exception as error:  # unknown, not installed, not for this device
+                raise ValueError(f"attention {attention!r} can't be used here: {str(error).splitlines()[0]}") from error
+        if compile:
+            self.transformer.compile_repeated_blocks()
+        self.adapter = None
+        if rank is not None:
+            learnt: Any = PatchAdapter.for_model(self.transformer, scales=self.large, rank=rank)
+            self.adapter = learnt.to(device=device, dtype=getattr(torch, dtype))
+
+    def inputs(self, height: int, width: int, frames: int = 1, batch: int = 1) -> Inputs:
+        """A call with random latents and text."""
+        architecture, like = self.architecture, next(self.transformer.parameters())
+        made = example(architecture, self.model, height, width, frames)
+        for name in (architecture.batched[0], "encoder_hidden_states"):
+            made[name] = torch.randn_like(made[name])
+        kind = getattr(self.transformer, "dtype", like.dtype)
+        placed = {
+            k: v.to(like.device, kind if v.is_floating_point() else v.dtype) if isinstance(v, torch.Tensor) else v
+            for k, v in made.items()
+        }
+        return architecture.rows(placed, [0] * batch)
+
+    def measure(
+        self,
+        inputs: Inputs,
+        *,
+        schedule: str = "paper",
+        lengths: Sequence[int] = (50,),
+        runs: bool = False,
+        repeats: int = 15,
+        advance: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Single steps, and runs of a schedule as these predict them.
+
+        Args:
+            inputs: A call of the transformer, such as `inputs` makes.
+            schedule: See `parse_schedule`.
+            lengths: Numbers of steps of the runs.
+            runs: Time them as well.
+            repeats: Medians of so many; of a tenth as many for runs.
+            advance: Called after the steps, and after each run that was timed.
+
+        Returns:
+            ``steps`` as of `ddit.eval.timing.step_costs`; ``runs``, each with ``schedule`` and ``predicted`` (times
+            faster than plain), and what `ddit.eval.timing.run_costs` tells of those that were timed.
+        """
+        steps = timing.step_costs(self.architecture, inputs, scales=self.large, adapter=self.adapter, repeats=repeats)
+        advance()
+        made = []
+        for total in lengths:
+            scales = parse_schedule(schedule, total, steps["flops"])
+            predicted = timing.predicted(scales, steps["seconds"])
+            run = {"asked": schedule, "steps": total, "schedule": scales, "predicted": predicted}
+            if runs:
+                run |= timing.run_costs(
+                    self.architecture, inputs, scales, adapter=self.adapter, repeats=max(3, repeats // 10)
+                )
+                advance()
+            made.append(run)
+        return {"steps": steps, "runs": made}
+
+    def trace(self, inputs: Inputs, path: Path) -> None:
+        """See `ddit.eval.timing.trace`."""
+        timing.trace(self.architecture, inputs, self.large, self.adapter, path)
+
+
+def parse_schedule(text: str, total: int, costs: Mapping[int, float]) -> list[int]:
+    """Scales of ``total`` steps: ``paper``, a list, or the first picture's in a JSON file of ``ddit generate``.
+
+    Args:
+        costs: Scale -> work of a step.
+
+    Raises:
+        ValueError: When the text is none of these, or names a scale that has no cost.
+    """
+    if text == "paper":
+        return timing.paper_like(total, costs)
+    try:
+        read = json.loads(Path(text).read_text())["scales"][0] if text.endswith(".json") else text.split(",")
+        scales = [int(s) for s in read]
+        if not scales or set(scales) - set(costs):
+            raise ValueError
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"schedule {text!r} is none; give scales of {sorted(costs)} such as 1,1,1,4,2,1, "
+            "a JSON file that ddit generate wrote, or paper"
+        ) from error
+    return (scales + scales[-1:] * total)[:total]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -67,8 +211,52 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "|---" * (len(scales) + 3) + "|",
     ]
     for r in results:
-        size = f"{r['height']} x {r['width']}" + (f" x {r['frames']}" if r["frames"] > 1 else "")
         cells = [f"{row['tokens']:,}, {row['flops'] / 1e12:.1f}" for row in r["scales"].values()]
         fewer = ", ".join(f"{row['ratio']:.2f}" for s, row in r["scales"].items() if int(s) > 1)
-        lines.append(f"| {r['model']} | {size} | " + " | ".join(cells) + f" | {fewer} |")
+        lines.append(f"| {_name(r)} | {_size(r)} | " + " | ".join(cells) + f" | {fewer} |")
     return "\n".join(lines) + "\n"
+
+
+def times_table(results: Sequence[dict[str, Any]]) -> str:
+    """Timed results as Markdown: a line for each scale above 1, and one for each run."""
+    lines = [
+        "Steps with large patches against a step at scale 1: times fewer operations, times faster, and efficiency (the",
+        "latter by the former); what they add to the model's own call, an adapter to them, and a change of scale to a",
+        "step at scale 1; the speed, as a share of that of a large matrix product.",
+        "",
+        "| model | size, batch | scale | fewer | faster | efficiency | around the model | adapter | change | share |",
+        "|---" * 10 + "|",
+    ]
+    for r in results:
+        steps = r["steps"]
+        for s in [s for s in steps["flop_ratio"] if s > 1]:
+            cells = [
+                f"{steps['flop_ratio'][s]:.2f}x",
+                f"{steps['time_ratio'][s]:.2f}x",
+                f"{steps['efficiency'][s]:.2f}",
+                f"{steps['seam_share'][s]:.1%}",
+                f"{steps['adapter_share'][s]:.1%}" if s in steps["adapter_share"] else "",
+                f"{steps['switch_share'][s]:.1%}",
+                f"{steps['utilisation'][s]:.0%} ({steps['utilisation'][1]:.0%} at 1)",
+            ]
+            lines.append(f"| {_name(r)} | {_size(r)}, {steps['batch']} | {s}p | " + " | ".join(cells) + " |")
+    lines.append("")
+    for r in results:
+        share = r["steps"]["scheduler_share_of_a_plain_step"]
+        told = [f"the scheduler takes {share:.2%} of a step at scale 1"]
+        for run in r["runs"]:
+            told.append(
+                f"{run['steps']} steps, {run['asked']}: {run['predicted']:.2f}x faster by the times of single steps"
+                + (f", {run['speedup']:.2f}x in whole runs" if "speedup" in run else "")
+            )
+        lines.append(f"{_name(r)}, {_size(r)}: " + "; ".join(told) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def _name(result: dict[str, Any]) -> str:
+    blocks = result["blocks"]
+    return result["model"] + (f" ({' + '.join(map(str, blocks))} blocks)" if blocks else "")
+
+
+def _size(result: dict[str, Any]) -> str:
+    return f"{result['height']} x {result['width']}" + (f" x {result['frames']}" if result["frames"] > 1 else "")

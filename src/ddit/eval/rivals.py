@@ -66,8 +66,9 @@ def progressive(
     seconds = time.perf_counter() - started
     share = early / steps
     arch = architecture_for(pipe.transformer)
-    whole = arch.count_flops(arch.example(1, *clean.shape[-2:]))
-    part = arch.count_flops(arch.example(1, clean.shape[-2] // 2, clean.shape[-1] // 2))
+    text = settings.get("max_sequence_length", arch.text_tokens)
+    rows, columns = clean.shape[-2:]
+    whole, part = (arch.count_flops(arch.example(1, rows // s, columns // s, text)) for s in (1, 2))
     return Run(np.asarray(pictures), seconds, None), (1 - 0.75 * share, 1 - share + share * part / whole)
 
 

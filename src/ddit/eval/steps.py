@@ -1,12 +1,9 @@
-"""Single steps: how far a coarse step is from the plain one, and what it costs."""
+"""Single steps: how far a coarse step is from the plain one."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,11 +13,9 @@ from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
-from ddit.models.base import Anchor, Inputs, held, to_meta
+from ddit.models.base import Anchor, Inputs, held
 from ddit.patches import half_log_snr
 from ddit.preset import Preset
-from ddit.schedule import make_policy
-from ddit.state import Generation
 
 STARTS: dict[str, ScheduleConfig] = {
     "bilinear, interpolated positions": ScheduleConfig(start="bilinear", positions="interpolated", anchored=False),
@@ -73,7 +68,7 @@ def velocity_errors(
     anchors: list[Anchor] = []
     rows: list[dict[str, Any]] = []
     forward = pipe.transformer.forward
-    with _attached(adapter, pipe.transformer):
+    with nullcontext() if adapter is None else adapter.attach(pipe.transformer):
         for index, (inputs, tokens) in enumerate(calls):
             z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
             height, width = z.shape[-2:]
@@ -113,94 +108,6 @@ def velocity_errors(
                         }
                     )
     return rows
-
-
-@torch.no_grad()
-def step_costs(
-    pipe: Any,
-    prompt: str,
-    settings: dict[str, Any],
-    *,
-    batch: int,
-    adapter: PatchAdapter | None = None,
-    repeats: int = 30,
-) -> dict[str, Any]:
-    """Time of a step at each scale next to its FLOPs, and of the scheduler alone; scales by turns, medians.
-
-    With an adapter, also what it adds to a coarse step, as a share of that step without it.
-    """
-    architecture = architecture_for(pipe.transformer)
-    config = ScheduleConfig()
-    calls = record_calls(pipe, [prompt] * batch, range(batch), {**settings, "num_inference_steps": 8})
-    inputs, tokens = calls[-1]
-    forward = pipe.transformer.forward
-    one = architecture.rows(inputs, [0])
-    forms: dict[int | str, Callable[[], Any]] = {1: lambda: forward(**inputs)}
-    flops = {1: architecture.count_flops(to_meta(one))}
-    z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
-    zero = torch.zeros_like(z)
-    anchor = Anchor.after(z, sigma, zero, Anchor.after(z, (sigma + 1) / 2, zero))
-    low = {s: architecture.low_line(forward, inputs, s, config, anchor) for s in (2, 4)}
-
-    def coarse(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Tensor:
-        used = {"anchor": anchor, "low": held(low[scale])} if config.anchored else {}
-        return architecture.coarse_step(forward, inputs, scale, config, adapter=adapter, **used)
-
-    for scale in (2, 4):
-        forms[scale] = lambda s=scale: coarse(s, config)
-        flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, config)[0]))
-    if adapter is not None:
-        trained = ScheduleConfig(**adapter.form)
-        for scale in adapter.scales:
-            forms[f"adapter at {scale}"] = lambda s=scale: coarse(s, trained, adapter)
-    times: dict[int | str, list[float]] = {s: [] for s in forms}
-    with _attached(adapter, pipe.transformer):
-        for turn in range(repeats + 3):
-            for scale, form in forms.items():
-                started = time.perf_counter()
-                form()
-                if turn >= 3:
-                    times[scale].append(time.perf_counter() - started)
-    medians = {s: statistics.median(t) for s, t in times.items()}
-    latents = [architecture.latents(c) for c, _ in calls]
-    height, width = latents[0].shape[-2:]
-    velocity = architecture.velocity(tokens, (height, width))
-    spent = [_scheduler_time(latents, [float(architecture.sigma(c)[0]) for c, _ in calls], velocity) for _ in range(9)]
-    return {
-        "batch": batch,
-        "flop_ratio": {s: flops[1] / flops[s] for s in flops},
-        "time_ratio": {s: medians[1] / medians[s] for s in flops},
-        "efficiency": {s: medians[1] / medians[s] / (flops[1] / flops[s]) for s in flops},
-        "adapter_share": {
-            s: medians[f"adapter at {s}"] / medians[s] - 1 for s in (adapter.scales if adapter is not None else ())
-        },
-        "scheduler_share_of_a_plain_step": statistics.median(spent) / medians[1],
-        "repeats": repeats,
-    }
-
-
-@contextmanager
-def _attached(adapter: PatchAdapter | None, transformer: Any) -> Iterator[None]:
-    attachment = None if adapter is None else adapter.attach(transformer)
-    try:
-        yield
-    finally:
-        if attachment is not None:
-            attachment.remove()
-
-
-def _scheduler_time(latents: Sequence[Tensor], sigmas: Sequence[float], velocity: Tensor) -> float:
-    """Seconds that deciding and recording take per step at scale 1, past the warm-up; the rule measures at each."""
-    config = ScheduleConfig(threshold=0.0)
-    generation, policy = Generation(config), make_policy(config)
-    marks = []
-    for z, sigma in zip(latents, sigmas, strict=True):
-        marks.append(time.perf_counter())
-        generation.repeats(z, sigma)
-        generation.decide(z, sigma, policy, 2, None)
-        generation.record(velocity, 0.0)
-    marks.append(time.perf_counter())
-    return statistics.median(b - a for a, b in list(pairwise(marks))[config.order :])
 
 
 def velocity_table(rows: Sequence[dict[str, Any]]) -> str:

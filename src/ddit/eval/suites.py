@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,15 +56,12 @@ class SuiteConfig:
     """Folder with a preset to use instead of the model's own."""
     run_steps: tuple[int, ...] = ()
     """Of the comparison: numbers of steps at which the methods run, the first one also for plain."""
-    repeats: int = 30
-    """Timings of each step in the cost suite."""
 
 
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
-    figures = {"quality": _quality, "velocity": _velocity, "cost": _cost, "caches": _caches, "compare": _compare}[
-        suite
-    ](config)
+    suites = {"quality": _quality, "velocity": _velocity, "caches": _caches, "compare": _compare}
+    figures = suites[suite](config)
     return _write(config, {**about, "suite": suite, **figures})
 
 
@@ -214,20 +210,6 @@ def _velocity(config: SuiteConfig) -> dict[str, Any]:
     table = steps.velocity_table(rows)
     _show(config, table)
     return {"prompts": len(asked), "split": config.split, "rows": rows}
-
-
-def _cost(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = _load(config)
-    prompt = subject_of(pipe).prompts(config.split, 1, config.seed)[0].prompt
-    settings = call_settings(preset, **config.settings)
-    adapter = _adapter_loader(config)(None)
-    rows = [
-        steps.step_costs(pipe, prompt, settings, batch=batch, adapter=adapter, repeats=config.repeats)
-        for batch in sorted({1, config.batch})
-    ]
-    for row in rows:
-        print(json.dumps(row))
-    return {"rows": rows}
 
 
 def _caches(config: SuiteConfig) -> dict[str, Any]:

@@ -21,6 +21,12 @@ def supported_models() -> list[str]:
     return sorted(REGISTRY)
 
 
+def architecture_class(transformer: str) -> type[Architecture]:
+    """The class that describes a transformer's class of this name, one of `REGISTRY`."""
+    module, name = REGISTRY[transformer]
+    return getattr(import_module(module), name)
+
+
 def architecture_for(transformer: Any) -> Architecture:
     """The architecture that describes a transformer; ``torch.compile``'s wrapper is looked through.
 
@@ -30,8 +36,7 @@ def architecture_for(transformer: Any) -> Architecture:
     model = getattr(transformer, "_orig_mod", transformer)
     for cls in type(model).__mro__:
         if cls.__name__ in REGISTRY and cls.__module__.startswith("diffusers."):
-            module, name = REGISTRY[cls.__name__]
-            return getattr(import_module(module), name)(model)
+            return architecture_class(cls.__name__)(model)
     raise ValueError(
         f"{type(model).__name__} is not supported; supported are {', '.join(supported_models())}. "
         "To add an architecture, write a file like ddit/models/flux.py and a line in ddit.models.REGISTRY"

@@ -114,6 +114,10 @@ class Architecture(ABC):
 
     block_lists: ClassVar[tuple[str, ...]]
     """Names of the lists of blocks, in the order in which they run."""
+    block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    """Names of their lengths in the configuration."""
+    text_tokens: ClassVar[int] = 512
+    """Tokens of a prompt by the pipeline's default."""
     teacache_first: ClassVar[int] = 1
     """Steps at the beginning that TeaCache always computes."""
 
@@ -131,11 +135,12 @@ class Architecture(ABC):
         """Why this call can't run with large patches, or ``None``."""
 
     @abstractmethod
-    def example(self, frames: int, height: int, width: int) -> Inputs:
-        """A call for one sample with as much text as the model's pipeline takes, to count and to time.
+    def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
+        """A call for one sample, to count and to time.
 
         Args:
             frames, height, width: Of the latents; pictures have one frame.
+            text: Tokens of the prompt.
         """
 
     @abstractmethod

@@ -17,8 +17,6 @@ from ddit.config import ScheduleConfig
 from ddit.models.base import Inputs, PackedArchitecture
 from ddit.patches import coarse_positions
 
-TEXT_TOKENS = 512
-"""Tokens of a prompt by the pipeline's default."""
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
 
@@ -39,6 +37,7 @@ class Flux(PackedArchitecture):
     embedding = "x_embedder"
     head = "proj_out"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    block_counts = ("num_layers", "num_single_layers")
     feed_forward_names = re.compile(
         r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
     )
@@ -64,17 +63,17 @@ class Flux(PackedArchitecture):
             return "img_ids are not one full grid of rows and columns (reference tokens, as in Kontext)"
         return None
 
-    def example(self, frames: int, height: int, width: int) -> Inputs:
+    def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
         rows, columns = height // self.patch_size, width // self.patch_size
         grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
         return {
             "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
-            "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.joint_attention_dim),
+            "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
             "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
             "timestep": torch.full((1,), 0.5),
             "img_ids": torch.cat([torch.zeros(rows * columns, 1), grid.flatten(0, 1)], dim=1),
-            "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+            "txt_ids": torch.zeros(text, 3),
             "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
         }
 

@@ -19,9 +19,6 @@ from ddit.config import ScheduleConfig
 from ddit.models.base import Inputs, PackedArchitecture
 from ddit.patches import coarse_positions
 
-TEXT_TOKENS = 512
-"""Most tokens of a prompt by the pipeline's default."""
-
 
 class QwenImage(PackedArchitecture):
     patch_size = 2
@@ -47,13 +44,13 @@ class QwenImage(PackedArchitecture):
             return "there are reference pictures beside the latents (Edit)"
         return None
 
-    def example(self, frames: int, height: int, width: int) -> Inputs:
+    def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
         rows, columns = height // self.patch_size, width // self.patch_size
         return {
             "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
-            "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.joint_attention_dim),
-            "encoder_hidden_states_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.long),
+            "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
+            "encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.long),
             "timestep": torch.full((1,), 0.5),
             "img_shapes": [[(1, rows, columns)]],
         }

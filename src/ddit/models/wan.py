@@ -21,8 +21,6 @@ from ddit.patches import coarse_positions, pad_to_multiple, shrink
 
 TRAIN_STEPS = 1000
 """Timestep of pure noise."""
-TEXT_TOKENS = 512
-"""Tokens of a prompt by the pipeline's default."""
 IMAGE_TOKENS = 257
 """Of the picture that image to video begins with, as its encoder gives them."""
 
@@ -42,13 +40,13 @@ class Wan(Architecture):
             return f"the model's own patches are {tuple(model.config.patch_size)}, not (1, 2, 2)"
         return None
 
-    def example(self, frames: int, height: int, width: int) -> Inputs:
+    def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
         image = config.image_dim
         return {
             "hidden_states": torch.zeros(1, config.in_channels, frames, height, width),
             "timestep": torch.full((1,), TRAIN_STEPS / 2),
-            "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.text_dim),
+            "encoder_hidden_states": torch.zeros(1, text, config.text_dim),
             "encoder_hidden_states_image": torch.zeros(1, IMAGE_TOKENS, image) if image else None,
         }
 

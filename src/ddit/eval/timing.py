@@ -1,0 +1,301 @@
+"""What a step and a whole run of a transformer take in seconds: forms by turns after a warm-up, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import profile, record_function
+
+from ddit.adapter import PatchAdapter
+from ddit.api import apply
+from ddit.config import ScheduleConfig
+from ddit.models.base import Anchor, Architecture, Inputs, first, held, to_meta
+from ddit.schedule import make_policy
+from ddit.state import Generation
+
+WARM_UP = 3
+"""Turns that are not counted: the first ones load, allocate and, with ``torch.compile``, compile."""
+MATRIX = 4096
+"""Rows and columns of the matrices whose product tells what the machine can do."""
+
+Forms = dict[str, Callable[[], Any]]
+"""What is timed, by name."""
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, read when the device has done all it was given."""
+    if device.type == "cpu":
+        return time.perf_counter
+
+    def finished() -> float:
+        torch.get_device_module(device).synchronize(device)
+        return time.perf_counter()
+
+    return finished
+
+
+def by_turns(forms: Forms, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each form; in every turn each has one go."""
+    now = clock(device)
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(repeats + WARM_UP):
+        for name, form in forms.items():
+            started = now()
+            form()
+            if turn >= WARM_UP:
+                times[name].append(now() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def step_forms(
+    architecture: Architecture, inputs: Inputs, scales: Sequence[int], adapter: PatchAdapter | None = None
+) -> Forms:
+    """One step at each scale as ``"1"``, ``"2"``, ...; the call of the model inside it alone as ``"2, model"``; with an
+    adapter, which must be attached, also ``"2, adapter"``.
+    """
+    config, forward = ScheduleConfig(scales=(1, *scales)), architecture.transformer.forward
+    z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
+    zero = torch.zeros_like(z, dtype=torch.float32)
+    anchor = Anchor.after(z.float(), sigma, zero, Anchor.after(z.float(), (sigma + 1) / 2, zero))
+
+    def step(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Callable[[], Tensor]:
+        line = architecture.low_line(forward, inputs, scale, config, anchor, adapter=adapter)
+        used = {"anchor": anchor, "low": held(line)} if config.anchored else {}
+        return lambda: architecture.coarse_step(forward, inputs, scale, config, adapter=adapter, **used)
+
+    def model(scale: int) -> Callable[[], Any]:
+        coarse, small = architecture.coarse_inputs(inputs, scale, config)
+        grid = (small.shape[-2] // architecture.patch_size, small.shape[-1] // architecture.patch_size)
+
+        def call() -> Any:
+            with architecture.placed(grid, scale, config):
+                return forward(**coarse)
+
+        return call
+
+    forms: Forms = {"1": lambda: forward(**inputs)}
+    for scale in scales:
+        forms[f"{scale}"] = step(scale, config)
+        forms[f"{scale}, model"] = model(scale)
+    if adapter is not None:
+        trained = ScheduleConfig(scales=(1, *adapter.scales), **adapter.form)
+        for scale in adapter.scales:
+            forms[f"{scale}, adapter"] = step(scale, trained, adapter)
+    return forms
+
+
+@torch.no_grad()
+def step_costs(
+    architecture: Architecture,
+    inputs: Inputs,
+    *,
+    scales: Sequence[int] = (2, 4),
+    adapter: PatchAdapter | None = None,
+    repeats: int = 30,
+) -> dict[str, Any]:
+    """Time of a step at each scale next to its FLOPs, and of all that is not the model's.
+
+    Args:
+        inputs: A call of the transformer, on its device and in its dtype.
+        adapter: Not attached yet; what it adds is told as a share of the step without.
+
+    Returns:
+        By scale: ``flops`` of one sample, ``flop_ratio`` and ``time_ratio`` to scale 1, ``efficiency`` (the latter by
+        the former), ``seconds``, ``seam_share`` (what a step adds to the model's own call on the coarse grid, as a
+        share of that call), ``adapter_share``, ``switch_share`` (what it costs that the step before had another scale,
+        as a share of a step at scale 1), ``peak_memory`` in bytes beyond what lay there (where the device tells),
+        ``utilisation`` (of the speed at which the machine multiplies large matrices); and the scheduler's share of a
+        step at scale 1.
+    """
+    z, config = architecture.latents(inputs), ScheduleConfig(scales=(1, *scales))
+    device, batch = z.device, len(z)
+    one = architecture.rows(inputs, [0])
+    flops = {1: architecture.count_flops(to_meta(one))}
+    for scale in scales:
+        flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, config)[0]))
+    with _attached(adapter, architecture.transformer):
+        forms = step_forms(architecture, inputs, scales, adapter)
+        seconds = by_turns({**forms, "matrix": matrix(z.dtype, device)}, device, repeats)
+        memory = {name: _peak_memory(form, device) for name, form in forms.items()}
+        switches = _switches({s: forms[str(s)] for s in (1, *scales)}, device, repeats)
+    peak = 2 * MATRIX**3 / seconds["matrix"]
+    plain = seconds["1"]
+    time_ratio = {s: plain / seconds[str(s)] for s in flops}
+    learnt = adapter.scales if adapter is not None else ()
+    return {
+        "batch": batch,
+        "flops": flops,
+        "flop_ratio": {s: flops[1] / flops[s] for s in flops},
+        "time_ratio": time_ratio,
+        "efficiency": {s: time_ratio[s] / (flops[1] / flops[s]) for s in flops},
+        "seconds": {s: seconds[str(s)] for s in flops},
+        "seam_share": {s: seconds[str(s)] / seconds[f"{s}, model"] - 1 for s in scales},
+        "adapter_share": {s: seconds[f"{s}, adapter"] / seconds[str(s)] - 1 for s in learnt},
+        "switch_share": {s: switch / plain for s, switch in switches.items()},
+        "peak_memory": memory if device.type == "cuda" else None,
+        "utilisation": {s: batch * flops[s] / seconds[str(s)] / peak for s in flops},
+        "scheduler_share_of_a_plain_step": scheduler_seconds(z) / plain,
+        "repeats": repeats,
+    }
+
+
+def matrix(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """The product of two large matrices: about the most work in a second that the machine gives."""
+    factor = torch.ones(MATRIX, MATRIX, dtype=dtype, device=device)
+    return lambda: factor @ factor
+
+
+def _peak_memory(form: Callable[[], Any], device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    form()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _switches(forms: Mapping[int, Callable[[], Any]], device: torch.device, repeats: int) -> dict[int, float]:
+    """Per scale, seconds that the first of two steps at it takes longer than the second."""
+    now = clock(device)
+    longer: dict[int, list[float]] = {scale: [] for scale in forms}
+    for _ in range(repeats):
+        for scale, form in forms.items():
+            marks = [now()]
+            for _ in range(2):
+                form()
+                marks.append(now())
+            longer[scale].append(2 * marks[1] - marks[0] - marks[2])
+    return {scale: statistics.median(t) for scale, t in longer.items()}
+
+
+def scheduler_seconds(z: Tensor, steps: int = 8, repeats: int = 9) -> float:
+    """Seconds that deciding and recording take per step at scale 1, past the warm-up; the rule measures at each."""
+    config, now = ScheduleConfig(threshold=0.0), clock(z.device)
+    policy, latents = make_policy(config), [z + i for i in range(steps)]
+    spent = []
+    for _ in range(repeats):
+        generation, marks = Generation(config), []
+        for index, here in enumerate(latents):
+            marks.append(now())
+            sigma = 1 - index / steps
+            generation.repeats(here, sigma)
+            generation.decide(here, sigma, policy, 2, None)
+            generation.record(z, 0.0)
+        marks.append(now())
+        spent.append(statistics.median(b - a for a, b in list(pairwise(marks))[config.order :]))
+    return statistics.median(spent)
+
+
+@torch.no_grad()
+def run_costs(
+    architecture: Architecture,
+    inputs: Inputs,
+    schedule: Sequence[int],
+    *,
+    adapter: PatchAdapter | None = None,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """A whole run of the transformer by Euler's method, plain and with the scales of a schedule, by turns.
+
+    Args:
+        inputs: As for `step_costs`.
+        schedule: Scale of every step.
+    """
+    transformer, device = architecture.transformer, architecture.latents(inputs).device
+    config = ScheduleConfig(policy="fixed", steps=tuple(schedule), scales=tuple(sorted({1, *schedule})))
+    told: dict[str, Any] = {}
+
+    def dynamic() -> None:
+        with apply(transformer, config=config, adapter=adapter) as handle:
+            euler(architecture, inputs, len(schedule))
+            told["flops_fraction"] = handle.report.flops_fraction
+
+    forms: Forms = {"plain": lambda: euler(architecture, inputs, len(schedule)), "dynamic": dynamic}
+    seconds = by_turns(forms, device, repeats)
+    peaks = {name: _peak_memory(form, device) for name, form in forms.items()}
+    return {
+        "steps": len(schedule),
+        "schedule": list(schedule),
+        **told,
+        "speedup": seconds["plain"] / seconds["dynamic"],
+        "seconds": seconds,
+        "peak_memory": peaks if device.type == "cuda" else None,
+        "repeats": repeats,
+    }
+
+
+def euler(architecture: Architecture, inputs: Inputs, steps: int) -> Tensor:
+    """Latents ``[B, C, ..., H, W]`` after a run from those of a call, noise levels evenly from 1 to 0."""
+    z = architecture.latents(inputs)
+    size = (z.shape[-2], z.shape[-1])
+    for now, after in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+        call = architecture.renoised(inputs, z, torch.full((len(z),), now, device=z.device))
+        velocity = architecture.velocity(first(architecture.transformer(**call)), size)
+        z = z + (after - now) * velocity
+    return z
+
+
+def predicted(schedule: Sequence[int], costs: Mapping[int, float]) -> float:
+    """How many times faster than plain a schedule is, from the cost of a step at each scale.
+
+    The coarse grid's look back at the last step at scale 1 counts (`ddit.models.base.Architecture.low_line`): one
+    more call where a scale is met for the first time since two such steps.
+    """
+    spent, fine = 0.0, 0
+    seen: dict[int, int] = {}
+    for scale in schedule:
+        spent += costs[scale]
+        if scale == 1:
+            fine += 1
+        else:
+            spent += costs[scale] * (fine - seen.get(scale, -2) > 1)
+            seen[scale] = fine
+    return len(schedule) * costs[1] / spent
+
+
+def paper_like(total: int, costs: Mapping[int, float], speedup: float = 2.18) -> list[int]:
+    """A schedule of the speed that the paper reports for FLUX.1-dev: coarsest first, scale 1 at both ends.
+
+    Args:
+        total: Number of steps.
+        costs: Scale -> work of a step.
+    """
+    warm, scales = min(3, total), sorted(costs)
+    schedule = [1] * total
+    for coarse in range(total - warm + 1):
+        large = [scales[-1]] * (coarse // 2) + [scales[1]] * (coarse - coarse // 2)
+        schedule = [1] * warm + large + [1] * (total - warm - coarse)
+        if predicted(schedule, costs) >= speedup:
+            break
+    return schedule
+
+
+@torch.no_grad()
+def trace(
+    architecture: Architecture, inputs: Inputs, scales: Sequence[int], adapter: PatchAdapter | None, path: Path
+) -> None:
+    """A step at each scale in a trace for https://ui.perfetto.dev; arguments as for `step_costs`."""
+    now = clock(architecture.latents(inputs).device)
+    with _attached(adapter, architecture.transformer):
+        forms = step_forms(architecture, inputs, scales, adapter)
+        for form in forms.values():
+            form()
+        with profile() as profiler:
+            for name, form in forms.items():
+                with record_function(f"ddit, scale {name}"):
+                    form()
+                    now()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+
+
+def _attached(adapter: PatchAdapter | None, transformer: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if adapter is None else adapter.attach(transformer)
