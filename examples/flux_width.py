@@ -1,7 +1,7 @@
-"""A pipeline as wide as FLUX.1-dev with a few of its blocks and random weights, to measure time and memory on.
+"""A pipeline as wide as FLUX.1-dev with a few of its blocks and random weights, to measure training on.
 
     python examples/flux_width.py runs/flux-width --blocks 1 2 --dtype bfloat16
-    ddit evaluate --suite cost --model runs/flux-width --batch 1 --out flux-width
+    ddit train --model runs/flux-width --prompts prompts.txt --out runs/wide
 
 Transformer: FLUX.1-dev's configuration but for the number of blocks; all 19 and 38 need 24 GB. Text: 512 tokens of its
 width from encoders of one layer. Tokenizers and autoencoder are the embedded model's, whose latents are a quarter of

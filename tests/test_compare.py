@@ -209,3 +209,10 @@ def test_a_run_with_a_cache_alone_is_plain_but_for_what_it_reuses():
     )
     assert torch.equal(torch.from_numpy(cached.pictures), torch.from_numpy(plain.pictures))
     assert cached.report is not None and cached.report.flops_fraction == 1
+
+
+def test_steps_are_given_once(tmp_path, capsys):
+    """What `--at` says would go unheard beside a list of methods."""
+    flags = ["--at", "10", "--methods", "plain", "--out", str(tmp_path / "race")]
+    assert main(["compare", *flags]) == 2
+    assert "run_steps" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import tiny
 from ddit.cli import main
 from ddit.embedded.video import components
 from ddit.embedded.video.clips import clips
+from ddit.embedded.video.judge import centres, motion
 from ddit.generate import EMBEDDED, check_size, draws_video
 from ddit.outputs import frames, save
 from ddit.preset import Preset
@@ -112,6 +113,18 @@ def test_an_embedded_model_that_is_missing_is_told(monkeypatch, tmp_path, capsys
     monkeypatch.setitem(EMBEDDED, "embedded-video", (tmp_path / "none", tmp_path / "none"))
     assert main(["generate", "a red ball moving left on a brick background", "--model", "embedded-video"]) == 2
     assert "ddit embedded train --video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["left", "up"])
+def test_the_embedded_video_model_moves_things_as_asked(direction, tmp_path):
+    out, report = tmp_path / "clip.mp4", tmp_path / "r.json"
+    prompt = f"a plain red ball moving {direction} quickly on a smooth background"
+    flags = ["--model", "embedded-video", "--steps", "12", "--out", str(out), "--json", str(report)]
+    assert main(["generate", prompt, *flags]) == 0
+    assert json.loads(report.read_text())["flops_fraction"] < 0.9
+    sheet = np.asarray(Image.open(out.with_suffix(".png")), np.float32) / 255
+    clip = np.stack(np.split(sheet, 9, axis=1))
+    assert motion(centres(clip)) == (f"moving {direction}", "quickly")
 
 
 def test_the_quality_suite_judges_clips(wan, tmp_path):

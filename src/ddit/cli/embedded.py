@@ -35,6 +35,7 @@ def add_embedded(commands: Any) -> None:
         "install", _install_embedded, "measure a trained model's preset and ship it with the package", "runs/embedded"
     )
     distilled = stage("install-adapter", _install_adapter, "ship an adapter with the package")
+    distilled.add_argument("--video", action="store_true", help="of the video model")
     distilled.add_argument("--folder", type=Path, default=Path("runs/adapter"))
     tune = stage("threshold", _choose_threshold, "choose the threshold to ship, on the prompts kept for tuning")
     tune.add_argument("--model", default="embedded", help="folder of a model (default: the embedded one)")
@@ -100,8 +101,10 @@ def _install_embedded(args: argparse.Namespace) -> None:
 
 def _install_adapter(args: argparse.Namespace) -> None:
     from ddit.embedded.install import install_adapter
+    from ddit.generate import EMBEDDED
 
-    print(f"wrote {install_adapter(args.folder)}")
+    model, to = EMBEDDED["embedded-video" if args.video else "embedded"]
+    print(f"wrote {install_adapter(args.folder, model=model, to=to)}")
 
 
 def _choose_threshold(args: argparse.Namespace) -> None:
@@ -149,9 +152,13 @@ def _train_detector(args: argparse.Namespace) -> None:
 def _check_detector(args: argparse.Namespace) -> None:
     check_writable(args.out)
     if args.video:
+        from diffusers import AutoencoderKLWan
+
+        from ddit.embedded.video import MODEL_FOLDER as VIDEO_FOLDER
         from ddit.embedded.video import judge
 
-        figures: dict[str, Any] = judge.check(judge.load_detector(), args.count)
+        wan = AutoencoderKLWan.from_pretrained(VIDEO_FOLDER / "vae") if VIDEO_FOLDER.exists() else None
+        figures: dict[str, Any] = judge.check(judge.load_detector(), args.count, vae=wan)
     else:
         from diffusers import AutoencoderKL
 

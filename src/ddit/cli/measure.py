@@ -92,6 +92,11 @@ def _evaluate(args: argparse.Namespace) -> None:
             f"name {' or '.join(EMBEDDED)}, or a folder with a model that knows their words"
         )
 
+    at = tuple(getattr(args, "at", ()))
+    if at and args.methods:
+        raise ValueError(
+            "--at chooses among the default methods; with --methods give each its steps: plain:run_steps=25"
+        )
     chosen = {"num_inference_steps": args.steps, "height": args.height, "width": args.width}
     config = SuiteConfig(
         model=args.model,
@@ -106,7 +111,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         out=args.out,
         preset=args.preset,
-        run_steps=tuple(getattr(args, "at", ())),
+        run_steps=at,
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")

@@ -79,8 +79,8 @@ def crops(pictures: np.ndarray, rng: np.random.Generator, *, count: int, size: i
 
 
 def to_model(pictures: np.ndarray) -> Tensor:
-    """uint8 ``[N, H, W, 3]`` -> float ``[N, 3, H, W]`` in [-1, 1]."""
-    return rearrange(torch.from_numpy(pictures), "n h w c -> n c h w").float() / 127.5 - 1
+    """uint8 ``[N, ..., H, W, 3]`` -> float ``[N, 3, ..., H, W]`` in [-1, 1]."""
+    return rearrange(torch.from_numpy(pictures), "n ... c -> n c ...").float() / 127.5 - 1
 
 
 @torch.no_grad()

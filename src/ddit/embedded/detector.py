@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,9 +196,9 @@ def evaluate_detector(detector: Detector, count: int, seed: int, vae: Autoencode
 
 
 @torch.no_grad()
-def through(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Encode, decode and round to 8 bits ``[B, 3, H, W]`` in [-1, 1], as a generated picture would be."""
-    decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample  # type: ignore[union-attr]
+def through(vae: Any, pictures: Tensor) -> Tensor:
+    """Encode, decode and round to 8 bits ``[B, 3, ..., H, W]`` in [-1, 1], as what is generated would be."""
+    decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample
     return (decoded.clamp(-1, 1) * 127.5).round() / 127.5
 
 

@@ -50,7 +50,7 @@ def ship(
     from diffusers import DiffusionPipeline
 
     if not (folder / "model" / "model_index.json").is_file():
-        raise ValueError(f"{folder} holds no trained model; run 'ddit embedded train --folder {folder}' first")
+        raise ValueError(f"{folder} holds no trained model; make one there with 'ddit embedded train'")
     pipe: Any = DiffusionPipeline.from_pretrained(folder / "model", dtype=torch.float32)
     preset = Preset(
         call=call,
@@ -64,22 +64,23 @@ def ship(
     return to
 
 
-def install_adapter(folder: Path) -> Path:
+def install_adapter(folder: Path, *, model: Path = MODEL_FOLDER, to: Path = ADAPTER_FOLDER) -> Path:
     """Copy an adapter into the package in float16.
 
     Args:
         folder: The run folder of `ddit.train.trainer.train`.
+        model: The pipeline that it must have been made for.
 
     Raises:
         ValueError: When there is no adapter, or it was made for another model.
     """
-    from diffusers import FluxTransformer2DModel
+    from diffusers import DiffusionPipeline
 
     adapter: Any = PatchAdapter.from_pretrained(folder / "adapter")
-    adapter.check(FluxTransformer2DModel.from_pretrained(MODEL_FOLDER, subfolder="transformer"))
-    shutil.rmtree(ADAPTER_FOLDER, ignore_errors=True)
-    adapter.half().save_pretrained(ADAPTER_FOLDER)
-    return ADAPTER_FOLDER
+    adapter.check(DiffusionPipeline.from_pretrained(model).transformer)
+    shutil.rmtree(to, ignore_errors=True)
+    adapter.half().save_pretrained(to)
+    return to
 
 
 def measure_detail(

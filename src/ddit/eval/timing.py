@@ -42,15 +42,15 @@ def clock(device: torch.device) -> Callable[[], float]:
     return finished
 
 
-def by_turns(forms: Forms, device: torch.device, repeats: int) -> dict[str, float]:
+def by_turns(forms: Forms, device: torch.device, repeats: int, warm_up: int = WARM_UP) -> dict[str, float]:
     """Median seconds of each form; in every turn each has one go."""
     now = clock(device)
     times: dict[str, list[float]] = {name: [] for name in forms}
-    for turn in range(repeats + WARM_UP):
+    for turn in range(repeats + warm_up):
         for name, form in forms.items():
             started = now()
             form()
-            if turn >= WARM_UP:
+            if turn >= warm_up:
                 times[name].append(now() - started)
     return {name: statistics.median(t) for name, t in times.items()}
 
@@ -219,7 +219,7 @@ def run_costs(
             told["flops_fraction"] = handle.report.flops_fraction
 
     forms: Forms = {"plain": lambda: euler(architecture, inputs, len(schedule)), "dynamic": dynamic}
-    seconds = by_turns(forms, device, repeats)
+    seconds = by_turns(forms, device, repeats, warm_up=1)
     peaks = {name: _peak_memory(form, device) for name, form in forms.items()}
     return {
         "steps": len(schedule),

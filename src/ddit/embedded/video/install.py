@@ -15,7 +15,7 @@ CALL = {
     "width": SIZE,
     "num_frames": FRAMES,
     "num_inference_steps": 50,
-    "guidance_scale": 1.0,
+    "guidance_scale": 3.0,
     "max_sequence_length": TEXT_TOKENS,
 }
 """How the embedded video model wants to be called."""

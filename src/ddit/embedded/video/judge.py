@@ -10,17 +10,19 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddit.embedded import ASSETS
 from ddit.embedded.autoencoder import to_model
 from ddit.embedded.data import cached_shards
-from ddit.embedded.detector import Residual, disturb, halve
+from ddit.embedded.detector import Residual, disturb, halve, through
 from ddit.embedded.optim import fit, warm_cosine
 from ddit.embedded.scenes import COLOURS
 from ddit.embedded.video.clips import (
@@ -247,10 +249,20 @@ def _draw_shard(seed: int, count: int) -> dict[str, np.ndarray]:
     return {"frames": np.stack(frames), "centres": np.array(places), "labels": np.array(labels)}
 
 
-def check(detector: Detector, count: int = 200, seed: int = 500) -> dict[str, float]:
-    """Share of right answers by attribute on drawings of judging prompts, with their flicker and roughness."""
+def check(
+    detector: Detector, count: int = 200, seed: int = 500, vae: Any = None, batch: int = 8
+) -> dict[str, dict[str, float]]:
+    """Share of right answers by attribute on drawings of judging prompts, with their flicker and roughness.
+
+    With ``vae``, also on the same drawings encoded and decoded (see `ddit.embedded.detector.evaluate_detector`).
+    """
     rng = np.random.default_rng([seed, 1])
     asked = [complete(clip, rng) for clip in islice(clips(seed, "judge"), count)]
-    drawn = np.stack([film(clip, rng)[0] for clip in asked]).astype(np.float32) / 255
-    rows = judge(detector, drawn, asked)
-    return {k: float(np.mean([row[k] for row in rows if k in row])) for k in (*ATTRIBUTES, "flicker", "roughness")}
+    drawn = np.stack([film(clip, rng)[0] for clip in asked])
+    seen = {"drawn": drawn.astype(np.float32) / 255}
+    if vae is not None:
+        parts = [through(vae, to_model(part)) for part in np.array_split(drawn, -(-count // batch))]
+        seen["autoencoded"] = rearrange((torch.cat(parts) + 1) / 2, "n c ... -> n ... c").numpy()
+    rows = {name: judge(detector, shown, asked) for name, shown in seen.items()}
+    names = (*ATTRIBUTES, "flicker", "roughness")
+    return {k: {n: float(np.mean([row[n] for row in v if n in row])) for n in names} for k, v in rows.items()}

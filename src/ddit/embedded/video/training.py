@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from einops import rearrange
 from torch import Tensor, nn
 
-from ddit.embedded.autoencoder import reconstruction
+from ddit.embedded.autoencoder import reconstruction, to_model
 from ddit.embedded.data import cached_shards
 from ddit.embedded.optim import fit, make_optimizers, trapezoid, warm_cosine
 from ddit.embedded.scenes import COLOURS
@@ -98,11 +98,6 @@ def _draw_shard(seed: int, count: int) -> dict[str, np.ndarray]:
         frames[i], _ = film(complete(clip, rng), rng)
         prompts.append(clip.prompt)
     return {"prompts": np.array(prompts), "frames": frames}
-
-
-def to_model(frames: np.ndarray) -> Tensor:
-    """uint8 ``[N, F, H, W, 3]`` -> float ``[N, 3, F, H, W]`` in [-1, 1]."""
-    return rearrange(torch.from_numpy(frames), "n f h w c -> n c f h w").float() / 127.5 - 1
 
 
 def pool(clip: Tensor, scale: int) -> Tensor:
