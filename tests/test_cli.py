@@ -126,6 +126,60 @@ def test_sizes_the_pipeline_would_round_are_refused(capsys, tmp_path, model):
     assert "multiples of 4, such as 32" in said
 
 
+def prompts_file(folder: Path) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text(f"{PROMPT}\n\na blue star\na green circle\n")
+    return path
+
+
+def test_a_file_of_prompts_goes_on_where_it_stopped(model, tmp_path, capsys):
+    """Each as when drawn alone, with its report beside it."""
+    folder = tmp_path / "many"
+    flags = ["--model", model, "--prompts", str(prompts_file(tmp_path)), "--out", str(folder)]
+    assert main(["generate", *flags]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == [f"{i:05d}.{end}" for i in (1, 2, 3) for end in ("json", "png")]
+    assert json.loads((folder / "00002.json").read_text())["prompt"] == "a blue star"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / "00002.json").unlink()
+    (folder / "00001.png").touch()
+    stamp = (folder / "00001.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(["generate", *flags]) == 0
+    assert "wrote 1 of 3" in capsys.readouterr().out and (folder / "00001.png").stat().st_mtime_ns == stamp
+    assert all(path.read_bytes() == data for path, data in before.items() if path.suffix == ".png")
+    assert main(["generate", "a blue star", "--model", model, "--out", str(tmp_path / "alone.png")]) == 0
+    assert (tmp_path / "alone.png").read_bytes() == before[folder / "00002.png"]
+    assert main(["generate", *flags, "--steps", "5"]) == 2
+    assert "call differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ([], "or --prompts"),
+        ([PROMPT, "--prompts", "p.txt"], "or --prompts"),
+        (["--prompts", "none.txt"], "no file"),
+        (["--prompts", "none.txt", "--json", "a.json"], "beside it"),
+        (["--prompts", "none.txt", "--out", "a.png"], "must be a folder"),
+    ],
+)
+def test_prompts_that_can_not_be_drawn_are_refused(flags, word, capsys):
+    assert main(["generate", *flags]) == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts(model, tmp_path):
+    folder = tmp_path / "many"
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--multi_gpu"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ddit.cli", "generate"]
+    flags = ["--model", model, "--prompts", str(prompts_file(tmp_path)), "--out", str(folder)]
+    done = subprocess.run([sys.executable, *launch, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.json"))) == 3
+    assert "wrote 2 of 3" in done.stdout and "wrote 1 of 3" in done.stdout
+
+
 def test_info_names_versions_and_models(capsys):
     assert main(["info"]) == 0
     said = capsys.readouterr().out

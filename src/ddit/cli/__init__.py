@@ -7,28 +7,23 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 from ddit import __version__
 from ddit.cli.common import (
     add_command,
-    check_run,
     check_writable,
     command_line,
     environment,
-    model_options,
-    positive,
 )
+from ddit.cli.draw import add_draw
 from ddit.cli.embedded import add_embedded
 from ddit.cli.measure import add_measure
-from ddit.config import Difference, PolicyName, Positions, ScheduleConfig, Start
 from ddit.files import write_json
 from ddit.train.config import CHOICES, TrainConfig
-
-DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,24 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ddit {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
-    generate.add_argument("prompt")
-    model_options(generate)
-    _schedule_options(generate)
-    generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
-    generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
-    generate.add_argument("--repeats", type=positive, default=1, help="with --compare: times the median of this many")
-    generate.add_argument("--frames", type=positive, help="of a clip: one more than a multiple of 4")
-    generate.add_argument("--fps", type=positive, default=8, help="frames per second of a clip (default: %(default)s)")
-    generate.add_argument("--out", type=Path, help="PNG, or MP4 of a video model (default: out/ddit.png, .mp4)")
-    generate.add_argument("--json", type=Path, help="write a report")
-    generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
-
-    demo = add_command(commands, "demo", _demo, "watch it work on the embedded model: plain and dynamic side by side")
-    demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
-
+    add_draw(commands)
     add_measure(commands)
 
     learn = add_command(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
@@ -82,29 +60,6 @@ def parser() -> argparse.ArgumentParser:
     add_embedded(commands)
     add_command(commands, "info", _info, "versions, devices and supported models")
     return top
-
-
-def _schedule_options(command: argparse.ArgumentParser) -> None:
-    """One flag for each field of `ScheduleConfig`; unset ones are left to the model's preset."""
-    choices = {
-        "policy": PolicyName,
-        "start": Start,
-        "positions": Positions,
-        "difference": Difference,
-    }
-    for field in fields(ScheduleConfig):
-        flag = "--schedule" if field.name == "steps" else f"--{field.name.replace('_', '-')}"
-        if field.name in ("scales", "steps"):
-            text = "scales to choose from" if field.name == "scales" else "scale of each step, for --policy fixed"
-            command.add_argument(flag, dest=f"schedule_{field.name}", type=int, nargs="+", help=text)
-        elif field.name in choices:
-            command.add_argument(flag, dest=f"schedule_{field.name}", choices=get_args(choices[field.name]))
-        else:
-            assert field.default is not MISSING
-            kind: Any = {"action": argparse.BooleanOptionalAction, "default": None}
-            if not isinstance(field.default, bool):
-                kind = {"type": type(field.default)}
-            command.add_argument(flag, dest=f"schedule_{field.name}", **kind)
 
 
 def _train_options(command: argparse.ArgumentParser) -> None:
@@ -126,121 +81,6 @@ def _train_options(command: argparse.ArgumentParser) -> None:
 
 def _optional_type(annotation: str) -> type:
     return {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
-
-
-def _schedule(args: argparse.Namespace, preset: dict[str, Any]) -> ScheduleConfig:
-    chosen = {f.name: getattr(args, f"schedule_{f.name}", None) for f in fields(ScheduleConfig)}
-    return ScheduleConfig.from_dict({**preset, **{k: v for k, v in chosen.items() if v is not None}})
-
-
-def _generate(args: argparse.Namespace) -> None:
-    _schedule(args, {})
-    check_run(args, (args.out, args.json, args.plot))
-    if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4"):
-        raise ValueError(f"{args.out} must end in .png, or for a video model in .mp4")
-    _draw(args)
-
-
-def _demo(args: argparse.Namespace) -> None:
-    stem = args.out.with_suffix("")
-    flags = [
-        "--compare",
-        "--repeats",
-        "3",
-        "--out",
-        str(args.out),
-        "--json",
-        f"{stem}.json",
-        "--plot",
-        f"{stem}-plot.png",
-    ]
-    print(f"{DEMO_PROMPT!r}, plain and with dynamic patches, by turns", flush=True)
-    _draw(parser().parse_args(["generate", DEMO_PROMPT, *flags]))
-
-
-def _draw(args: argparse.Namespace) -> None:
-    from ddit import generate as lib
-    from ddit import outputs
-    from ddit.caches import make_cache
-
-    lib.check_prompt(args.prompt, args.model)
-    pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
-    cache = make_cache(args.cache, preset.teacache) if args.cache is not None else None
-    suffix = ".mp4" if lib.draws_video(pipe) else ".png"
-    out = args.out or Path("out/ddit").with_suffix(suffix)
-    if out.suffix.lower() != suffix:
-        raise ValueError(f"{out} must end in {suffix}, which is what {type(pipe).__name__} draws")
-    if suffix == ".mp4":
-        outputs.check_video_writer()
-    named = args.adapter not in (None, "none")
-    adapter = lib.load_adapter(args.adapter, dtype=args.dtype, device=args.device) if named else None
-    config = _schedule(args, dict(preset.schedule))
-    sizes = {"height": args.height, "width": args.width, "num_frames": args.frames}
-    settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes)
-    lib.check_size(pipe, settings)
-    prompts = [args.prompt] * args.num_images
-    seeds = [args.seed + i for i in range(args.num_images)]
-    with _step_bar() as on_step:
-        same: dict[str, Any] = {"preset": preset, "adapter": adapter, "cache": cache, "on_step": on_step}
-        if args.compare:
-            plain, dynamic = lib.race(pipe, prompts, seeds, settings, config, repeats=args.repeats, **same)
-        else:
-            plain, dynamic = None, lib.run(pipe, prompts, seeds, settings, config=config, **same)
-    report = dynamic.report
-    assert report is not None
-    result = {
-        "command": command_line(),
-        "prompt": args.prompt,
-        "seeds": seeds,
-        "model": args.model,
-        "adapter": args.adapter or "none",
-        "cache": args.cache or "none",
-        **report.to_dict(),
-    }
-    result.update(seconds=dynamic.seconds, schedule=config.to_dict(), environment=environment(args.device))
-    for i in range(len(prompts)):
-        print(f"scales: {report.strip(i)}")
-    print(f"tokens {report.tokens_fraction:.1%}, FLOPs {report.flops_fraction:.1%} of a plain run")
-    if plain is not None:
-        from ddit.eval.metrics import similarity
-
-        result.update(similarity(outputs.frames(plain.pictures), outputs.frames(dynamic.pictures)))
-        result.update(baseline_seconds=plain.seconds, speedup=plain.seconds / dynamic.seconds)
-        print(f"speed {result['speedup']:.2f}x of plain, PSNR {result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}")
-    written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
-    if args.json is not None:
-        write_json(args.json, result)
-        written.append(args.json)
-    if args.plot is not None:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        report.plot(args.plot, threshold=config.threshold if config.policy == "dynamic" else None)
-        written.append(args.plot)
-    print("wrote " + ", ".join(map(str, written)))
-
-
-class _step_bar:
-    """Progress bar of one run after another, with the scale of the current step."""
-
-    def __enter__(self) -> Callable[[int, int, list[int]], None]:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
-            TextColumn("scale {task.fields[scale]}"),
-            TimeRemainingColumn(),
-            transient=True,
-        )
-        self.task = self.bar.add_task("", total=None, scale="1")
-        self.bar.start()
-        return self.advance
-
-    def advance(self, step: int, total: int, scales: list[int]) -> None:
-        shown = " ".join(map(str, scales)) if len(scales) <= 8 else f"{min(scales)} to {max(scales)}"
-        self.bar.update(self.task, completed=step, total=total, scale=shown)
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
 
 
 def _train(args: argparse.Namespace) -> None:

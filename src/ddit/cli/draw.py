@@ -1,0 +1,285 @@
+"""The commands that draw: `ddit generate` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from ddit.cli.common import (
+    add_command,
+    check_run,
+    command_line,
+    environment,
+    model_options,
+    positive,
+)
+from ddit.config import Difference, PolicyName, Positions, ScheduleConfig, Start
+from ddit.files import write_json
+
+DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
+
+
+def add_draw(commands: Any) -> None:
+    """The commands with their options."""
+    generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
+    generate.add_argument("prompt", nargs="?")
+    generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
+    model_options(generate)
+    _schedule_options(generate)
+    generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
+    generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
+    generate.add_argument("--repeats", type=positive, default=1, help="with --compare: times the median of this many")
+    generate.add_argument("--frames", type=positive, help="of a clip: one more than a multiple of 4")
+    generate.add_argument("--fps", type=positive, default=8, help="frames per second of a clip (default: %(default)s)")
+    generate.add_argument("--out", type=Path, help="PNG, or MP4 of a video model (default: out/ddit.png, .mp4)")
+    generate.add_argument("--json", type=Path, help="write a report")
+    generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
+
+    demo = add_command(commands, "demo", _demo, "watch it work on the embedded model: plain and dynamic side by side")
+    demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
+
+
+def _schedule_options(command: argparse.ArgumentParser) -> None:
+    """One flag for each field of `ScheduleConfig`; unset ones are left to the model's preset."""
+    choices = {
+        "policy": PolicyName,
+        "start": Start,
+        "positions": Positions,
+        "difference": Difference,
+    }
+    for field in fields(ScheduleConfig):
+        flag = "--schedule" if field.name == "steps" else f"--{field.name.replace('_', '-')}"
+        if field.name in ("scales", "steps"):
+            text = "scales to choose from" if field.name == "scales" else "scale of each step, for --policy fixed"
+            command.add_argument(flag, dest=f"schedule_{field.name}", type=int, nargs="+", help=text)
+        elif field.name in choices:
+            command.add_argument(flag, dest=f"schedule_{field.name}", choices=get_args(choices[field.name]))
+        else:
+            assert field.default is not MISSING
+            kind: Any = {"action": argparse.BooleanOptionalAction, "default": None}
+            if not isinstance(field.default, bool):
+                kind = {"type": type(field.default)}
+            command.add_argument(flag, dest=f"schedule_{field.name}", **kind)
+
+
+def _schedule(args: argparse.Namespace, preset: dict[str, Any]) -> ScheduleConfig:
+    chosen = {f.name: getattr(args, f"schedule_{f.name}", None) for f in fields(ScheduleConfig)}
+    return ScheduleConfig.from_dict({**preset, **{k: v for k, v in chosen.items() if v is not None}})
+
+
+def _generate(args: argparse.Namespace) -> None:
+    _schedule(args, {})
+    out = args.out
+    if args.prompts is not None:
+        out = (out or Path("out/ddit")) / "00001.json"
+    check_run(args, (out, args.json, args.plot))
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("give a prompt to draw, or --prompts FILE with one per line")
+    if args.prompts is not None:
+        _draw_many(args)
+        return
+    if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4"):
+        raise ValueError(f"{args.out} must end in .png, or for a video model in .mp4")
+    from ddit import generate as lib
+
+    lib.check_prompt(args.prompt, args.model)
+    drawing = Drawing.load(args, args.device)
+    out = args.out or Path("out/ddit").with_suffix(drawing.suffix)
+    if out.suffix.lower() != drawing.suffix:
+        raise ValueError(f"{out} must end in {drawing.suffix}, which is what {type(drawing.pipe).__name__} draws")
+    with _step_bar() as on_step:
+        result, written = drawing.draw(args.prompt, out, on_step, plot=args.plot)
+    for row in result["strips"]:
+        print(f"scales: {row}")
+    print(f"tokens {result['tokens_fraction']:.1%}, FLOPs {result['flops_fraction']:.1%} of a plain run")
+    if args.compare:
+        print(f"speed {result['speedup']:.2f}x of plain, PSNR {result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}")
+    if args.json is not None:
+        write_json(args.json, result)
+        written.append(args.json)
+    print("wrote " + ", ".join(map(str, written)))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from ddit.cli import parser
+
+    stem = args.out.with_suffix("")
+    files = ["--out", str(args.out), "--json", f"{stem}.json", "--plot", f"{stem}-plot.png"]
+    print(f"{DEMO_PROMPT!r}, plain and with dynamic patches, by turns", flush=True)
+    _generate(parser().parse_args(["generate", DEMO_PROMPT, "--compare", "--repeats", "3", *files]))
+
+
+def _draw_many(args: argparse.Namespace) -> None:
+    """A picture or clip and its report for each line of a file; those that are there already stay.
+
+    Under ``accelerate launch`` each process draws its share.
+    """
+    from accelerate import PartialState
+
+    from ddit import generate as lib
+    from ddit.progress import progress
+    from ddit.train.samples import read_prompts
+
+    if args.json is not None or args.plot is not None:
+        raise ValueError("with --prompts each output has its report beside it; leave --json and --plot out")
+    folder = args.out or Path("out/ddit")
+    if folder.suffix:
+        raise ValueError(
+            f"{folder} must be a folder with --prompts; its files are numbered by the lines of {args.prompts}"
+        )
+    prompts = read_prompts(args.prompts)
+    for prompt in prompts:
+        lib.check_prompt(prompt, args.model)
+    state = PartialState(cpu=args.device == "cpu")
+    several = state.num_processes > 1 and args.device == "cuda"
+    drawing = Drawing.load(args, f"cuda:{state.local_process_index}" if several else args.device)
+    names = {i: folder / f"{i:05d}{drawing.suffix}" for i in range(1, len(prompts) + 1)}
+    missing = [i for i, path in names.items() if not drawing.is_there(prompts[i - 1], path)]
+    state.wait_for_everyone()  # before the first of them adds to the folder, so that all see the same missing
+    mine = missing[state.process_index :: state.num_processes]
+    with progress("prompts", len(mine), hidden=not state.is_main_process) as advance:
+        for i in mine:
+            result, _ = drawing.draw(prompts[i - 1], names[i])
+            write_json(names[i].with_suffix(".json"), result)
+            advance()
+    print(f"wrote {len(mine)} of {len(prompts)} to {folder}; {len(prompts) - len(missing)} were there")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A model with all that the command line asks of it."""
+
+    args: argparse.Namespace
+    pipe: Any
+    config: ScheduleConfig
+    settings: dict[str, Any]
+    """Arguments of the pipeline's call."""
+    same: dict[str, Any]
+    """Arguments of `ddit.generate.run` that are those of every run."""
+    suffix: str
+    """Of the files: .png, or .mp4 of a video model."""
+
+    @classmethod
+    def load(cls, args: argparse.Namespace, device: str) -> Drawing:
+        """Load what is asked for.
+
+        Raises:
+            ValueError: For a model, adapter, cache or size that can't be had.
+        """
+        from ddit import generate as lib
+        from ddit import outputs
+        from ddit.caches import make_cache
+
+        pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=device, preset=args.preset)
+        cache = make_cache(args.cache, preset.teacache) if args.cache is not None else None
+        suffix = ".mp4" if lib.draws_video(pipe) else ".png"
+        if suffix == ".mp4":
+            outputs.check_video_writer()
+        named = args.adapter not in (None, "none")
+        adapter = lib.load_adapter(args.adapter, dtype=args.dtype, device=device) if named else None
+        config = _schedule(args, dict(preset.schedule))
+        sizes = {"height": args.height, "width": args.width, "num_frames": args.frames}
+        settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes)
+        lib.check_size(pipe, settings)
+        return cls(args, pipe, config, settings, {"preset": preset, "adapter": adapter, "cache": cache}, suffix)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.args.seed + i for i in range(self.args.num_images)]
+
+    def asked(self, prompt: str) -> dict[str, Any]:
+        """All that decides what is drawn."""
+        args = self.args
+        return {
+            "prompt": prompt,
+            "seeds": self.seeds,
+            "model": args.model,
+            "adapter": args.adapter or "none",
+            "cache": args.cache or "none",
+            "call": self.settings,
+            "schedule": self.config.to_dict(),
+        }
+
+    def draw(
+        self, prompt: str, out: Path, on_step: Callable[..., None] | None = None, *, plot: Path | None = None
+    ) -> tuple[dict[str, Any], list[Path]]:
+        """Draw and save a prompt; gives its report and the files."""
+        from ddit import generate as lib
+        from ddit import outputs
+
+        args, prompts = self.args, [prompt] * self.args.num_images
+        draw = partial(lib.race, repeats=args.repeats) if args.compare else lib.run
+        drawn: Any = draw(
+            self.pipe, prompts, self.seeds, self.settings, config=self.config, on_step=on_step, **self.same
+        )
+        plain, dynamic = drawn if args.compare else (None, drawn)
+        report = dynamic.report
+        result = {"command": command_line(), **self.asked(prompt), **report.to_dict()}
+        result.update(seconds=dynamic.seconds, environment=environment(args.device))
+        result["strips"] = [report.strip(i) for i in range(len(prompts))]
+        if plain is not None:
+            from ddit.eval.metrics import similarity
+
+            result.update(similarity(outputs.frames(plain.pictures), outputs.frames(dynamic.pictures)))
+            result.update(baseline_seconds=plain.seconds, speedup=plain.seconds / dynamic.seconds)
+        written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
+        if plot is not None:
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            threshold = self.config.threshold if self.config.policy == "dynamic" else None
+            report.plot(plot, threshold=threshold)
+            written.append(plot)
+        return result, written
+
+    def is_there(self, prompt: str, path: Path) -> bool:
+        """Whether an earlier run has drawn a prompt to ``path``: its report is written last.
+
+        Raises:
+            ValueError: When something else was drawn there.
+        """
+        report = path.with_suffix(".json")
+        if not report.is_file():
+            return False
+        try:
+            before = json.loads(report.read_text())
+        except ValueError:
+            before = {}
+        asked = json.loads(json.dumps(self.asked(prompt)))
+        differ = [name for name, value in asked.items() if before.get(name) != value]
+        if differ:
+            raise ValueError(
+                f"{report} tells of another run ({', '.join(differ)} differ); name another folder with --out, "
+                "or delete it to draw it anew"
+            )
+        return True
+
+
+class _step_bar:
+    """Progress bar of one run after another, with the scale of the current step."""
+
+    def __enter__(self) -> Callable[[int, int, list[int]], None]:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("scale {task.fields[scale]}"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self.task = self.bar.add_task("", total=None, scale="1")
+        self.bar.start()
+        return self.advance
+
+    def advance(self, step: int, total: int, scales: list[int]) -> None:
+        shown = " ".join(map(str, scales)) if len(scales) <= 8 else f"{min(scales)} to {max(scales)}"
+        self.bar.update(self.task, completed=step, total=total, scale=shown)
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
