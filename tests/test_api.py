@@ -4,6 +4,7 @@ import gc
 import inspect
 import itertools
 import json
+import re
 import warnings
 import weakref
 from dataclasses import replace
@@ -1065,3 +1066,25 @@ def test_report_of_a_finished_run_survives_a_broken_one(pipe):
 
 def test_flux_pipeline_is_the_one_tested(pipe):
     assert type(pipe) is FluxPipeline
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "word"),
+    [
+        ({"threshold": 1e-12}, 6, "no step used large patches.*Raise"),
+        ({"threshold": 1e9}, 6, "every step after the warm-up.*Lower"),
+        ({"threshold": 1e9}, 3, "all 3 belong to the warm-up of 3"),
+        ({"threshold": 0.0}, 6, None),
+        ({"threshold": 1e9, "scales": (1,)}, 3, None),
+        ({"policy": "fixed", "steps": (2,)}, 6, None),
+        ({"speedup": 1.0}, 6, None),
+    ],
+)
+def test_a_run_that_no_dynamic_schedule_is_for_is_remarked_once(settings, steps, word, recwarn):
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe, config=ScheduleConfig(**settings)):
+        for _ in range(2):
+            tiny.sample(pipe, steps=steps)
+    said = [str(w.message) for w in recwarn.list if "patches" in str(w.message)]
+    assert len(said) == (word is not None)
+    assert word is None or re.search(word, said[0])

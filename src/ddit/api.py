@@ -23,7 +23,7 @@ from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first, to_meta
 from ddit.preset import Preset
 from ddit.report import Report
-from ddit.schedule import Policy, make_policy
+from ddit.schedule import Dynamic, Policy, make_policy
 from ddit.state import Generation, Memory
 
 _MARK = "_ddit_handle"
@@ -279,7 +279,17 @@ class Handle:
     def _start_over(self) -> None:
         if self._generation.steps:
             self._finished = self._generation.finished()
+            self._remark(self._finished)
         self._forget()
+
+    def _remark(self, run: Generation) -> None:
+        """Say once when a whole run was not what a dynamic schedule is for."""
+        if not isinstance(self._policy, Dynamic) or run.forced:
+            return
+        said = self._policy.remark([step.scales for step in run.steps], [step.statistics for step in run.steps])
+        if said is not None and not self._warned:
+            self._warned.add(said)
+            warnings.warn(said, stacklevel=4)
 
     def _forget(self) -> None:
         """Forget the generation under way."""

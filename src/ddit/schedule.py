@@ -176,6 +176,36 @@ class Dynamic:
             return [self.config.warmup_scale] * len(moment.stats)
         return [choose_scale(sample, self.config.threshold) for sample in moment.stats]
 
+    def remark(self, chosen: Sequence[Sequence[int]], stats: Sequence[Sequence[Mapping[int, float]]]) -> str | None:
+        """What to do about a run in which the rule never used large patches, or did in all steps; else ``None``.
+
+        Args:
+            chosen: Scale of each sample, for every step.
+            stats: The same for the statistics, scale -> statistic.
+        """
+        config, decided = self.config, chosen[self.config.warmup :]
+        if config.threshold == 0 or max(config.scales) == 1:
+            return None
+        if not decided:
+            return (
+                f"no step could use large patches: all {len(chosen)} belong to the warm-up of {config.warmup}. "
+                f"Take more steps, or a shorter warm-up ({config.order} at least); "
+                "a model distilled to so few has nothing to gain"
+            )
+        used = {scale for step in decided for scale in step}
+        seen = [min(sample.values()) for step in stats[config.warmup :] for sample in step if sample]
+        if used == {1} and seen:
+            return (
+                f"no step used large patches: the statistic was {min(seen):.2g} at the least, threshold is "
+                f"{config.threshold:g}. Raise the threshold, or ask for a speedup"
+            )
+        if 1 not in used and seen:
+            return (
+                f"every step after the warm-up used large patches: the statistic was {max(seen):.2g} at the most, "
+                f"threshold is {config.threshold:g}, and detail may be lost. Lower the threshold, or ask for a quality"
+            )
+        return None
+
 
 class Fixed:
     """A list of scales; the last one holds for further steps."""
