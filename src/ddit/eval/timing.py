@@ -46,6 +46,7 @@ def by_turns(forms: Forms, device: torch.device, repeats: int, warm_up: int = WA
     """Median seconds of each form; in every turn each has one go."""
     now = clock(device)
     times: dict[str, list[float]] = {name: [] for name in forms}
+    warm_up = min(warm_up, repeats)
     for turn in range(repeats + warm_up):
         for name, form in forms.items():
             started = now()
