@@ -54,6 +54,12 @@ def model_folder(model: str) -> Path:
     return EMBEDDED[model][0] if model in EMBEDDED else Path(model)
 
 
+def model_source(model: str) -> str:
+    """What diffusers loads a model from: its folder on this machine, or its hub id."""
+    folder = model_folder(model)
+    return str(folder) if folder.exists() else model
+
+
 def load_pipeline(
     model: str = "embedded", *, dtype: str = "float32", device: str = "cpu", preset: str | Path | None = None
 ) -> tuple[Any, Preset]:
@@ -80,9 +86,8 @@ def load_pipeline(
         raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
     if not folder.exists() and model.count("/") != 1:
         raise ValueError(f"there is no folder {model!r}, and it is no hub id (owner/name) either")
-    source = str(folder) if folder.exists() else model
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
+        pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=getattr(torch, dtype))
     except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
         raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ddit.adapter import PatchAdapter
-from ddit.generate import check_device, model_folder
+from ddit.generate import check_device, model_folder, model_source
 from ddit.models import REGISTRY, architecture_class
 
 FOLDER = Path(__file__).parent / "models" / "configs"
@@ -56,10 +56,8 @@ def transformer(
     if not (random_weights or model in names()):
         if blocks:
             raise ValueError("blocks can be left out of a model with random weights only; add --random-weights")
-        folder = model_folder(model)
         try:
-            source = str(folder) if folder.exists() else model
-            return cls.from_pretrained(source, subfolder="transformer", torch_dtype=kind).to(device).eval()
+            return cls.from_pretrained(model_source(model), subfolder="transformer", torch_dtype=kind).to(device).eval()
         except Exception as error:  # diffusers, safetensors and the hub each raise their own
             raise ValueError(
                 f"the weights of {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}"
@@ -85,9 +83,8 @@ def compression(model: str) -> tuple[int, int]:
 
     if model in names():
         return COMPRESSION
-    folder = model_folder(model)
     try:
-        vae: Any = AutoencoderKL.load_config(str(folder) if folder.exists() else model, subfolder="vae")
+        vae: Any = AutoencoderKL.load_config(model_source(model), subfolder="vae")
     except Exception:  # A transformer on its own
         return COMPRESSION
     if "scale_factor_spatial" in vae:
@@ -108,7 +105,7 @@ def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, An
         if known.is_file():
             loaded: Any = json.loads(known.read_text())
         else:
-            loaded = PatchAdapter.load_config(str(folder) if folder.exists() else model, subfolder="transformer")
+            loaded = PatchAdapter.load_config(model_source(model), subfolder="transformer")
     except Exception as error:  # diffusers and the hub each raise their own
         raise ValueError(
             f"{model!r} has no transformer/config.json that can be read: {(str(error) or repr(error)).splitlines()[0]}"

@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ddit import __version__
-from ddit.cli.common import (
-    add_command,
-    check_writable,
-    command_line,
-    environment,
-)
+from ddit.cli.common import add_command, check_writable, command_line, environment
 from ddit.cli.draw import add_draw
 from ddit.cli.embedded import add_embedded
 from ddit.cli.measure import add_measure

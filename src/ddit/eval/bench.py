@@ -104,7 +104,7 @@ class Bench:
         scales: Sequence[int] = (1, 2, 4),
         rank: int | None = None,
     ) -> None:
-        self.model, self.blocks, self.rank = model, blocks, rank
+        self.model = model
         self.transformer = transformer(model, blocks=blocks, dtype=dtype, device=device, random_weights=random_weights)
         self.architecture = architecture_for(self.transformer)
         self.large = [s for s in scales if s > 1]
@@ -122,13 +122,12 @@ class Bench:
 
     def inputs(self, height: int, width: int, frames: int = 1, batch: int = 1) -> Inputs:
         """A call with random latents and text."""
-        architecture, like = self.architecture, next(self.transformer.parameters())
+        architecture, device, dtype = self.architecture, self.transformer.device, self.transformer.dtype
         made = example(architecture, self.model, height, width, frames)
         for name in (architecture.batched[0], "encoder_hidden_states"):
             made[name] = torch.randn_like(made[name])
-        kind = getattr(self.transformer, "dtype", like.dtype)
         placed = {
-            k: v.to(like.device, kind if v.is_floating_point() else v.dtype) if isinstance(v, torch.Tensor) else v
+            k: v.to(device, dtype if v.is_floating_point() else v.dtype) if isinstance(v, torch.Tensor) else v
             for k, v in made.items()
         }
         return architecture.rows(placed, [0] * batch)

@@ -125,7 +125,7 @@ def step_costs(
     with _attached(adapter, architecture.transformer):
         forms = step_forms(architecture, inputs, scales, adapter)
         seconds = by_turns({**forms, "matrix": matrix(z.dtype, device)}, device, repeats)
-        memory = {name: _peak_memory(form, device) for name, form in forms.items()}
+        memory = peak_memory(forms, device)
         switches = _switches({s: forms[str(s)] for s in (1, *scales)}, device, repeats)
     peak = 2 * MATRIX**3 / seconds["matrix"]
     plain = seconds["1"]
@@ -141,7 +141,7 @@ def step_costs(
         "seam_share": {s: seconds[str(s)] / seconds[f"{s}, model"] - 1 for s in scales},
         "adapter_share": {s: seconds[f"{s}, adapter"] / seconds[str(s)] - 1 for s in learnt},
         "switch_share": {s: switch / plain for s, switch in switches.items()},
-        "peak_memory": memory if device.type == "cuda" else None,
+        "peak_memory": memory,
         "utilisation": {s: batch * flops[s] / seconds[str(s)] / peak for s in flops},
         "scheduler_share_of_a_plain_step": scheduler_seconds(z) / plain,
         "repeats": repeats,
@@ -154,13 +154,17 @@ def matrix(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     return lambda: factor @ factor
 
 
-def _peak_memory(form: Callable[[], Any], device: torch.device) -> int:
+def peak_memory(forms: Forms, device: torch.device) -> dict[str, int] | None:
+    """Bytes of each form at its peak, beyond what lay there; ``None`` where the device does not tell."""
     if device.type != "cuda":
-        return 0
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    form()
-    return torch.cuda.max_memory_allocated(device) - before
+        return None
+    peaks = {}
+    for name, form in forms.items():
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        form()
+        peaks[name] = torch.cuda.max_memory_allocated(device) - before
+    return peaks
 
 
 def _switches(forms: Mapping[int, Callable[[], Any]], device: torch.device, repeats: int) -> dict[int, float]:
@@ -221,14 +225,13 @@ def run_costs(
 
     forms: Forms = {"plain": lambda: euler(architecture, inputs, len(schedule)), "dynamic": dynamic}
     seconds = by_turns(forms, device, repeats, warm_up=1)
-    peaks = {name: _peak_memory(form, device) for name, form in forms.items()}
     return {
         "steps": len(schedule),
         "schedule": list(schedule),
         **told,
         "speedup": seconds["plain"] / seconds["dynamic"],
         "seconds": seconds,
-        "peak_memory": peaks if device.type == "cuda" else None,
+        "peak_memory": peak_memory(forms, device),
         "repeats": repeats,
     }
 
