@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import warnings
+from itertools import pairwise
 
 import pytest
 
@@ -25,6 +25,7 @@ DIAL = Dial(
     taken=(0.0, 0.25, 1.0),
 )
 COSTS = {1: 1.0, 2: 0.3, 4: 0.1}
+SIGMAS = [1 - i / 12 for i in range(12)]
 
 
 def test_thresholds_lie_on_the_curve_and_stop_at_its_ends():
@@ -53,53 +54,51 @@ def test_dials_that_make_no_sense(changes, told):
         Dial(**{**values, **changes})
 
 
-def play(
-    speedup: float, total: int, scale_of_stats: float, costs: dict[int, float], seed: int, dial: Dial | None
-) -> float:
-    """Work of a whole run with statistics drawn at random."""
-    draw = random.Random(seed)
-    policy = Budget(ScheduleConfig(speedup=speedup), dial)
-    spent = 0.0
-    for step in range(total):
-        value = scale_of_stats * math.exp(draw.gauss(0, 1))
-        stats = {2: value, 4: 1.5 * value} if step >= 3 else {}
-        moment = Moment(step, total, [stats], 1 - step / total, [spent], costs)
-        spent += costs[policy.choose(moment)[0]]
-    return spent
-
-
 @pytest.mark.parametrize("dial", [DIAL, None])
 @pytest.mark.parametrize("total", [12, 25, 50, 100])
 @pytest.mark.parametrize("speedup", [1.0, 1.25, 1.5, 2.0, 3.0])
-def test_the_budget_is_met_for_any_content(speedup, total, dial):
-    """Statistics a hundred times smaller, or larger, than expected change when work is done, not how much."""
+def test_the_budget_is_met(speedup, total, dial):
     for costs in (COSTS, {1: 1.0, 2: 0.0, 4: 0.0}):
-        for scale in (2e-5, 2e-3, 2e-1):
-            for seed in range(5):
-                assert abs(play(speedup, total, scale, costs, seed, dial) - total / speedup) <= SLACK + 1e-9
+        for shift in (1, 3, 8):
+            levels = [1 - i / total for i in range(total)]
+            scales = places(speedup, dial, [shift * s / (1 + (shift - 1) * s) for s in levels], costs)
+            assert abs(sum(costs[s] for s in scales) - total / speedup) <= SLACK + 1e-9
 
 
 def test_what_cannot_be_reached_is_said_and_approached():
-    with pytest.warns(UserWarning, match=r"speedup of 5 can't be reached with 12 steps.*the most is 3\.08"):
-        assert play(5.0, 12, 2e-3, COSTS, 0, DIAL) == pytest.approx(3 + 9 * 0.1)
+    with pytest.warns(UserWarning, match=r"speedup of 5 can't be reached with 12 steps.*the most is 3\.00"):
+        assert places(5.0, DIAL, SIGMAS) == [1, 1, 1] + 9 * [4]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        play(3.0, 12, 2e-3, COSTS, 0, DIAL)
+        places(3.0, DIAL, SIGMAS)
 
 
-def test_steps_go_where_the_statistic_is_high():
-    """At equal work, the run whose statistics rise late takes its fine steps late."""
-    taken = {}
-    for name, high in (("early", range(3, 25)), ("late", range(25, 50))):
-        policy, spent, fine = Budget(ScheduleConfig(speedup=2.5), None), 0.0, []
-        for step in range(50):
-            value = 0.01 if step in high else 1e-5
-            stats = {2: value, 4: value} if step >= 3 else {}
-            chosen = policy.choose(Moment(step, 50, [stats], 1 - step / 50, [spent], COSTS))[0]
-            spent += COSTS[chosen]
-            fine += [step] if chosen == 1 else []
-        taken[name] = sum(fine) / len(fine)
-    assert taken["early"] + 5 < taken["late"]
+def places(speedup: float, dial: Dial | None, sigmas: list[float], costs: dict[int, float] = COSTS) -> list[int]:
+    """Scales of a run over these noise levels."""
+    policy, spent, scales = Budget(ScheduleConfig(speedup=speedup), dial), 0.0, []
+    for step, sigma in enumerate(sigmas):
+        scales += policy.choose(Moment(step, len(sigmas), [{}], sigma, [spent], costs))
+        spent += costs[scales[-1]]
+    return scales
+
+
+def test_steps_at_scale_1_lie_at_even_distances_of_change():
+    """Half of the table's change lies above .75 here, so half of the steps do; no distance is far from the others."""
+    dial = Dial(thresholds=(1, 2), fine_steps=(2, 1), psnr=(2, 1), sigmas=(1, 0.75, 0), taken=(0, 0.5, 1))
+    sigmas = [1 - i / 100 for i in range(100)]
+    fine = [i for i, s in enumerate(places(3.0, dial, sigmas)) if s == 1][3:]
+    shares = [dial.share(1 - i / 100) for i in (2, *fine)]
+    steps = [b - a for a, b in pairwise(shares)]
+    mean = sum(steps) / len(steps)
+    assert max(abs(s - mean) for s in steps) <= 0.02 and 0.3 < (1 - shares[-1]) / mean < 0.8
+    assert abs(sum(i < 25 for i in fine) - len(fine) / 2) <= 2
+
+
+def test_a_run_that_begins_midway_spends_what_a_whole_one_does():
+    """As image-to-image: what lies before its first noise level does not count as due."""
+    late = places(2.5, DIAL, [0.4 * (1 - i / 40) for i in range(40)])
+    fine = [i for i, s in enumerate(late) if s == 1][3:]
+    assert min(fine) > 3 and max(b - a for a, b in pairwise(fine)) <= 8
 
 
 def test_a_budget_needs_the_number_of_steps():

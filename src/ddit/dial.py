@@ -1,15 +1,12 @@
 """One dial: a speed or a quality that is asked for, in place of a threshold.
 
-What a threshold makes of a run depends on the model and on the number of steps. The number of steps at scale 1 that
-it asks for hardly depends on the latter: it belongs to the path, not to how finely the path is cut. So
-`ddit calibrate` measures it once for several thresholds, and a speed becomes a number of such steps, and that a
-threshold. While a run is under way the threshold follows what the content has taken so far, and the last steps settle
-the account.
+`ddit calibrate` measures once what several thresholds make of a model's runs. A speed becomes a number of steps at
+scale 1, which lie where the rule puts them on average: on single runs it puts them less evenly, and uneven distances
+cost more than what it sees in the content is worth (docs/method.md). A quality becomes a threshold.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from ddit.config import ScheduleConfig
-from ddit.schedule import Moment, choose_scale
+from ddit.patches import half_log_snr
+from ddit.schedule import Moment
 
-PULL = 0.5
-"""How strongly a step at scale 1 too many, or too few, moves the logarithm of the threshold."""
 SLACK = 0.5
 """Steps at scale 1 by which a run may end off its budget: a step can't be halved."""
 
@@ -80,11 +76,16 @@ class Dial:
 
 
 class Budget:
-    """The rule with a threshold that follows a budget of work: ``1 / config.speedup`` of a plain run."""
+    """As many steps at scale 1 as ``1 / config.speedup`` of a plain run pays for, the largest patches in between.
+
+    They lie at even distances of how much the path changes: by the dial, or evenly in lambda without one. The first is
+    due one distance after the warm-up, and half of one remains after the last.
+    """
 
     def __init__(self, config: ScheduleConfig, dial: Dial | None) -> None:
         self.config = config
         self.dial = dial
+        self.begin = self.last = 0.0
 
     def choose(self, moment: Moment) -> list[int]:
         if moment.total is None:
@@ -96,26 +97,38 @@ class Budget:
             self._check(moment.total, min(moment.costs.values()))
         if moment.step < self.config.warmup:
             return [self.config.warmup_scale] * len(moment.stats)
-        return [self._one(moment, stats, spent) for stats, spent in zip(moment.stats, moment.spent, strict=True)]
+        change = self._change(moment, moment.total)
+        return [self._one(moment, moment.total, change, spent) for spent in moment.spent]
 
-    def _one(self, moment: Moment, stats: Mapping[int, float], spent: float) -> int:
-        total, costs, warm = moment.total or 0, moment.costs, self.config.warmup
+    def _change(self, moment: Moment, total: int) -> float:
+        """Share of the change after the warm-up that has happened when this step is over, if it is like the last."""
+        if self.dial:
+            here, end = self.dial.share(moment.sigma), 1.0
+        else:
+            here, end = half_log_snr(moment.sigma), half_log_snr(moment.sigma / (total - moment.step))
+        if moment.step == self.config.warmup:
+            self.begin = self.last = here
+        after, self.last = 2 * here - self.last, here
+        return (after - self.begin) / max(end - self.begin, 1e-9)
+
+    def _one(self, moment: Moment, total: int, change: float, spent: float) -> int:
+        costs, config = moment.costs, self.config
         floor = min(costs.values())
-        budget, rest = total / self.config.speedup, total - moment.step - 1
-        fine = (budget - total * floor) / (1 - floor) - warm
-        done = (spent - moment.step * floor) / (1 - floor) - warm
-        due = fine * (self.dial.share(moment.sigma) if self.dial else (moment.step - warm) / (total - warm))
-        threshold = self.dial.threshold_for(fine) if self.dial else self.config.threshold
-        scale = choose_scale(stats, threshold * math.exp(PULL * (done - due)))
+        cheapest = min(costs, key=lambda s: (costs[s], s))
+        budget, rest = total / config.speedup, total - moment.step - 1
+        # Anchored steps look back once after the warm-up, which costs one more call.
+        fine = (budget - (total + config.anchored) * floor) / (1 - floor) - config.warmup
+        done = round((spent - moment.step * floor) / (1 - floor) - config.warmup)
+        scale = 1 if (fine + 0.5) * change >= done + 1 else cheapest
         after = budget - spent - costs[scale]
         if after > rest + SLACK:
             return 1
         if after < rest * floor - SLACK:
-            return min(costs, key=lambda s: (costs[s], s))
+            return cheapest
         return scale
 
     def _check(self, total: int, floor: float) -> None:
-        most = total / (self.config.warmup + (total - self.config.warmup) * floor)
+        most = total / (self.config.warmup + (total - self.config.warmup + self.config.anchored) * floor)
         if self.config.speedup > most + 1e-9:
             warnings.warn(
                 f"a speedup of {self.config.speedup:g} can't be reached with {total} steps, of which "
