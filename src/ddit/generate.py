@@ -26,6 +26,7 @@ from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
 from ddit.report import Report
+from ddit.schedule import Policy
 
 EMBEDDED: dict[str, tuple[Path, Path]] = {
     "embedded": (MODEL_FOLDER, ADAPTER_FOLDER),
@@ -171,6 +172,7 @@ def run(
     preset: Preset | None = None,
     adapter: PatchAdapter | None = None,
     cache: CacheConfig | None = None,
+    policy: Policy | None = None,
     on_step: OnStep | None = None,
 ) -> Run:
     """Call a pipeline once, plain (``config=None``) or with dynamic patches, and with a cache under either.
@@ -187,7 +189,15 @@ def run(
         config = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
     if config is not None:
         variance = preset.detail_variance if preset and len(config.scales) > 1 else None
-        handle = apply(pipe, adapter=adapter, config=config, detail_variance=variance, cache=cache, preset=preset)
+        handle = apply(
+            pipe,
+            adapter=adapter,
+            config=config,
+            policy=policy,
+            detail_variance=variance,
+            cache=cache,
+            preset=preset,
+        )
 
     def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddit.config import ScheduleConfig
 from ddit.dial import Dial
-from ddit.eval.metrics import psnr
+from ddit.eval.metrics import decibels
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
 from ddit.preset import Preset
@@ -25,8 +25,6 @@ DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""
 THRESHOLDS = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 """For which a `Dial` is measured."""
-MOST = 80.0
-"""PSNR in dB that stands for pictures which do not differ."""
 
 
 def teacache_changes(
@@ -107,18 +105,18 @@ def measure_dial(
     for threshold in THRESHOLDS:
         schedule = {**preset.schedule, "policy": "dynamic", "threshold": threshold, "speedup": 0.0, "quality": 0.0}
         config = ScheduleConfig.from_dict(schedule)
-        samples, decibels = [], []
+        samples, likeness_of_each = [], []
         for group, own, reference in zip(groups, seeds, plain, strict=True):
             outcome = run(pipe, group, own, settings, config=config, preset=preset)
             assert outcome.report is not None
             sigmas = [step.sigma for step in outcome.report.steps]
             fine = torch.tensor(outcome.report.scales) == 1
             samples.append(fine[:, config.warmup :].double())
-            decibels += _decibels(outcome.pictures, reference)
+            likeness_of_each += decibels(*map(torch.from_numpy, (outcome.pictures, reference)))
             advance()
         all_fine = torch.cat(samples)
         counts.append(float(all_fine.sum(1).mean()))
-        likeness.append(statistics.median(decibels))
+        likeness.append(statistics.median(likeness_of_each))
         places.append(all_fine.mean(0))
     where = torch.stack(places).mean(0)
     before = torch.cat([torch.zeros(1), where.cumsum(0) / where.sum().clamp(min=1e-9)]).clamp(max=1)
@@ -129,9 +127,3 @@ def measure_dial(
         sigmas=(*sigmas[len(sigmas) - len(where) :], 0.0),
         taken=tuple(before.tolist()),
     )
-
-
-def _decibels(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
-    """PSNR of each picture or clip; `MOST` where nothing differs."""
-    a, b = (torch.from_numpy(x).reshape(len(x), 1, 1, -1) for x in (pictures, reference))
-    return psnr(a, b).clamp(max=MOST).tolist()

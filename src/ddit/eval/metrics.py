@@ -17,6 +17,8 @@ Statistic = Callable[[Tensor], Tensor]
 
 SSIM_WINDOW = 11
 """Side in pixels of the Gaussian window (sigma 1.5) that SSIM compares."""
+MOST = 80.0
+"""PSNR in dB that stands for pictures which do not differ."""
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -24,6 +26,11 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     _check_pictures(a, b)
     value = peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0, dim=(1, 2, 3), reduction="none")
     return value.float()
+
+
+def decibels(a: Tensor, b: Tensor) -> list[float]:
+    """PSNR of each sample, pictures or clips ``[B, ...]`` in [0, 1]; `MOST` where nothing differs."""
+    return psnr(*(x.reshape(len(x), 1, 1, -1) for x in (a, b))).clamp(max=MOST).tolist()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

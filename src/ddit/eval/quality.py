@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +19,8 @@ from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
 from ddit.config import ScheduleConfig
 from ddit.embedded.scenes import Split
-from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, psnr, ssim
+from ddit.eval.decisions import even, oracle
+from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.rivals import progressive
 from ddit.eval.subjects import Subject, Verdict
@@ -40,6 +42,8 @@ class Method:
     """``None`` is the untouched pipeline."""
     adapter: PatchAdapter | None = None
     cache: Config | None = None
+    oracle: int | None = None
+    """Steps at scale 1 after the warm-up that lie where a plain run says (`ddit.eval.decisions.oracle`)."""
     progressive: float | None = None
     """Fraction of the steps at half resolution (`ddit.eval.rivals.progressive`)."""
 
@@ -47,9 +51,10 @@ class Method:
 def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) -> Method:
     """Read ``POLICY:field=value,...``: ``plain``, ``plain:run_steps=20``, ``dynamic:threshold=0.01,scales=1/2``.
 
-    Policies are ``plain``, ``progressive`` and those of `ScheduleConfig`. Fields are those of `ScheduleConfig`,
-    ``run_steps``, the number of denoising steps, ``cache``, as for `make_cache`, and ``adapter``, a folder or ``none``.
-    Lists are joined by ``/``.
+    Policies are ``plain``, ``progressive``, those of `ScheduleConfig`, and ``even`` and ``oracle`` of
+    `ddit.eval.decisions` with the field ``fine``, a number of steps at scale 1 after the warm-up. Fields are those of
+    `ScheduleConfig`, ``run_steps``, the number of denoising steps, ``cache``, as for `make_cache`, and ``adapter``, a
+    folder or ``none``. Lists are joined by ``/``.
 
     Args:
         adapters: Loads an adapter by name; called with ``None`` where the method names no adapter.
@@ -78,8 +83,29 @@ def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) 
     lists = {f.name for f in fields(ScheduleConfig) if f.name in ("scales", "steps")}
     adapter = adapters(values.pop("adapter", None))
     values = {k: [v] if k in lists and isinstance(v, int) else v for k, v in values.items()}
+    if policy in ("even", "oracle"):
+        return _placed(text, policy, run_steps, {**preset.schedule, **values}, adapter, cache)
     config = ScheduleConfig.from_dict({**preset.schedule, "policy": policy, **values})
     return Method(text, run_steps, config, adapter, cache)
+
+
+def _placed(
+    text: str, policy: str, run_steps: int, values: dict[str, Any], adapter: PatchAdapter | None, cache: Config | None
+) -> Method:
+    """A method with a number of steps at scale 1, and the largest patches elsewhere."""
+    fine = values.pop("fine", None)
+    config = ScheduleConfig.from_dict({**values, "policy": "dynamic"})
+    if not isinstance(fine, int) or not 0 < fine < run_steps - config.warmup:
+        raise ValueError(
+            f"method {text!r}: {policy} needs fine, a number of steps at scale 1 that leaves some of the {run_steps}"
+        )
+    if policy == "oracle" and (adapter is not None or cache is not None):
+        raise ValueError(f"method {text!r}: oracle takes neither an adapter nor a cache")
+    places = {*range(config.warmup), *even(run_steps, config.warmup, fine)}
+    coarse = max(config.scales)
+    steps = tuple(1 if k in places else coarse for k in range(run_steps))
+    config = replace(config, policy="fixed", steps=steps)
+    return Method(text, run_steps, config, adapter, cache, oracle=fine if policy == "oracle" else None)
 
 
 def _value(text: str) -> Any:
@@ -121,6 +147,8 @@ def draw_all(
         if method.progressive is not None:
             outcome, work = progressive(pipe, prompts[part], seeds[part], chosen, method.progressive)
             return replace(Part.of(outcome), work=np.array(work))
+        if method.oracle is not None and method.config is not None:
+            return Part.of(oracle(pipe, prompts[part], seeds[part], chosen, method.config, preset, method.oracle))
         outcome = run(
             pipe,
             prompts[part],
@@ -140,7 +168,8 @@ def draw_all(
             drawn = parts.load(turn) if parts else None
             if drawn is None:
                 for method in [] if warm else methods:
-                    call(method, slice(0, batch), 5)
+                    with warnings.catch_warnings(action="ignore"):  # so few steps are not what anyone asked for
+                        call(method, slice(0, batch), 5 if method.oracle is None else method.run_steps)
                 warm, new = True, {}
                 for k in range(len(methods)):
                     i = (k + turn) % len(methods)
@@ -200,6 +229,7 @@ def summarise(
             # The distance of a resampled set is biased; that of the difference on the same prompts is not.
             "frechet_change_interval": bootstrap_difference(features, base_features, distance, samples=200),
             "psnr": float(psnr(ours, theirs).median()),
+            "psnr_of_each": [round(x, 2) for x in decibels(*_samples(pictures, reference))],
             "ssim": float(ssim(ours, theirs).mean()),
             "tokens_fraction": float(np.average([part.work[0] for part in result], weights=sizes)),
             "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
@@ -211,7 +241,25 @@ def summarise(
             row["steps_per_scale"] = _steps_per_scale(scales)
             row["fine_steps"] = _fine_steps(scales, asked, subject)
         rows.append(row)
+    _add_regret(rows)
     return rows
+
+
+def _samples(*drawn: np.ndarray) -> list[Tensor]:
+    """Pictures or clips in [0, 1]."""
+    return [torch.from_numpy(x).float() / 255 for x in drawn]
+
+
+def _add_regret(rows: Sequence[dict[str, Any]]) -> None:
+    """``regret``: how much nearer to plain, in dB, another method of no more work is that is chosen in hindsight for
+    each prompt, mean over prompts; with its interval. Half a step of plain is no more.
+    """
+    work = [row["flops_fraction"] * row["run_steps"] for row in rows]
+    for row, own in zip(rows, work, strict=True):
+        rivals = [r["psnr_of_each"] for r, w in zip(rows, work, strict=True) if w <= own + 0.5]
+        missed = torch.tensor(rivals).max(0).values - torch.tensor(row["psnr_of_each"])
+        row["regret"] = float(missed.mean())
+        row["regret_interval"] = bootstrap_interval(missed)
 
 
 def _realised(result: Results, asked: float) -> dict[str, float]:
