@@ -167,6 +167,20 @@ def test_a_pipeline_finds_the_preset_of_its_folder(tmp_path):
     assert ddit.apply(pipe, config=ScheduleConfig(quality=40.0)).config.threshold == pytest.approx(0.002)
 
 
+def test_the_paper_has_a_preset_that_says_it_is_not_calibrated():
+    pipe = tiny.pipeline()
+    with pytest.warns(UserWarning, match=r"the paper's values.*not calibrated.*'ddit calibrate'"):
+        config = ddit.apply(pipe, preset="paper").config
+    assert (config.threshold, config.percentile, config.order, config.difference) == (0.001, 0.4, 3, "plain")
+    assert (config.anchored, config.start, config.positions) == (False, "bilinear", "interpolated")
+    with pytest.raises(ValueError, match="or paper"):
+        ddit.apply(pipe, preset="papers")
+
+
+def test_a_schedule_that_is_not_given_is_the_presets():
+    assert ddit.apply(tiny.pipeline(), preset=Preset(schedule={"threshold": 0.5})).config.threshold == 0.5
+
+
 def test_on_the_command_line(tmp_path, capsys):
     model = tmp_path / "model"
     tiny.pipeline().save_pretrained(model)
@@ -182,5 +196,7 @@ def test_on_the_command_line(tmp_path, capsys):
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["flops_fraction"] == pytest.approx(0.5, abs=0.07)
     assert main([*flags, "--quality", "30"]) == 0
+    assert main([*flags, "--preset", "paper"]) == 0
+    assert "not calibrated" in capsys.readouterr().err
     assert main([*flags, "--speedup", "0.5"]) == 2
     assert "at least 1" in capsys.readouterr().err

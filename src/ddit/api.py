@@ -52,15 +52,15 @@ def apply(
         pipe_or_transformer: A diffusers pipeline with a supported ``transformer``, or that transformer.
         adapter: A `ddit.PatchAdapter`, or the folder or hub id of one. Its own ``start``, ``positions`` and
             ``anchored`` hold.
-        config: The schedule; by default the paper's threshold, with our steps.
+        config: The schedule; by default the preset's, or without one the paper's threshold, with our steps.
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
             model's own samples; by default the adapter's. It counts where there was no step at scale 1 yet.
         cache: Of diffusers (``FirstBlockCacheConfig``, ``TaylorSeerCacheConfig``, ``MagCacheConfig``), a
             `ddit.TeaCacheConfig`, or text as for ``--cache``. A cache that is there already, or comes later with
             ``transformer.enable_cache``, works as well.
-        preset: What `ddit calibrate` measured on the model, or the folder that holds it; by default that of the
-            folder that the pipeline was loaded from, if there is one.
+        preset: What `ddit calibrate` measured on the model, the folder that holds it, or ``"paper"``; by default that
+            of the folder that the pipeline was loaded from, if there is one.
 
     Returns:
         A handle with ``.report`` and ``.remove()``; in a ``with`` block it removes itself.
@@ -73,8 +73,10 @@ def apply(
     transformers = found or [pipe_or_transformer]
     pipe = pipe_or_transformer if found else None
     architectures = [architecture_for(transformer) for transformer in transformers]
-    config = config or ScheduleConfig()
     known = _preset(preset, pipe)
+    config = config or ScheduleConfig.from_dict(dict(known.schedule))
+    if known.origin:
+        warnings.warn(f"the preset holds {known.origin}; 'ddit calibrate' measures this model's own", stacklevel=2)
     if adapter is not None:
         if len(transformers) > 1:
             raise ValueError(

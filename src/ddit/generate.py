@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def load_pipeline(
     """A pipeline from a folder, a hub id or the embedded model, with its preset.
 
     Args:
-        preset: Folder with the preset to use instead of the model's own.
+        preset: Folder with the preset to use instead of the model's own, or a name (`ddit.preset.SHIPPED`). One that
+            does not say how to call the model leaves that to the model's own.
 
     Raises:
         ValueError: When there is no such model, or this is no pipeline's folder.
@@ -92,7 +93,8 @@ def load_pipeline(
     except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
         raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device), given or Preset.load(folder)
+    own = Preset.load(folder)
+    return pipe.to(device), own if given is None else replace(given, call=given.call or own.call)
 
 
 def check_device(device: str) -> None:

@@ -12,6 +12,8 @@ from ddit.dial import Dial
 
 FILE = "ddit.json"
 VERSION = 1
+SHIPPED = Path(__file__).parent / "presets"
+"""Presets that go by a name: ``paper`` has the values of arXiv 2602.16968, section 4, for FLUX.1-dev and Wan 2.1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +33,26 @@ class Preset:
     dial: Dial | None = None
     """What thresholds make of the model's runs (see `ddit.dial`)."""
 
+    origin: str = ""
+    """Where the values come from, if not from `ddit calibrate` on this model."""
+
     @classmethod
     def load(cls, folder: str | Path, *, required: bool = False) -> Preset:
-        """Read a folder's preset; an empty one where there is no such file, unless it is ``required``.
+        """Read a folder's preset, or one of `SHIPPED` by its name if no such folder is there.
+
+        Without a file the preset is empty, unless it is ``required``.
 
         Raises:
             ValueError: When the file is not a preset of this version, or is missing.
         """
         path = Path(folder) / FILE
+        names = sorted(p.name for p in SHIPPED.iterdir() if (p / FILE).is_file())
+        if str(folder) in names and not path.is_file():
+            path = SHIPPED / str(folder) / FILE
         if required and not path.is_file():
-            raise ValueError(f"{folder} holds no {FILE}; name a folder that 'ddit calibrate' wrote one into")
+            raise ValueError(
+                f"{folder} holds no {FILE}; name a folder that 'ddit calibrate' wrote one into, or {', '.join(names)}"
+            )
         if not path.is_file():
             return cls()
         try:

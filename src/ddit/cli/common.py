@@ -26,7 +26,11 @@ def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> 
         command.add_argument(
             "--adapter", help="folder or hub id of an adapter; embedded is the embedded model's (default: none)"
         )
-    command.add_argument("--preset", type=Path, help="folder with a ddit.json to use instead of the model's own")
+    command.add_argument(
+        "--preset",
+        type=Path,
+        help="folder with a ddit.json to use instead of the model's own; paper has the paper's values",
+    )
     command.add_argument("--steps", type=int, help="denoising steps")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)

@@ -168,7 +168,8 @@ def draw_all(
             drawn = parts.load(turn) if parts else None
             if drawn is None:
                 for method in [] if warm else methods:
-                    with warnings.catch_warnings(action="ignore"):  # so few steps are not what anyone asked for
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # so few steps are not what anyone asked for
                         call(method, slice(0, batch), 5 if method.oracle is None else method.run_steps)
                 warm, new = True, {}
                 for k in range(len(methods)):
