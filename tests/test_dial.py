@@ -14,27 +14,22 @@ import tiny
 from ddit import ScheduleConfig
 from ddit.cli import main
 from ddit.dial import SLACK, Budget, Dial
+from ddit.patches import half_log_snr
 from ddit.preset import Preset
 from ddit.schedule import Moment
 
 DIAL = Dial(
     thresholds=(0.001, 0.002, 0.004),
-    fine_steps=(20.0, 10.0, 5.0),
     psnr=(50.0, 40.0, 30.0),
-    sigmas=(1.0, 0.5, 0.0),
-    taken=(0.0, 0.25, 1.0),
 )
 COSTS = {1: 1.0, 2: 0.3, 4: 0.1}
 SIGMAS = [1 - i / 12 for i in range(12)]
 
 
 def test_thresholds_lie_on_the_curve_and_stop_at_its_ends():
-    assert [DIAL.threshold_for(n) for n in (40, 20, 10, 5, 1)] == pytest.approx([0.001, 0.001, 0.002, 0.004, 0.004])
-    assert DIAL.threshold_for(15) == pytest.approx(math.exp((math.log(0.001) + math.log(0.002)) / 2))
     assert [DIAL.threshold_of_quality(db) for db in (60, 50, 45, 30, 10)] == pytest.approx(
         [0.0, 0.001, 0.001 * 2**0.5, 0.004, 0.004]
     )
-    assert [DIAL.share(s) for s in (1.0, 0.75, 0.5, 0.25, 0.0)] == pytest.approx([0, 0.125, 0.25, 0.625, 1])
 
 
 @pytest.mark.parametrize(
@@ -43,67 +38,59 @@ def test_thresholds_lie_on_the_curve_and_stop_at_its_ends():
         ({"thresholds": (0.002, 0.001, 0.004)}, "must rise"),
         ({"thresholds": (0.0, 0.001, 0.004)}, "must rise"),
         ({"psnr": (1.0,)}, "as many"),
-        ({"taken": (0.0, 1.0)}, "as many values"),
-        ({"sigmas": (0.0, 0.5, 1.0)}, "must fall"),
-        ({"taken": (0.0, 1.0, 0.5)}, "must fall"),
     ],
 )
 def test_dials_that_make_no_sense(changes, told):
-    values = {k: getattr(DIAL, k) for k in ("thresholds", "fine_steps", "psnr", "sigmas", "taken")}
+    values = {k: getattr(DIAL, k) for k in ("thresholds", "psnr")}
     with pytest.raises(ValueError, match=told):
         Dial(**{**values, **changes})
 
 
-@pytest.mark.parametrize("dial", [DIAL, None])
 @pytest.mark.parametrize("total", [12, 25, 50, 100])
 @pytest.mark.parametrize("speedup", [1.0, 1.25, 1.5, 2.0, 3.0])
-def test_the_budget_is_met(speedup, total, dial):
+def test_the_budget_is_met(speedup, total):
     for costs in (COSTS, {1: 1.0, 2: 0.0, 4: 0.0}):
         for shift in (1, 3, 8):
             levels = [1 - i / total for i in range(total)]
-            scales = places(speedup, dial, [shift * s / (1 + (shift - 1) * s) for s in levels], costs)
+            scales = places(speedup, [shift * s / (1 + (shift - 1) * s) for s in levels], costs)
             assert abs(sum(costs[s] for s in scales) - total / speedup) <= SLACK + 1e-9
 
 
 def test_what_cannot_be_reached_is_said_and_approached():
     with pytest.warns(UserWarning, match=r"speedup of 5 can't be reached with 12 steps.*the most is 3\.00"):
-        assert places(5.0, DIAL, SIGMAS) == [1, 1, 1] + 9 * [4]
+        assert places(5.0, SIGMAS) == [1, 1, 1] + 9 * [4]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        places(3.0, DIAL, SIGMAS)
+        places(3.0, SIGMAS)
 
 
-def places(speedup: float, dial: Dial | None, sigmas: list[float], costs: dict[int, float] = COSTS) -> list[int]:
+def places(speedup: float, sigmas: list[float], costs: dict[int, float] = COSTS) -> list[int]:
     """Scales of a run over these noise levels."""
-    policy, spent, scales = Budget(ScheduleConfig(speedup=speedup), dial), 0.0, []
+    policy, spent, scales = Budget(ScheduleConfig(speedup=speedup)), 0.0, []
     for step, sigma in enumerate(sigmas):
         scales += policy.choose(Moment(step, len(sigmas), [{}], sigma, [spent], costs))
         spent += costs[scales[-1]]
     return scales
 
 
-def test_steps_at_scale_1_lie_at_even_distances_of_change():
-    """Half of the table's change lies above .75 here, so half of the steps do; no distance is far from the others."""
-    dial = Dial(thresholds=(1, 2), fine_steps=(2, 1), psnr=(2, 1), sigmas=(1, 0.75, 0), taken=(0, 0.5, 1))
-    sigmas = [1 - i / 100 for i in range(100)]
-    fine = [i for i, s in enumerate(places(3.0, dial, sigmas)) if s == 1][3:]
-    shares = [dial.share(1 - i / 100) for i in (2, *fine)]
-    steps = [b - a for a, b in pairwise(shares)]
-    mean = sum(steps) / len(steps)
-    assert max(abs(s - mean) for s in steps) <= 0.02 and 0.3 < (1 - shares[-1]) / mean < 0.8
-    assert abs(sum(i < 25 for i in fine) - len(fine) / 2) <= 2
+def test_steps_at_scale_1_lie_at_even_distances_in_lambda():
+    sigmas = [1 - k / 200 for k in range(200)]
+    fine = [k for k, s in enumerate(places(4.0, sigmas)) if s == 1][2:]
+    levels = [half_log_snr(sigmas[k]) for k in fine]
+    middle = [b - a for (a, b), k in zip(pairwise(levels), fine, strict=False) if 30 < k < 170]
+    assert max(middle) < 1.5 * min(middle) and fine[0] == 2
 
 
 def test_a_run_that_begins_midway_spends_what_a_whole_one_does():
     """As image-to-image: what lies before its first noise level does not count as due."""
-    late = places(2.5, DIAL, [0.4 * (1 - i / 40) for i in range(40)])
+    late = places(2.5, [0.4 * (1 - i / 40) for i in range(40)])
     fine = [i for i, s in enumerate(late) if s == 1][3:]
     assert min(fine) > 3 and max(b - a for a, b in pairwise(fine)) <= 8
 
 
 def test_a_budget_needs_the_number_of_steps():
     with pytest.raises(ValueError, match="number of steps"):
-        Budget(ScheduleConfig(speedup=2.0), None).choose(Moment(0, None, [{}]))
+        Budget(ScheduleConfig(speedup=2.0)).choose(Moment(0, None, [{}]))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +177,7 @@ def test_on_the_command_line(tmp_path, capsys):
     prompts.write_text("a red circle\na blue star\n")
     assert main(["calibrate", "--model", str(model), "--prompts", str(prompts), "--count", "2", "--batch", "2"]) == 0
     dial = Preset.load(model).dial
-    assert dial is not None and len(dial.sigmas) == 16 - 3 + 1 and dial.taken[0] == 0 and dial.taken[-1] == 1
+    assert dial is not None and len(dial.psnr) == len(dial.thresholds)
     flags = ["generate", "a red circle", "--model", str(model), "--out", str(tmp_path / "a.png")]
     assert main([*flags, "--speedup", "2", "--json", str(tmp_path / "a.json")]) == 0
     result = json.loads((tmp_path / "a.json").read_text())

@@ -115,7 +115,7 @@ def apply(
             put_on.remove()
         raise
     seats = list(zip(transformers, architectures, caches, strict=True))
-    return Handle(seats, pipe, config, policy or _policy(config, known), variance, adapter)
+    return Handle(seats, pipe, config, policy or _policy(config), variance, adapter)
 
 
 def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
@@ -127,8 +127,8 @@ def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
     return Preset.load(preset, required=True)
 
 
-def _policy(config: ScheduleConfig, preset: Preset) -> Policy:
-    return Budget(config, preset.dial) if config.speedup else make_policy(config)
+def _policy(config: ScheduleConfig) -> Policy:
+    return Budget(config) if config.speedup else make_policy(config)
 
 
 def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:

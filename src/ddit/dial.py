@@ -1,8 +1,8 @@
 """One dial: a speed or a quality that is asked for, in place of a threshold.
 
-`ddit calibrate` measures once what several thresholds make of a model's runs. A speed becomes a number of steps at
-scale 1, which lie where the rule puts them on average: on single runs it puts them less evenly, and uneven distances
-cost more than what it sees in the content is worth (docs/method.md). A quality becomes a threshold.
+A speed becomes a number of steps at scale 1, at even distances in lambda: the rule puts them less evenly, and uneven
+distances cost more than what it sees in the content is worth (docs/method.md). A quality becomes a threshold, by what
+`ddit calibrate` measured once on the model.
 """
 
 from __future__ import annotations
@@ -27,41 +27,26 @@ class Dial:
     """What thresholds made of a model's runs.
 
     Raises:
-        ValueError: Where lists are not of one length, or not in order.
+        ValueError: Where lists are not of one length, or thresholds don't rise.
     """
 
     thresholds: tuple[float, ...]
     """Rising."""
-    fine_steps: tuple[float, ...]
-    """Mean number of steps at scale 1 beyond the warm-up, for each of these."""
     psnr: tuple[float, ...]
     """Likeness to the plain run in dB, median over prompts, for each."""
-    sigmas: tuple[float, ...]
-    """Noise levels, falling."""
-    taken: tuple[float, ...]
-    """Share of the steps at scale 1 that lie before each of these, rising from 0 to 1."""
 
     def __post_init__(self) -> None:
-        for name in ("thresholds", "fine_steps", "psnr", "sigmas", "taken"):
+        for name in ("thresholds", "psnr"):
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
-        if not len(self.thresholds) == len(self.fine_steps) == len(self.psnr) > 1:
-            raise ValueError("a dial needs as many fine_steps and psnr as thresholds, two at least")
-        if not len(self.sigmas) == len(self.taken) > 1:
-            raise ValueError("a dial needs as many values of taken as sigmas, two at least")
+        if not len(self.thresholds) == len(self.psnr) > 1:
+            raise ValueError("a dial needs as many psnr as thresholds, two at least")
         if list(self.thresholds) != sorted(set(self.thresholds)) or self.thresholds[0] <= 0:
             raise ValueError("a dial's thresholds must rise from above 0")
-        if list(self.sigmas) != sorted(self.sigmas, reverse=True) or list(self.taken) != sorted(self.taken):
-            raise ValueError("a dial's sigmas must fall and its values of taken rise")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Dial:
         """The inverse of `dataclasses.asdict`."""
         return cls(**values)
-
-    def threshold_for(self, fine_steps: float) -> float:
-        """The threshold that takes so many steps at scale 1 beyond the warm-up; the nearest end outside the table."""
-        counts = np.minimum.accumulate(self.fine_steps)[::-1]
-        return float(np.exp(np.interp(fine_steps, counts, np.log(self.thresholds)[::-1])))
 
     def threshold_of_quality(self, psnr: float) -> float:
         """The largest threshold whose pictures are expected to be as near to plain's as ``psnr`` dB."""
@@ -70,21 +55,16 @@ class Dial:
             return 0.0
         return float(np.exp(np.interp(psnr, likeness, np.log(self.thresholds)[::-1])))
 
-    def share(self, sigma: float) -> float:
-        """Share of the steps at scale 1 that lie before a noise level."""
-        return float(np.interp(-sigma, [-s for s in self.sigmas], self.taken))
-
 
 class Budget:
     """As many steps at scale 1 as ``1 / config.speedup`` of a plain run pays for, the largest patches in between.
 
-    They lie at even distances of how much the path changes: by the dial, or evenly in lambda without one. The first is
+    They lie at even distances in lambda, in which velocities change evenly (`ddit.patches.half_log_snr`). The first is
     due one distance after the warm-up, and half of one remains after the last.
     """
 
-    def __init__(self, config: ScheduleConfig, dial: Dial | None) -> None:
+    def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
-        self.dial = dial
         self.begin = self.last = 0.0
 
     def choose(self, moment: Moment) -> list[int]:
@@ -97,21 +77,22 @@ class Budget:
             self._check(moment.total, min(moment.costs.values()))
         if moment.step < self.config.warmup:
             return [self.config.warmup_scale] * len(moment.stats)
-        change = self._change(moment, moment.total)
-        return [self._one(moment, moment.total, change, spent) for spent in moment.spent]
+        passed = self._passed(moment, moment.total)
+        return [self._one(moment, moment.total, passed, spent) for spent in moment.spent]
 
-    def _change(self, moment: Moment, total: int) -> float:
-        """Share of the change after the warm-up that has happened when this step is over, if it is like the last."""
-        if self.dial:
-            here, end = self.dial.share(moment.sigma), 1.0
-        else:
-            here, end = half_log_snr(moment.sigma), half_log_snr(moment.sigma / (total - moment.step))
+    def _passed(self, moment: Moment, total: int) -> float:
+        """Share of the way in lambda, from the warm-up on, that lies behind when this step is over.
+
+        Policies don't know the noise levels ahead: this step is taken to be as wide as the last, and those that are
+        left as even in sigma.
+        """
+        here, end = half_log_snr(moment.sigma), half_log_snr(moment.sigma / (total - moment.step))
         if moment.step == self.config.warmup:
             self.begin = self.last = here
         after, self.last = 2 * here - self.last, here
         return (after - self.begin) / max(end - self.begin, 1e-9)
 
-    def _one(self, moment: Moment, total: int, change: float, spent: float) -> int:
+    def _one(self, moment: Moment, total: int, passed: float, spent: float) -> int:
         costs, config = moment.costs, self.config
         floor = min(costs.values())
         cheapest = min(costs, key=lambda s: (costs[s], s))
@@ -119,7 +100,7 @@ class Budget:
         # Anchored steps look back once after the warm-up, which costs one more call.
         fine = (budget - (total + config.anchored) * floor) / (1 - floor) - config.warmup
         done = round((spent - moment.step * floor) / (1 - floor) - config.warmup)
-        scale = 1 if (fine + 0.5) * change >= done + 1 else cheapest
+        scale = 1 if (fine + 0.5) * passed >= done + 1 else cheapest
         after = budget - spent - costs[scale]
         if after > rest + SLACK:
             return 1

@@ -11,7 +11,7 @@ from typing import Any
 from ddit.dial import Dial
 
 FILE = "ddit.json"
-VERSION = 1
+VERSION = 2
 SHIPPED = Path(__file__).parent / "presets"
 """Presets that go by a name: ``paper`` has the values of arXiv 2602.16968, section 4, for FLUX.1-dev and Wan 2.1."""
 

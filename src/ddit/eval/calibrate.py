@@ -100,30 +100,14 @@ def measure_dial(
     for group, own in zip(groups, seeds, strict=True):
         plain.append(run(pipe, group, own, settings).pictures)
         advance()
-    counts, likeness, places = [], [], []
-    sigmas: list[float] = []
+    likeness = []
     for threshold in THRESHOLDS:
         schedule = {**preset.schedule, "policy": "dynamic", "threshold": threshold, "speedup": 0.0, "quality": 0.0}
         config = ScheduleConfig.from_dict(schedule)
-        samples, likeness_of_each = [], []
+        likeness_of_each = []
         for group, own, reference in zip(groups, seeds, plain, strict=True):
             outcome = run(pipe, group, own, settings, config=config, preset=preset)
-            assert outcome.report is not None
-            sigmas = [step.sigma for step in outcome.report.steps]
-            fine = torch.tensor(outcome.report.scales) == 1
-            samples.append(fine[:, config.warmup :].double())
             likeness_of_each += decibels(*map(torch.from_numpy, (outcome.pictures, reference)))
             advance()
-        all_fine = torch.cat(samples)
-        counts.append(float(all_fine.sum(1).mean()))
         likeness.append(statistics.median(likeness_of_each))
-        places.append(all_fine.mean(0))
-    where = torch.stack(places).mean(0)
-    before = torch.cat([torch.zeros(1), where.cumsum(0) / where.sum().clamp(min=1e-9)]).clamp(max=1)
-    return Dial(
-        thresholds=THRESHOLDS,
-        fine_steps=tuple(counts),
-        psnr=tuple(likeness),
-        sigmas=(*sigmas[len(sigmas) - len(where) :], 0.0),
-        taken=tuple(before.tolist()),
-    )
+    return Dial(thresholds=THRESHOLDS, psnr=tuple(likeness))
