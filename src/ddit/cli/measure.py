@@ -156,8 +156,6 @@ def _bench(args: argparse.Namespace) -> None:
     for path in (args.out and args.out.with_suffix(".json"), args.trace):
         if path is not None:
             check_writable(path)
-    if args.trace is not None and len(args.arch) * len(args.size) * len(args.batch) > 1:
-        raise ValueError("--trace writes one file; give it one --arch, --size and --batch")
     from ddit.eval import bench
 
     scales = sorted({1, *args.scales})
