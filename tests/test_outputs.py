@@ -143,11 +143,15 @@ def test_a_trained_video_model_is_shipped_with_its_preset(wan, tmp_path, monkeyp
     from ddit.embedded.video import install
 
     (tmp_path / "run").mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
     with pytest.raises(ValueError, match="no trained model"):
-        install.install(tmp_path / "run", to=tmp_path / "to")
+        install.install(tmp_path / "run", to=tmp_path / "to", adapter=adapter)
+    assert adapter.exists()
     shutil.copytree(wan, tmp_path / "run" / "model")
     monkeypatch.setattr(install, "CALL", {**install.CALL, "num_inference_steps": 2})
-    to = install.install(tmp_path / "run", schedule={"threshold": 0.5}, to=tmp_path / "to")
+    to = install.install(tmp_path / "run", schedule={"threshold": 0.5}, to=tmp_path / "to", adapter=adapter)
+    assert not adapter.exists()  # it was distilled from the model before
     preset = Preset.load(to)
     assert set(preset.detail_variance) == {2, 4} and len(preset.detail_variance[2]) == 4
     assert preset.schedule == {"threshold": 0.5} and preset.call["num_frames"] == 9

@@ -115,7 +115,8 @@ def apply(
             put_on.remove()
         raise
     seats = list(zip(transformers, architectures, caches, strict=True))
-    return Handle(seats, pipe, config, policy or _policy(config), variance, adapter)
+    policy = policy or (Budget(config) if config.speedup else make_policy(config))
+    return Handle(seats, pipe, config, policy, variance, adapter)
 
 
 def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
@@ -125,10 +126,6 @@ def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
         source = getattr(getattr(pipe, "config", None), "_name_or_path", None)
         return Preset.load(source) if source else Preset()
     return Preset.load(preset, required=True)
-
-
-def _policy(config: ScheduleConfig) -> Policy:
-    return Budget(config) if config.speedup else make_policy(config)
 
 
 def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:

@@ -38,21 +38,22 @@ class Preset:
 
     @classmethod
     def load(cls, folder: str | Path, *, required: bool = False) -> Preset:
-        """Read a folder's preset, or one of `SHIPPED` by its name if no such folder is there.
+        """Read a folder's preset; an empty one where there is no such file, unless it is ``required``.
 
-        Without a file the preset is empty, unless it is ``required``.
+        Where it is, one of `SHIPPED` may be named instead of a folder.
 
         Raises:
             ValueError: When the file is not a preset of this version, or is missing.
         """
         path = Path(folder) / FILE
-        names = sorted(p.name for p in SHIPPED.iterdir() if (p / FILE).is_file())
-        if str(folder) in names and not path.is_file():
-            path = SHIPPED / str(folder) / FILE
         if required and not path.is_file():
-            raise ValueError(
-                f"{folder} holds no {FILE}; name a folder that 'ddit calibrate' wrote one into, or {', '.join(names)}"
-            )
+            names = sorted(p.name for p in SHIPPED.iterdir())
+            if str(folder) not in names:
+                raise ValueError(
+                    f"{folder} holds no {FILE}; name a folder that 'ddit calibrate' wrote one into, "
+                    f"or {', '.join(names)}"
+                )
+            path = SHIPPED / str(folder) / FILE
         if not path.is_file():
             return cls()
         try:

@@ -21,6 +21,12 @@ CALL = {
 """How the embedded video model wants to be called."""
 
 
-def install(folder: Path, *, schedule: dict[str, Any] | None = None, to: Path = MODEL_FOLDER) -> Path:
+def install(
+    folder: Path,
+    *,
+    schedule: dict[str, Any] | None = None,
+    to: Path = MODEL_FOLDER,
+    adapter: Path = ADAPTER_FOLDER,
+) -> Path:
     """Ship the video model of ``folder``, the run folder of `ddit.embedded.video.training.train`; see `ship`."""
-    return ship(folder, to, ADAPTER_FOLDER, CALL, (clip.prompt for clip in clips(7, "tune")), schedule)
+    return ship(folder, to, adapter, CALL, (clip.prompt for clip in clips(7, "tune")), schedule)
