@@ -202,7 +202,7 @@ def test_a_broken_preset_is_refused(tmp_path):
 def test_the_embedded_model_comes_with_its_adapter(tmp_path):
     """Used when asked for, small, and made for that model's configuration."""
     report = tmp_path / "a.json"
-    flags = ["--steps", "5", "--threshold", "1", "--out", str(tmp_path / "a.png"), "--json", str(report)]
+    flags = ["--steps", "5", "--threshold", "1", "--gain", "0", "--out", str(tmp_path / "a.png"), "--json", str(report)]
     fractions = []
     for adapter in (["--adapter", "embedded"], []):
         assert main(["generate", PROMPT, *flags, *adapter]) == 0

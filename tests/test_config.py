@@ -17,7 +17,7 @@ REFUSED = {
     "gain": [-0.01, 1.01, NAN, True],
     "order": [0, 4, -1, 1.5, 2.0, True, "3", None],
     "scales": [(), (2, 4), (1, 3), (1, 2, 2), (1, 1), (0, 1), (-2, 1), (1, 2.0), (1, True), "12", 2, None],
-    "warmup": [1, 0, -1, 3.0, True, None],
+    "warmup": [1, 0, -1, 3.0, True],
     "warmup_scale": [3, 0, 8, 2.0, True, None],
     "steps": [(2, 3), (8,), (0,), (True,), (1.0,), 2, "21"],
     "policy": ["", "Dynamic", "other", None, 1, []],
@@ -51,6 +51,14 @@ def test_warmup_covers_the_order(order):
     if order > 1:
         with pytest.raises(ValueError, match=f"needs {order + 1} latents"):
             ScheduleConfig(order=order, warmup=order - 1)
+
+
+def test_what_is_not_given_suits_a_threshold_or_a_speedup():
+    rule, budget = ScheduleConfig(), ScheduleConfig(speedup=2.0, order=3)
+    assert (rule.warmup, rule.gain) == (3, 0.5) and (budget.warmup, budget.gain) == (2, 0.0)
+    given = ScheduleConfig(speedup=2.0, warmup=5, gain=0.25)
+    assert (given.warmup, given.gain) == (5, 0.25)
+    assert ScheduleConfig.from_dict(budget.to_dict()) == budget
 
 
 def test_fixed_needs_steps():

@@ -100,7 +100,7 @@ def test_an_adapter_for_wan_from_the_command_line(wan, tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"{clip.prompt}\n" for clip in islice(clips(0, "train"), 6)))
     run = tmp_path / "run"
     flags = ["--prompts", str(tmp_path / "p.txt"), "--out", str(run), "--steps", "2", "--batch", "2", "--rank", "2"]
-    flags += ["--optimizer", "adamw", "--validation", "2", "--pictures", "1", "--cpu", "--thresholds", "1", "10"]
+    flags += ["--optimizer", "adamw", "--validation", "2", "--pictures", "1", "--cpu", "--speedups", "2", "4"]
     assert main(["train", "--model", wan, *flags]) == 0
     assert np.asarray(Image.open(run / "pictures" / "step-000002.png")).shape == (3 * 64, 9 * 64, 3)
     out = tmp_path / "clip.mp4"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ddit.config import Start
 from ddit.patches import (
+    BEND,
     Line,
     anchored_velocity,
     coarse_input,
@@ -311,15 +312,17 @@ def test_levels_of_noise():
 
 
 def test_a_line_goes_through_its_points():
-    """Each sample's own; flat through one point, and where both lie at one level."""
+    """Each sample's own, straight in exp(-BEND lambda); flat through one point, and where both lie at one level."""
     a, b = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
-    first, second = torch.tensor([-2.0, -1.0, 0.5]), torch.tensor([-1.0, 0.0, 0.5])
+    first, second = torch.tensor([[-2.0, -1.0, 0.5], [-1.0, 0.0, 0.5]], dtype=torch.float64)
     flat = Line.through(a, first)
     assert torch.equal(flat.at(second), a)
     line = Line.through(b, second, flat)
     assert torch.equal(line.at(second), b)
     torch.testing.assert_close(line.at(first)[:2], a[:2])
-    torch.testing.assert_close(line.at(second + 2)[:2], b[:2] + 2 * (b - a)[:2])
+    straight = [math.exp(-BEND * x) for x in (first[0], second[0])]
+    ahead = -math.log(3 * straight[1] - 2 * straight[0]) / BEND  # twice as far from b as b is from a
+    torch.testing.assert_close(line.at(torch.full_like(first, ahead))[0], b[0] + 2 * (b - a)[0])
     assert torch.equal(line.at(second + 2)[2], b[2])
 
 

@@ -174,7 +174,6 @@ class Seat:
 
     def remove(self) -> None:
         """Give the transformer back as it was."""
-        self.cache.remove()
         attributes = vars(self.transformer)
         for name, value in self._patched.items():
             for place in _FORWARDS if name in _FORWARDS else (name,):
@@ -186,6 +185,7 @@ class Seat:
                     attributes[place] = self.forward
                 else:
                     del attributes[place]
+        self.cache.remove()
 
 
 def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -376,7 +376,9 @@ class Handle:
             if self.config.speedup:
                 examples = self._generation.examples
                 flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-                self._generation.ratios = {s: count / flops[1] for s, count in flops.items()}
+                forecast = self.config.anchored and self.config.gain == 0 and self.adapter is None
+                free = {s for s in flops if s > 1 and forecast}  # the model is not asked there
+                self._generation.costs = {s: 0.0 if s in free else n / flops[1] for s, n in flops.items()}
 
     def _plain_step(
         self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -419,15 +421,14 @@ class Handle:
         anchor = low = None
         if memory.known[samples[0]]:
             anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
-            asks = arch.asks(config, anchor, self.adapter)
-            if not asks:
+            if not arch.asks(config, anchor, self.adapter):
                 self._generation.skipped(samples)
-            for missing, earlier in memory.unasked(scale, samples) if asks else ():
+            for missing, earlier in memory.unasked(scale, samples) if arch.compares(config, self.adapter) else ():
                 there = memory.anchor.rows(missing)
                 call = arch.rows(inputs, missing)
                 with torch.no_grad():
                     forward = self._forward(seat, scale, missing, aside=True)
-                    line = arch.low_line(forward, call, scale, config, there, earlier, self.adapter)
+                    line = arch.low_line(forward, call, scale, config, there, earlier)
                 memory.asked(scale, missing, line)
                 self._generation.compared(missing)
         return arch.coarse_step(

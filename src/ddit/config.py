@@ -41,8 +41,9 @@ class ScheduleConfig:
     """Order of the difference of the latents, 1 to 3; the paper's is 3. Order n needs n + 1 latents."""
     scales: tuple[int, ...] = (1, 2, 4)
     """Patch sizes to choose from, as multiples of the model's own. Powers of two, 1 among them."""
-    warmup: int = 3
-    """Number of first steps not decided by the rule. The rule needs ``order`` of them at least."""
+    warmup: int = None  # type: ignore[assignment]
+    """Number of first steps that are not decided upon. By default 3, as in the paper; under a ``speedup`` 2, as many
+    as a forecast needs. The rule needs ``order`` of them at least."""
     warmup_scale: int = 1
     """Scale of the warm-up steps."""
     difference: Difference = "per-sigma"
@@ -64,11 +65,15 @@ class ScheduleConfig:
     anchored: bool = True
     """Steps with large patches start from a forecast by the last steps at scale 1, which the coarse grid corrects.
     ``False`` is the paper's: each stands on its own."""
-    gain: float = 0.5
+    gain: float = None  # type: ignore[assignment]
     """Share of that correction which is believed, in [0, 1]. 0 believes none, so that without an adapter the model is
-    not even asked: ddit is then a cache that forecasts, on the same schedule."""
+    not even asked: ddit is then a cache that forecasts, on the same schedule. By default 0.5; 0 under a ``speedup``,
+    where the work of asking pays for steps at scale 1 that bring more. What an adapter has learnt is taken whole."""
 
     def __post_init__(self) -> None:
+        for name, otherwise, under_speedup in (("warmup", 3, 2), ("gain", 0.5, 0.0)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, under_speedup if self.speedup else otherwise)
         for name, options in (
             ("policy", PolicyName),
             ("start", Start),
@@ -109,7 +114,9 @@ class ScheduleConfig:
             raise ValueError(f"warmup_scale is {self.warmup_scale!r}; it must be one of scales {self.scales}")
         if not isinstance(self.anchored, bool):
             raise ValueError(f"anchored is {self.anchored!r}; it must be True or False")
-        if not _is_integer(self.warmup) or self.warmup < self.order:
+        if not _is_integer(self.warmup) or self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup!r}; it must be a whole number of at least 1")
+        if not self.speedup and self.warmup < self.order:
             raise ValueError(
                 f"warmup is {self.warmup!r}; order {self.order} needs {self.order + 1} latents, "
                 f"so warmup must be a whole number of at least {self.order}"

@@ -97,8 +97,9 @@ class Budget:
         floor = min(costs.values())
         cheapest = min(costs, key=lambda s: (costs[s], s))
         budget, rest = total / config.speedup, total - moment.step - 1
-        # Anchored steps look back once after the warm-up, which costs one more call.
-        fine = (budget - (total + config.anchored) * floor) / (1 - floor) - config.warmup
+        # Steps that compare look back once after the warm-up, which costs one more call.
+        looks = config.anchored and config.gain > 0
+        fine = (budget - (total + looks) * floor) / (1 - floor) - config.warmup
         done = round((spent - moment.step * floor) / (1 - floor) - config.warmup)
         scale = 1 if (fine + 0.5) * passed >= done + 1 else cheapest
         after = budget - spent - costs[scale]
@@ -109,7 +110,8 @@ class Budget:
         return scale
 
     def _check(self, total: int, floor: float) -> None:
-        most = total / (self.config.warmup + (total - self.config.warmup + self.config.anchored) * floor)
+        looks = self.config.anchored and self.config.gain > 0
+        most = total / (self.config.warmup + (total - self.config.warmup + looks) * floor)
         if self.config.speedup > most + 1e-9:
             warnings.warn(
                 f"a speedup of {self.config.speedup:g} can't be reached with {total} steps, of which "

@@ -218,6 +218,9 @@ def anchored_velocity(
     return velocity + correction + lost
 
 
+BEND = 0.25
+"""Forecasts are straight in ``exp(-BEND lambda)``: velocities and clean latents change the less per unit of lambda the
+nearer they come to the picture. Chosen on tuning prompts (docs/method.md)."""
 FINEST = 1e-3
 """Step of the noise levels that models are trained on; `half_log_snr` adds it, so that pure noise is finite."""
 
@@ -240,7 +243,7 @@ def noise_at(level: Tensor) -> Tensor:
 
 @dataclass
 class Line:
-    """A straight line in lambda through the last two values of something: a forecast of the next."""
+    """A line through the last two values of something, straight in ``exp(-BEND lambda)``: a forecast of the next."""
 
     value: Tensor
     """The newest, ``[B, ...]``."""
@@ -257,8 +260,8 @@ class Line:
 
     def at(self, level: Tensor) -> Tensor:
         """Value on the line, ``[B, ...]``."""
-        gap = self.level - self.previous_level
-        ratio = torch.where(gap > 0, (level - self.level) / gap, 0)
+        here, newest, before = (torch.exp(-BEND * x) for x in (level, self.level, self.previous_level))
+        ratio = torch.where(before > newest, (newest - here) / (before - newest), 0)
         return self.value + expand(ratio, self.value) * (self.value - self.previous)
 
     def rows(self, index: Sequence[int]) -> Line:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from ddit.cli.common import (
     add_command,
@@ -54,6 +54,7 @@ def _schedule_options(command: argparse.ArgumentParser) -> None:
         "positions": Positions,
         "difference": Difference,
     }
+    hints = get_type_hints(ScheduleConfig)
     for field in fields(ScheduleConfig):
         flag = "--schedule" if field.name == "steps" else f"--{field.name.replace('_', '-')}"
         if field.name in ("scales", "steps"):
@@ -62,10 +63,9 @@ def _schedule_options(command: argparse.ArgumentParser) -> None:
         elif field.name in choices:
             command.add_argument(flag, dest=f"schedule_{field.name}", choices=get_args(choices[field.name]))
         else:
-            assert field.default is not MISSING
             kind: Any = {"action": argparse.BooleanOptionalAction, "default": None}
-            if not isinstance(field.default, bool):
-                kind = {"type": type(field.default)}
+            if hints[field.name] is not bool:
+                kind = {"type": hints[field.name]}
             command.add_argument(flag, dest=f"schedule_{field.name}", **kind)
 
 

@@ -247,23 +247,22 @@ class Architecture(ABC):
             output = self.velocity(first(forward(**coarse)), (height, width)).float()
         return low_velocity(small, output, self.sigma(inputs), scale, config.start)
 
-    def coarse_answer(
+    def learnt_answer(
         self,
         forward: Callable[..., Any],
         inputs: Inputs,
         scale: int,
         config: ScheduleConfig,
-        adapter: Adapter | None,
-        anchor: Anchor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`low_velocity` as the adapter makes it, and what the adapter adds on the padded fine grid."""
-        if adapter is None or (adapter.anchored and anchor is None):
-            return self.low_velocity(forward, inputs, scale, config), None
+        adapter: Adapter,
+        clean: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`low_velocity` as the adapter makes it, and what the adapter adds on the padded fine grid.
+
+        Args:
+            clean: Forecast clean latents on that grid, for an adapter that sees them.
+        """
         multiple, sigma = scale * self.patch_size, self.sigma(inputs)
         padded = pad_to_multiple(self.latents(inputs).float(), multiple)
-        clean = None
-        if adapter.anchored and anchor is not None:
-            clean = pad_to_multiple(anchor.clean.at(half_log_snr(sigma)), multiple)
         patches = pack(patch_features(padded, sigma, scale, config.start, clean), multiple)
         with adapter.at(scale, patches) as call:
             answer = self.low_velocity(forward, inputs, scale, config)
@@ -277,7 +276,6 @@ class Architecture(ABC):
         config: ScheduleConfig,
         anchor: Anchor,
         earlier: Line | None = None,
-        adapter: Adapter | None = None,
     ) -> Line:
         """What the coarse grid says at the anchor, and the line from there.
 
@@ -287,7 +285,7 @@ class Architecture(ABC):
         """
         dtype, velocity = self.latents(inputs).dtype, anchor.velocity
         there = self.renoised(inputs, anchor.latents.to(dtype), anchor.sigma)
-        low, _ = self.coarse_answer(forward, there, scale, config, adapter, anchor)
+        low = self.low_velocity(forward, there, scale, config)
         if earlier is not None:
             return Line.through(low, velocity.level, earlier)
         change = pad_to_multiple(velocity.value - velocity.previous, scale * self.patch_size)
@@ -312,11 +310,11 @@ class Architecture(ABC):
             forward: The transformer's own forward.
             anchor: The last step at scale 1 of these samples, where there was one and ``config.anchored`` asks for it.
             low: Gives the line of the coarse grid's answers at the anchor, such as `low_line`; called with the level
-                ``[B]`` (`ddit.patches.half_log_snr`) and the answer of this step.
+                ``[B]`` (`ddit.patches.half_log_snr`) and the answer of this step, where `compares` says so.
             variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples; used
                 without an anchor.
-            adapter: Attached to the transformer; adds what it learnt to the step. One that was trained on steps with an
-                anchor stays silent in a step without.
+            adapter: Attached to the transformer; adds what it learnt to the step, in place of what the coarse grid says
+                against its line. One that was trained on steps with an anchor stays silent in a step without.
 
         Returns:
             Velocity ``[B, C, ..., H, W]``, float32.
@@ -324,25 +322,32 @@ class Architecture(ABC):
         z, sigma = self.latents(inputs), self.sigma(inputs)
         multiple = scale * self.patch_size
         padded = pad_to_multiple(z.float(), multiple)
-        answer = learnt = None
-        if self.asks(config, anchor, adapter):
-            answer, learnt = self.coarse_answer(forward, inputs, scale, config, adapter, anchor)
-        if anchor is not None:
-            level, told = half_log_snr(sigma), 0.0
-            expected, clean = (pad_to_multiple(line.at(level), multiple) for line in (anchor.velocity, anchor.clean))
-            if answer is not None:
-                assert low is not None, "an anchor comes with what the coarse grid said there"
-                told = config.gain * grow(answer - low(level, answer).at(level), scale, self.patch_size, config.start)
-            velocity = anchored_velocity(padded, sigma, expected, clean, told, scale)
-            if learnt is not None:
-                velocity = velocity + learnt * expand(anchor.distance(level), learnt)
-        else:
-            assert answer is not None
-            velocity = grow(answer, scale, self.patch_size, config.start)
+        if anchor is None:
+            learnt: Tensor | float = 0.0
+            if adapter is None or adapter.anchored:
+                answer = self.low_velocity(forward, inputs, scale, config)
+            else:
+                answer, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, None)
+            velocity = grow(answer, scale, self.patch_size, config.start) + learnt
             if config.start == "noise-consistent":
                 velocity = velocity + detail_velocity(padded, sigma, scale, variance)
-            velocity = velocity if learnt is None else velocity + learnt
-        return crop(velocity, *z.shape[-2:])
+            return crop(velocity, *z.shape[-2:])
+        level, correction = half_log_snr(sigma), 0.0
+        expected, clean = (pad_to_multiple(line.at(level), multiple) for line in (anchor.velocity, anchor.clean))
+        if adapter is not None:
+            _, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, clean)
+            correction = learnt * expand(anchor.distance(level), learnt)
+        elif self.compares(config, adapter):
+            assert low is not None, "an anchor comes with what the coarse grid said there"
+            answer = self.low_velocity(forward, inputs, scale, config)
+            against = answer - low(level, answer).at(level)
+            correction = config.gain * grow(against, scale, self.patch_size, config.start)
+        return crop(anchored_velocity(padded, sigma, expected, clean, correction, scale), *z.shape[-2:])
+
+    @staticmethod
+    def compares(config: ScheduleConfig, adapter: Adapter | None) -> bool:
+        """Whether a step with an anchor needs to know what the coarse grid says there."""
+        return adapter is None and config.gain > 0
 
     @staticmethod
     def asks(config: ScheduleConfig, anchor: Anchor | None, adapter: Adapter | None) -> bool:
