@@ -54,8 +54,9 @@ class TrainConfig:
     """Samples drawn at once."""
     shard: int = 64
     """Samples per file."""
-    thresholds: tuple[float, float] = (0.001, 0.01)
-    """Lowest and highest threshold of the samples' own schedules; each draws one between. Take those of later use."""
+    speedups: tuple[float, float] = (2.0, 6.0)
+    """Lowest and highest speedup of the samples' own runs, without asking large patches; each draws one between. Take
+    those of later use."""
     height: int | None = None
     width: int | None = None
 
@@ -134,9 +135,9 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {high:g}")
-        object.__setattr__(self, "thresholds", tuple(self.thresholds))
-        if len(self.thresholds) != 2 or not 0 < self.thresholds[0] <= self.thresholds[1] < math.inf:
-            raise ValueError(f"thresholds are {self.thresholds}; they must be two numbers above 0, the lower one first")
+        object.__setattr__(self, "speedups", tuple(self.speedups))
+        if len(self.speedups) != 2 or not 1 < self.speedups[0] <= self.speedups[1] < math.inf:
+            raise ValueError(f"speedups are {self.speedups}; they must be two numbers above 1, the lower one first")
         if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
             raise ValueError(f"lr is {self.lr!r}; it must be a number above 0")
 
@@ -156,7 +157,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all fields."""
-        return {**asdict(self), "scales": list(self.scales), "thresholds": list(self.thresholds)}
+        return {**asdict(self), "scales": list(self.scales), "speedups": list(self.speedups)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
-from ddit.models.base import Anchor, Architecture, Inputs, held
+from ddit.models.base import Anchor, Architecture, Inputs
 from ddit.patches import detail, half_log_snr, pad_to_multiple
 from ddit.train.config import TrainConfig
 from ddit.train.samples import Samples
@@ -50,8 +50,8 @@ class Batch:
     """``[B]``"""
     target: Tensor
     """The model's own velocity ``[B, C, ..., H, W]``, float32."""
-    anchors: tuple[Anchor, Anchor]
-    """The last two steps at scale 1 before, newest last."""
+    anchor: Anchor
+    """The last step at scale 1 before, on lines through the one before that."""
 
 
 def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Draw], device: Any, dtype: Any) -> Batch:
@@ -63,10 +63,9 @@ def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Dra
     table = torch.tensor([[samples.sigmas[i] for i in chosen] for chosen in steps], device=device)
     (z0, z1, z), (v0, v1, v) = (list(x.to(device).float().unbind(1)) for x in (latents, velocities))
     sigma0, sigma1, sigma = table.unbind(1)
-    earlier = Anchor.after(z0, sigma0, v0)
-    anchor = Anchor.after(z1, sigma1, v1, earlier)
+    anchor = Anchor.after(z1, sigma1, v1, Anchor.after(z0, sigma0, v0))
     inputs = architecture.renoised(call, z.to(dtype), sigma)
-    return Batch(inputs, [d.scale for d in draws], sigma, v, (earlier, anchor))
+    return Batch(inputs, [d.scale for d in draws], sigma, v, anchor)
 
 
 def _placed(value: Any, device: Any, dtype: Any) -> Any:
@@ -94,19 +93,16 @@ def errors(
     scale: int,
     rows: list[int],
 ) -> Tensor:
-    """Mean squared error of the coarse velocity of each row, ``[rows]``; ``adapter=None`` is the training-free step."""
-    forward, inputs = transformer.forward, architecture.rows(batch.inputs, rows)
-    anchor = low = None
-    # With gradients: what an adapter does to the answers at the anchors as well is lost again in the difference.
-    for anchor in (a.rows(rows) for a in batch.anchors if form.anchored):
-        low = architecture.low_line(forward, inputs, scale, form, anchor, low, adapter)
+    """Mean squared error of the coarse velocity of each row, ``[rows]``.
+
+    ``adapter=None`` is the step without: by a forecast where there are anchors, else the training-free one.
+    """
     velocity = architecture.coarse_step(
-        forward,
-        inputs,
+        transformer.forward,
+        architecture.rows(batch.inputs, rows),
         scale,
-        form,
-        anchor=anchor,
-        low=held(low) if low else None,
+        replace(form, gain=0.0),
+        anchor=batch.anchor.rows(rows) if form.anchored else None,
         variance=variance.get(scale),
         adapter=adapter,
     )

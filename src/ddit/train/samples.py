@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,18 @@ from torch import Tensor
 from ddit.adapter import config_hash
 from ddit.api import apply
 from ddit.config import ScheduleConfig
+from ddit.dial import Budget
 from ddit.files import replacing, write_json
 from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
 from ddit.progress import progress
-from ddit.schedule import Moment, choose_scale
+from ddit.schedule import Moment
 
 MANIFEST = "samples.json"
-VERSION = 2
-"""Of the files. Version 1 held clean latents alone."""
+VERSION = 3
+"""Of the files. Version 1 held clean latents alone, version 2 runs under the rule."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,15 @@ class Samples:
             ) from error
 
 
-@dataclass(frozen=True)
 class Varied:
-    """The paper's rule with a threshold for each sample of the batch."""
+    """A speedup of its own for each sample of the batch."""
 
-    thresholds: Sequence[float]
-    warmup: int
+    def __init__(self, speedups: Sequence[float]) -> None:
+        self.budgets = [Budget(ScheduleConfig(speedup=s)) for s in speedups]
 
     def choose(self, moment: Moment) -> list[int]:
-        if moment.step < self.warmup:
-            return [1] * len(moment.stats)
-        return [choose_scale(sample, t) for sample, t in zip(moment.stats, self.thresholds, strict=True)]
+        each = zip(self.budgets, moment.stats, moment.spent, strict=True)
+        return [budget.choose(replace(moment, stats=[s], spent=[x]))[0] for budget, s, x in each]
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -179,7 +178,7 @@ def draw_samples(
     settings: dict[str, Any],
     prompts: list[str] | None,
     *,
-    thresholds: tuple[float, float],
+    speedups: tuple[float, float],
     batch: int,
     shard: int,
     seed: int,
@@ -193,7 +192,7 @@ def draw_samples(
     Args:
         settings: Arguments of the pipeline's call.
         prompts: ``None`` takes those of the samples already begun in the folder.
-        thresholds: Each run draws its own between these, evenly in their logarithm.
+        speedups: Each run draws its own between these, evenly in their logarithm.
         wait: Returns when all processes have called it.
 
     Raises:
@@ -204,7 +203,7 @@ def draw_samples(
         "base": type(pipe.transformer).__name__,
         "base_hash": config_hash(pipe.transformer),
         "settings": settings,
-        "thresholds": list(thresholds),
+        "speedups": list(speedups),
         "seed": seed,
         "shard": shard,
         "version": VERSION,
@@ -224,7 +223,7 @@ def draw_samples(
     mine = [n for n in shards if n % processes == rank and not shard_path(folder, n).exists()]
     parts = {n: range(n * shard, min((n + 1) * shard, len(prompts))) for n in mine}
     total = sum(-(-len(part) // batch) for part in parts.values())
-    runs = _Runs(pipe, settings, thresholds, preset, batch)
+    runs = _Runs(pipe, settings, speedups, preset, batch)
     with progress("samples", total, hidden=rank > 0) as advance:
         for number, part in parts.items():
             seeds = [_seed(seed, i) for i in part]
@@ -243,7 +242,7 @@ class _Runs:
 
     pipe: Any
     settings: dict[str, Any]
-    thresholds: tuple[float, float]
+    speedups: tuple[float, float]
     preset: Preset | None
     batch: int
 
@@ -269,12 +268,11 @@ class _Runs:
         self, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """Tensors with an axis of samples, those without, and facts."""
-        pipe, config = self.pipe, ScheduleConfig()
+        pipe, config = self.pipe, ScheduleConfig(speedup=self.speedups[1])
         architecture = architecture_for(pipe.transformer)
-        low, high = (np.log(t) for t in self.thresholds)
-        thresholds = [float(np.exp(np.random.default_rng(seed).uniform(low, high))) for seed in seeds]
+        low, high = (np.log(s) for s in self.speedups)
+        policy = Varied([float(np.exp(np.random.default_rng(seed).uniform(low, high))) for seed in seeds])
         variance = self.preset.detail_variance if self.preset else None
-        policy = Varied(thresholds, config.warmup)
         with apply(pipe, config=config, policy=policy, detail_variance=variance) as handle, recorded(pipe) as calls:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(self.settings, len(seeds))

@@ -117,7 +117,7 @@ class Run:
             pipe,
             settings,
             prompts,
-            thresholds=config.thresholds,
+            speedups=config.speedups,
             batch=config.sample_batch,
             shard=config.shard,
             seed=config.seed,
@@ -132,7 +132,7 @@ class Run:
         if not samples.usable or not samples.usable[0] < first_kept <= samples.usable[-1]:
             raise ValueError(
                 f"too few runs in {samples.folder} took large patches, to train on or to validate; "
-                "draw others with higher --thresholds, in another folder"
+                "draw others with higher --speedups, in another folder"
             )
         if config.pictures == 0:
             for name in ("text_encoder", "text_encoder_2", "vae"):
