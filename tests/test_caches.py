@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBro
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from torch import Tensor
 
+os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")
+import cache_dit
+
 import ddit
 import tiny
 from ddit import ScheduleConfig, TeaCacheConfig
-from ddit.caches import make_cache
+from ddit.caches import CacheDitConfig, make_cache
 from ddit.schedule import Moment
 from ddit.teacache import polynomial, relative_change
 from test_architectures import CASES, SMALL, draw, parameters
@@ -28,13 +33,16 @@ LIKELY = {
     "taylorseer": lambda: TaylorSeerCacheConfig(
         cache_interval=99, disable_cache_before_step=1, use_lite_mode=True, taylor_factors_dtype=torch.float32
     ),
+    "cache-dit": lambda: CacheDitConfig(1e9, {"max_warmup_steps": 1}),
 }
+DBCACHE = partial(cache_dit.DBCacheConfig, Fn_compute_blocks=1, residual_diff_threshold=1e9, max_warmup_steps=1)
 """Caches that answer whenever they may."""
 REUSED = {
     "teacache": "1 (1) (1) 2 (2) 1 4 4",  # It always computes the last step.
     "first-block": "1 (1) (1) 2 (2) 1 4 (4)",
     "magcache": "1 (1) (1) 2 (2) 1 4 (4)",
     "taylorseer": "1 (1) 1 2 (2) 1 4 (4)",  # It computes the second step after its warm-up.
+    "cache-dit": "1 (1) (1) 2 (2) 1 4 (4)",
 }
 """Their strips."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
@@ -59,6 +67,9 @@ def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch
         pytest.skip("the hand-over between two transformers starts afresh as well; tested below")
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
     twin = deepcopy(pipe.transformer)
+    if cache == "cache-dit":  # It may replace what lies below it, so the spy comes after it.
+        cache_dit.enable_cache(pipe.transformer, cache_config=DBCACHE())
+        config = None
     forward = pipe.transformer.forward
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -113,20 +124,43 @@ def test_an_exception_leaves_nothing_behind(name, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("cache", ["first-block", "magcache", "taylorseer"])
+@pytest.mark.parametrize("cache", ["first-block", "magcache", "taylorseer", "cache-dit"])
 def test_a_users_own_cache_is_kept_apart_too(when, cache):
     case = CASES["wan"]
     pipe = case.make()
     with ddit.apply(pipe, config=FIXED, cache=LIKELY[cache]()):
         ours = draw(pipe, case)
+
+    def enable() -> None:
+        if cache == "cache-dit":
+            cache_dit.enable_cache(pipe.transformer, cache_config=DBCACHE())
+        else:
+            pipe.transformer.enable_cache(LIKELY[cache]())
+
+    if cache == "cache-dit" and when == "after":
+        pytest.skip("cache-dit puts its own forward in place of whatever is there: it has to come first")
     if when == "before":
-        pipe.transformer.enable_cache(LIKELY[cache]())
+        enable()
     run = ddit.apply(pipe, config=FIXED)
     if when == "after":
-        pipe.transformer.enable_cache(LIKELY[cache]())
+        enable()
     assert torch.equal(draw(pipe, case), ours) and run.report.strip() == REUSED[cache]
     run.remove()
-    assert pipe.transformer.is_cache_enabled
+    assert hasattr(pipe.transformer, "_context_manager") if cache == "cache-dit" else pipe.transformer.is_cache_enabled
+
+
+def test_cache_dit_leaves_nothing_behind():
+    """Neither forwards nor another order of the lists of blocks, by which diffusers' caches find the first one."""
+    case = CASES["flux"]
+    pipe = case.make()
+    with ddit.apply(pipe, config=FIXED, cache=LIKELY["first-block"]()):
+        first = draw(pipe, case)
+    children = list(pipe.transformer._modules)
+    with ddit.apply(pipe, config=FIXED, cache=LIKELY["cache-dit"]()):
+        draw(pipe, case)
+    assert list(pipe.transformer._modules) == children and not hasattr(pipe.transformer, "_is_patched")
+    with ddit.apply(pipe, config=FIXED, cache=LIKELY["first-block"]()):
+        assert torch.equal(draw(pipe, case), first)
 
 
 class Alternating:

@@ -27,13 +27,14 @@ GROUPS = (
     ("ddit.models.base",),
     ("ddit.preset", "ddit.teacache"),
     ("ddit.dial",),
-    ("ddit.patches", "ddit.schedule", "ddit.report", "ddit.config", "ddit.progress", "ddit.files"),
+    ("ddit.patches", "ddit.schedule", "ddit.report", "ddit.config", "ddit.progress", "ddit.files", "ddit.memory"),
 )
 OUTSIDE = {
     "ddit.config": set(),
     "ddit.report": {"matplotlib"},
     "ddit.progress": {"rich"},
     "ddit.files": set(),
+    "ddit.memory": {"torch"},
 }
 """Packages that modules of the last group may import; torch and einops where nothing is said here."""
 WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}}

@@ -7,8 +7,10 @@ scale has states of its own, and only for as long as it keeps that scale from st
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +23,25 @@ from ddit import teacache
 from ddit.models.base import Architecture
 from ddit.teacache import TeaCacheConfig
 
-Config = FirstBlockCacheConfig | TaylorSeerCacheConfig | MagCacheConfig | TeaCacheConfig
 
-NAMES = ("teacache", "first-block", "taylorseer", "magcache")
+@dataclass(frozen=True)
+class CacheDitConfig:
+    """DBCache of cache-dit (https://github.com/vipshop/cache-dit), put on by its own ``enable_cache``."""
+
+    threshold: float = 0.08
+    """``residual_diff_threshold``: largest relative change of what the first blocks add at which the rest is reused."""
+    settings: dict[str, Any] | None = None
+    """Other fields of ``cache_dit.DBCacheConfig``; by default a quarter of the blocks is computed always, 8 at most."""
+
+
+Config = FirstBlockCacheConfig | TaylorSeerCacheConfig | MagCacheConfig | TeaCacheConfig | CacheDitConfig
+
+NAMES = ("teacache", "first-block", "taylorseer", "magcache", "cache-dit")
 """On the command line, each with a number behind a colon: TaylorSeer's interval, for the others a threshold."""
 
 
 def make_cache(text: str, coefficients: Sequence[float] | None = None) -> Config:
-    """Read ``teacache:0.25``, ``first-block:0.1``, ``taylorseer:4`` or ``magcache:0.06``.
+    """Read ``teacache:0.25``, ``first-block:0.1``, ``taylorseer:4``, ``magcache:0.06`` or ``cache-dit:0.08``.
 
     MagCache's ratios are those published for FLUX.1-dev.
 
@@ -47,13 +60,15 @@ def make_cache(text: str, coefficients: Sequence[float] | None = None) -> Config
         value = None
     if name not in NAMES or value is None or value <= 0:
         raise ValueError(
-            f"cache is {text!r}; it must be teacache:THRESHOLD, first-block:THRESHOLD, magcache:THRESHOLD or "
-            "taylorseer:INTERVAL, such as teacache:0.25 or taylorseer:4"
+            f"cache is {text!r}; it must be teacache:THRESHOLD, first-block:THRESHOLD, magcache:THRESHOLD, "
+            "cache-dit:THRESHOLD or taylorseer:INTERVAL, such as teacache:0.25 or taylorseer:4"
         )
     if name == "teacache":
         return TeaCacheConfig(value, tuple(coefficients) if coefficients else None)
     if name == "first-block":
         return FirstBlockCacheConfig(threshold=value)
+    if name == "cache-dit":
+        return CacheDitConfig(value)
     if name == "taylorseer":
         return TaylorSeerCacheConfig(cache_interval=int(value), use_lite_mode=True)
     return MagCacheConfig(threshold=value, num_inference_steps=len(FLUX_MAG_RATIOS), mag_ratios=FLUX_MAG_RATIOS)
@@ -81,18 +96,22 @@ class Cache:
         self._ratios: Any = None
         self._last: Any = None
         self._found: tuple[Any, list[StateManager]] | None = None
+        self._dit = DitContexts(self.transformer)
         _check(config)
         if config is not None:
             self._enable(config)
         _check(self._theirs)
 
     def _enable(self, config: Config) -> None:
-        there = self._theirs
-        if there is not None:
+        there = "cache-dit" if self._dit.active else type(self._theirs).__name__
+        if self._dit.active or self._theirs is not None:
             raise ValueError(
-                f"the transformer has a cache already ({type(there).__name__}); call its disable_cache() first, "
+                f"the transformer has a cache already ({there}); call its disable_cache() first, "
                 "or leave cache= out to keep it"
             )
+        if isinstance(config, CacheDitConfig):
+            self._dit.enable(config, len(self.architecture.blocks()))
+            return
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
             return
@@ -127,13 +146,14 @@ class Cache:
     @property
     def active(self) -> bool:
         """Whether there is a cache at this moment."""
-        return isinstance(self._config, TeaCacheConfig) or self._theirs is not None
+        return isinstance(self._config, TeaCacheConfig) or self._theirs is not None or self._dit.active
 
     @property
     def share(self) -> float:
         """Of the blocks, what a call computes in which the cache answers."""
-        first = isinstance(self._theirs, FirstBlockCacheConfig)
-        return 1 / len(self.architecture.blocks()) if first else 0.0
+        if self._dit.active:
+            return self._dit.computed / len(self.architecture.blocks())
+        return 1 / len(self.architecture.blocks()) if isinstance(self._theirs, FirstBlockCacheConfig) else 0.0
 
     def call(
         self,
@@ -169,7 +189,7 @@ class Cache:
                     state = manager.get_state()
                     if isinstance(state, MagCacheState):  # which counts its own calls, from 0
                         state.step_index = step
-                with self._watched():
+                with self._watched(), self._dit.at(name, step):
                     answer = forward(*args, **kwargs)
             if aside:
                 self._drop({name})
@@ -219,6 +239,7 @@ class Cache:
         return self._found[1]
 
     def _drop(self, names: set[str]) -> None:
+        self._dit.drop(names)
         for manager in self._managers() if names else ():
             for name in names:
                 manager._state_cache.pop(name, None)
@@ -233,9 +254,96 @@ class Cache:
         if isinstance(self._config, TeaCacheConfig):
             teacache.disable(self.transformer)
             self._invalidate()
+        elif isinstance(self._config, CacheDitConfig):
+            self._dit.disable()
         elif self._config is not None:
             self.transformer.disable_cache()
         self._config = None
+
+
+class DitContexts:
+    """cache-dit's states on a transformer: it has one set for a run, each of our groups gets its own."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+        self._sets: dict[str, dict[str, Any]] = {}
+        self._forwards: dict[Any, Any] = {}
+        self._order: list[str] = []
+
+    @property
+    def _manager(self) -> Any:
+        return getattr(self.transformer, "_context_manager", None)
+
+    @property
+    def active(self) -> bool:
+        """Whether cache-dit is on the transformer at this moment."""
+        return self._manager is not None
+
+    @property
+    def computed(self) -> int:
+        """Blocks that are computed in every call."""
+        config = self.transformer._context_kwargs["cache_config"]
+        return config.Fn_compute_blocks + config.Bn_compute_blocks
+
+    def enable(self, config: CacheDitConfig, blocks: int) -> None:
+        """Put cache-dit on the transformer.
+
+        Raises:
+            ModuleNotFoundError: Where cache-dit is not installed.
+        """
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")  # it logs every call otherwise
+        try:
+            import cache_dit  # type: ignore[import-not-found]
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("this cache needs the package cache-dit: pip install 'ddit[cache-dit]'") from None
+        settings = {"Fn_compute_blocks": min(8, max(1, blocks // 4)), **(config.settings or {})}
+        chosen = cache_dit.DBCacheConfig(residual_diff_threshold=config.threshold, **settings)
+        self._forwards = {module: vars(module).get("forward") for module in self.transformer.modules()}
+        self._order = list(self.transformer._modules)
+        cache_dit.enable_cache(self.transformer, cache_config=chosen)
+
+    def disable(self) -> None:
+        """Take it off, with all that it leaves: forwards, and the lists of blocks in another order.
+
+        diffusers' caches take the first block of the first list for the one that runs first.
+        """
+        import cache_dit  # type: ignore[import-not-found]
+
+        cache_dit.disable_cache(self.transformer)
+        for module, forward in self._forwards.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
+        vars(self.transformer).pop("_is_patched", None)
+        children = self.transformer._modules
+        for name in self._order:
+            children[name] = children.pop(name)
+
+    @contextmanager
+    def at(self, name: str, step: int) -> Iterator[None]:
+        """The call inside the block has the states of that name, empty ones at first."""
+        manager = self._manager
+        if manager is None:
+            yield
+            return
+        theirs, current = manager._cached_context_manager, manager._current_context
+        new = name not in self._sets
+        manager._cached_context_manager = self._sets.setdefault(name, {})
+        try:
+            for context in self.transformer._context_names if new else ():
+                settings = deepcopy(self.transformer._context_kwargs)
+                config = settings["cache_config"]
+                config.enable_separate_cfg = False  # each guidance pass has states of its own
+                config.max_warmup_steps = max(1, config.max_warmup_steps - step)  # of the run, not of the group
+                manager.reset_context(context, **{**settings, "name": context})
+            yield
+        finally:
+            manager._cached_context_manager, manager._current_context = theirs, current
+
+    def drop(self, names: set[str]) -> None:
+        """Forget the states of these names."""
+        for name in names:
+            self._sets.pop(name, None)
 
 
 def _check(config: Any) -> None:
