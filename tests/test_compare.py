@@ -46,6 +46,9 @@ def model(tmp_path_factory) -> str:
         ("dynamic:threshold=0.003,gain=0", "forecasts"),
         ("dynamic:threshold=0.003,gain=0.5", "large patches"),
         ("dynamic:gain=0,cache=teacache:0.1", "stacked"),
+        ("dynamic:speedup=2", "forecasts"),
+        ("dynamic:speedup=2,gain=0.5", "large patches"),
+        ("dynamic:speedup=2,adapter=embedded", "adapter"),
     ],
 )
 def test_families(method, family):
@@ -58,7 +61,7 @@ def test_the_methods_of_a_comparison_can_all_be_read(video):
     assert names[0] == "plain" and len(names) == len(set(names))
     preset = Preset(teacache=(1.0, 0.0))
     read = [parse_method(name, 50, preset, lambda name: None) for name in names]
-    assert {m.run_steps for m in read} == {50, 33, 25, 17, 12, 10}
+    assert {m.run_steps for m in read} == {50, 33, 25, 17, 12, 10, 6}
     families = {compare.family(name) for name in names}
     assert families == set(compare.FAMILIES) - ({"progressive resolution"} if video else set())
     assert any("teacache" in name for name in names) != video
@@ -99,9 +102,29 @@ def test_compare(model, tmp_path, capsys):
     assert cached["flops_fraction"] == pytest.approx((1 + 5 / blocks) / 6)
     assert small["tokens_fraction"] == pytest.approx(1 - 0.75 * 0.5) and small["flops_fraction"] < 1
     assert dynamic["tokens_fraction"] < 1
-    assert set(result["best_at_least_as_fast"]) == {"adherence", "frechet"}
+    assert set(result["best_at_least_as_fast"]) == {"adherence", "frechet", "psnr"}
+    assert (tmp_path / "race-2x.png").stat().st_size > 1000 and plain["peak_memory"] is not None
     assert "### 2x or faster" in out.with_suffix(".md").read_text()
     assert all((tmp_path / f"race-pareto{e}").stat().st_size > 1000 for e in (".png", ".svg"))
+
+
+def test_any_model_is_compared_on_prompts_of_ones_own(tmp_path, capsys):
+    """Nobody can judge what it draws: likeness to plain alone. It has no preset either."""
+    model, prompts, out = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "race"
+    tiny.pipeline().save_pretrained(model)
+    prompts.write_text("a fox\na house\n\na cat\n")
+    flags = ["--model", str(model), "--height", "32", "--width", "32", "--steps", "8", "--out", str(out)]
+    methods = ["--methods", "plain", "plain:run_steps=4", "dynamic:speedup=2"]
+    assert main(["compare", *flags, *methods]) == 2
+    assert "--prompt-file" in capsys.readouterr().err
+    assert main(["compare", *flags, *methods, "--prompt-file", str(prompts), "--prompts", "2", "--batch", "2"]) == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert result["prompts"] == 2 and result["split"] == "own" and "adherence" not in result["methods"][0]
+    assert set(result["best_at_least_as_fast"]) == {"psnr"} and len(result["methods"][2]["psnr_of_each"]) == 2
+    table = out.with_suffix(".md").read_text()
+    assert "Fréchet" not in table and "### 2x or faster" in table
+    assert main(["compare", *flags, *methods, "--prompt-file", str(tmp_path / "none.txt")]) == 2
+    assert "there is no file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

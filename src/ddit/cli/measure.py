@@ -75,7 +75,9 @@ def add_measure(commands: Any) -> None:
 
 
 def _judging_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompts", type=positive, default=200)
+    command.add_argument("--prompts", type=positive, default=200, help="how many (default: %(default)s)")
+    text = "prompts of your own, one per line, for any model; then likeness to plain is all that is judged"
+    command.add_argument("--prompt-file", metavar="FILE", help=text)
     command.add_argument("--split", choices=("judge", "tune"), default="judge")
     command.add_argument("--batch", type=positive, default=8)
     command.add_argument("--seed", type=int, default=0)
@@ -86,10 +88,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ddit.eval.suites import SuiteConfig, run_suite
     from ddit.generate import EMBEDDED
 
-    if args.model not in EMBEDDED and not Path(args.model).is_dir():
+    texts: list[str] = []
+    if args.prompt_file is not None:
+        from ddit.train.samples import read_prompts
+
+        texts = read_prompts(args.prompt_file)
+    elif args.model not in EMBEDDED and not Path(args.model).is_dir():
         raise ValueError(
-            "evaluate judges what the project's own grammars ask for; "
-            f"name {' or '.join(EMBEDDED)}, or a folder with a model that knows their words"
+            "without --prompt-file only what the project's own grammars ask for can be judged; give the file, "
+            f"or name {' or '.join(EMBEDDED)}, or a folder with a model that knows their words"
         )
 
     at = tuple(getattr(args, "at", ()))
@@ -112,6 +119,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         out=args.out,
         preset=args.preset,
         run_steps=at,
+        texts=tuple(texts),
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ FAMILIES = {
     "progressive resolution": "progressive",
     "large patches": "dynamic",
     "adapter": "dynamic with an adapter",
-    "forecasts": "dynamic without asking the model (gain=0)",
+    "forecasts": "dynamic without asking the model (gain 0, as under a speedup)",
     "stacked": "dynamic with a cache",
 }
 """Name -> what it is."""
@@ -22,16 +24,17 @@ FAMILIES = {
 def family(method: str) -> str:
     """Which of `FAMILIES` a method belongs to."""
     policy, _, rest = method.partition(":")
-    cached = "cache=" in rest
+    values = dict(item.split("=", 1) for item in rest.split(",") if item)
     if policy == "plain":
-        return "cache" if cached else "fewer steps"
+        return "cache" if "cache" in values else "fewer steps"
     if policy == "progressive":
         return "progressive resolution"
-    if cached:
+    if "cache" in values:
         return "stacked"
-    if "gain=0" in rest.split(","):
-        return "forecasts"
-    return "adapter" if "adapter=" in rest and "adapter=none" not in rest else "large patches"
+    if values.get("adapter", "none") != "none":
+        return "adapter"
+    gain = values.get("gain", "0" if "speedup" in values else "0.5")
+    return "forecasts" if float(gain) == 0 else "large patches"
 
 
 def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: str | None) -> list[str]:
@@ -44,79 +47,107 @@ def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: s
         adapter: Name of the model's adapter, if it has one.
     """
     first = run_steps[0]
-    chosen = ["plain", *(f"plain:run_steps={round(first / speed)}" for speed in SPEEDS)]
+    chosen = ["plain", *(f"plain:run_steps={max(round(first / speed), 2)}" for speed in (*SPEEDS, 8))]
+    fitted = "teacache:0.1" if teacache else "first-block:0.1"
     for n in run_steps:
         at = f",run_steps={n}" if n != first else ""
-        caches = [f"first-block:{t}" for t in (0.1, 0.2)] + [f"taylorseer:{k}" for k in (2, 4, 6)]
+        caches = ["first-block:0.1", "first-block:0.2", "taylorseer:4", "taylorseer:6"]
         if teacache:
-            caches += [f"teacache:{t}" for t in (0.1, 0.2)]
+            caches += ["teacache:0.1", "teacache:0.2"]
+        if find_spec("cache_dit") is not None:
+            caches += ["cache-dit:0.1", "cache-dit:0.2"]
         chosen += [f"plain:cache={cache}{at}" for cache in caches]
-        if not video:
-            chosen.append(f"progressive:fraction=0.3{at}")
-        chosen += [f"dynamic:threshold={t}{at}" for t in (0.003, 0.006)]
+        if n == first and not video:
+            chosen.append("progressive:fraction=0.3")
+        chosen += [f"dynamic{':' + at[1:] if at else ''}"]
+        chosen += [f"dynamic:speedup={s}{at}" for s in ((1.5, 2, 3, 4, 5, 6, 8) if n == first else (2, 3, 4))]
+        chosen += [f"dynamic:speedup={s},gain=0.5{at}" for s in (2, 3)]
         if adapter is not None:
-            chosen += [f"dynamic:threshold=0.003,adapter={adapter}{at}"]
-        chosen += [f"dynamic:threshold={t},gain=0{at}" for t in (0.0015, 0.003, 0.006)]
-        stack = "teacache:0.1" if teacache else "first-block:0.1"
-        chosen += [f"dynamic:threshold=0.003,cache={stack}{at}", f"dynamic:threshold=0.003,gain=0,cache={stack}{at}"]
+            chosen += [f"dynamic:speedup={s},adapter={adapter}{at}" for s in ((1.5, 2, 3, 4) if n == first else (2, 3))]
+        chosen += [f"dynamic:speedup=3,cache={fitted}{at}", f"dynamic:speedup=3,gain=0.5,cache={fitted}{at}"]
     return list(dict.fromkeys(chosen))
+
+
+def measures(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What methods can be ranked by, the best first; without a judge there is likeness to plain alone."""
+    return ("frechet", "adherence", "psnr") if "frechet" in rows[0] else ("psnr",)
 
 
 def winners(rows: Sequence[dict[str, Any]], measure: str) -> dict[float, list[dict[str, Any]]]:
     """Speed -> the best method of each family among those at least as fast, best first.
 
     Args:
-        measure: ``adherence``, of which more is better, or ``frechet``, of which less is.
+        measure: ``adherence`` or ``psnr``, of which more is better, or ``frechet``, of which less is.
     """
     best = {}
     for speed in SPEEDS:
         fast = [row for row in rows if row["speedup"] >= speed]
         of_family = {name: [row for row in fast if family(row["method"]) == name] for name in FAMILIES}
-        sign = -1 if measure == "adherence" else 1
+        sign = 1 if measure == "frechet" else -1
         chosen = [min(group, key=lambda row: sign * row[measure]) for group in of_family.values() if group]
         best[speed] = sorted(chosen, key=lambda row: sign * row[measure])
     return best
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """For each speed the best of each family by Fréchet distance."""
+    """For each speed the best of each family by the first of `measures`."""
+    measure, *others = measures(rows)
+    judged = bool(others)
     lines = []
-    for speed, best in winners(rows, "frechet").items():
-        lines += [f"\n### {speed:g}x or faster\n", "| family | method | speed | Fréchet | change | adherence, points |"]
-        lines += ["|---|---|---|---|---|---|"]
+    for speed, best in winners(rows, measure).items():
+        told = "Fréchet | change | adherence, points | " if judged else ""
+        lines += [f"\n### {speed:g}x or faster\n", f"| family | method | speed | {told}PSNR dB |"]
+        lines += ["|---" * (4 + told.count("|")) + "|"]
         for row in best:
-            low, high = row["frechet_change_interval"]
-            worse, better = row["adherence_change_interval"]
             lines.append(
-                f"| {family(row['method'])} | {row['method']} | {row['speedup']:.2f}x | {row['frechet']:.2f} "
-                f"| {low:+.2f} to {high:+.2f} "
-                f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) |"
+                f"| {family(row['method'])} | {row['method']} | {row['speedup']:.2f}x "
+                f"| {_judgement(row) if judged else ''}{row['psnr']:.1f} |"
             )
     return "\n".join(lines).lstrip() + "\n"
 
 
+def _judgement(row: dict[str, Any]) -> str:
+    low, high = row["frechet_change_interval"]
+    worse, better = row["adherence_change_interval"]
+    return (
+        f"{row['frechet']:.2f} | {low:+.2f} to {high:+.2f} "
+        f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) | "
+    )
+
+
+LABELS = {
+    "frechet": "Fréchet distance to drawings (less is better)",
+    "adherence": "adherence (more is better)",
+    "psnr": "likeness to plain, PSNR in dB (more is better)",
+}
+
+
 def plot(stem: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """PNG and SVG: Fréchet distance and adherence against speed, a colour per family, what is best joined."""
+    """PNG and SVG: each of `measures` against speed, a colour per family, what is best joined."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axis, measure, sign in zip(figure.subplots(1, 2), ("frechet", "adherence"), (1, -1), strict=True):
+    shown = measures(rows)
+    figure = Figure(figsize=(5.5 * len(shown), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, measure in zip(axes, shown, strict=True):
+        sign = 1 if measure == "frechet" else -1
         for name in FAMILIES:
-            group = sorted((r["speedup"], r[measure]) for r in rows if family(r["method"]) == name)
+            points = [(r["speedup"], r[measure]) for r in rows if family(r["method"]) == name]
+            group = sorted(point for point in points if math.isfinite(point[1]))
             if not group:
                 continue
-            (points,) = axis.plot(*zip(*group, strict=True), "o", markersize=4, label=name)
+            (drawn,) = axis.plot(*zip(*group, strict=True), "o", markersize=4, label=name)
             front = [p for p in group if all(sign * p[1] < sign * q[1] for q in group if q[0] > p[0])]
-            axis.plot(*zip(*front, strict=True), color=points.get_color(), linewidth=1)
-        axis.axhline(rows[0][measure], color="black", linestyle=":", linewidth=1)
-        axis.set(xlabel="speed, relative to plain", xscale="log")
+            axis.plot(*zip(*front, strict=True), color=drawn.get_color(), linewidth=1)
+        if math.isfinite(rows[0][measure]):
+            axis.axhline(rows[0][measure], color="black", linestyle=":", linewidth=1)
+        axis.set(xlabel="speed, relative to plain", xscale="log", ylabel=LABELS[measure])
         ticks = [1, 1.5, 2, 3, 4, 5, 7, 10]
         axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
         axis.minorticks_off()
-    left, right = figure.axes
-    left.set(ylabel="Fréchet distance to drawings (less is better)", yscale="log")
-    right.set(ylabel="adherence (more is better)")
-    left.legend(fontsize=8)
+        if measure == "frechet":
+            axis.set_yscale("log")
+    axes[0].legend(fontsize=8)
     paths = [stem.with_name(f"{stem.name}-pareto{ending}") for ending in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=130)

@@ -30,16 +30,25 @@ class Part:
     """``[B, steps]``; no steps for a plain run."""
     flops: np.ndarray
     """Of each sample, as a fraction of those of a run at scale 1, ``[B]``."""
+    memory: np.ndarray
+    """Bytes at the peak beyond what lay there before, one number; -1 where the device does not tell."""
 
     @classmethod
-    def of(cls, outcome: Run) -> Part:
+    def of(cls, outcome: Run, memory: int | None) -> Part:
         """The part that one call of the pipeline is."""
         report = outcome.report
         work = (1.0, 1.0) if report is None else (report.tokens_fraction, report.flops_fraction)
         scales = [[] for _ in outcome.pictures] if report is None else report.scales
         flops = [1.0] * len(outcome.pictures) if report is None else report.flops_fractions
         pictures = (outcome.pictures * 255).round().astype(np.uint8)
-        return cls(pictures, np.array(outcome.seconds), np.array(work), np.array(scales, dtype=int), np.array(flops))
+        return cls(
+            pictures,
+            np.array(outcome.seconds),
+            np.array(work),
+            np.array(scales, dtype=int),
+            np.array(flops),
+            np.array(-1 if memory is None else memory),
+        )
 
 
 class Parts:

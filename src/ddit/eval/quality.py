@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ddit.eval.parts import Part, Parts
 from ddit.eval.rivals import progressive
 from ddit.eval.subjects import Subject, Verdict
 from ddit.generate import run
+from ddit.memory import with_peak
 from ddit.outputs import frames
 from ddit.preset import Preset
 from ddit.progress import progress
@@ -141,25 +143,20 @@ def draw_all(
     results: list[Results] = [[] for _ in methods]
     prompts = [scene.prompt for scene in asked]
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
+    device = torch.device(pipe.device)
 
     def call(method: Method, part: slice, steps: int) -> Part:
         chosen = {**settings, "num_inference_steps": steps}
+        asked = (pipe, prompts[part], seeds[part], chosen)
         if method.progressive is not None:
-            outcome, work = progressive(pipe, prompts[part], seeds[part], chosen, method.progressive)
-            return replace(Part.of(outcome), work=np.array(work))
+            (outcome, work), memory = with_peak(partial(progressive, *asked, method.progressive), device)
+            return replace(Part.of(outcome, memory), work=np.array(work))
         if method.oracle is not None and method.config is not None:
-            return Part.of(oracle(pipe, prompts[part], seeds[part], chosen, method.config, preset, method.oracle))
-        outcome = run(
-            pipe,
-            prompts[part],
-            seeds[part],
-            chosen,
-            config=method.config,
-            preset=preset,
-            adapter=method.adapter,
-            cache=method.cache,
-        )
-        return Part.of(outcome)
+            draw = partial(oracle, *asked, method.config, preset, method.oracle)
+        else:
+            how: dict[str, Any] = {"adapter": method.adapter, "cache": method.cache}
+            draw = partial(run, *asked, config=method.config, preset=preset, **how)
+        return Part.of(*with_peak(draw, device))
 
     warm = False
     starts = range(0, len(prompts), batch)
@@ -199,38 +196,29 @@ def summarise(
 
     Adherence is the mean over a prompt's attributes of what the judge finds right, then over prompts, with bootstrap
     intervals over prompts. The Fréchet distance is to ten drawings per prompt, from the judge's features. Clips are
-    compared frame by frame.
+    compared frame by frame. Where nobody judges, both are left out.
     """
-    distance = FrechetTo(subject.reference(10 * len(asked), split))
     reference = stacked(results[0])
-    base = subject.verdicts(reference, asked)
-    base_features = subject.features(reference)
-    plain = _adherence(base, subject)
+    judge = _judge(reference, asked, subject, split) if subject.judged else lambda _: {}
     sizes = [len(part.pictures) for part in results[0]]
     rows = []
     for method, result in zip(methods, results, strict=True):
         pictures = stacked(result)
-        verdicts = base if result is results[0] else subject.verdicts(pictures, asked)
-        overall = _adherence(verdicts, subject)
-        features = base_features if result is results[0] else subject.features(pictures)
         ratios = [float(a.seconds / b.seconds) for a, b in zip(results[0], result, strict=True)]
         ours, theirs = _frames(pictures), _frames(reference)
+        likeness = decibels(*_samples(pictures, reference))
+        memory = max(int(part.memory) for part in result)
         row: dict[str, Any] = {
             "method": method.name,
             "run_steps": method.run_steps,
             "speedup": statistics.median(ratios),
             "speedup_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
             "seconds_per_picture": sum(float(part.seconds) for part in result) / len(asked),
-            "adherence": float(overall.mean()),
-            "adherence_interval": bootstrap_interval(overall),
-            "adherence_change": float((overall - plain).mean()),
-            "adherence_change_interval": bootstrap_difference(overall, plain),
-            "attributes": _by_attribute(verdicts),
-            "frechet": float(distance(features)),
-            # The distance of a resampled set is biased; that of the difference on the same prompts is not.
-            "frechet_change_interval": bootstrap_difference(features, base_features, distance, samples=200),
+            "peak_memory": None if memory < 0 else memory,
+            **judge(pictures),
             "psnr": float(psnr(ours, theirs).median()),
-            "psnr_of_each": [round(x, 2) for x in decibels(*_samples(pictures, reference))],
+            "psnr_mean_interval": bootstrap_interval(torch.tensor(likeness)),
+            "psnr_of_each": [round(x, 2) for x in likeness],
             "ssim": float(ssim(ours, theirs).mean()),
             "tokens_fraction": float(np.average([part.work[0] for part in result], weights=sizes)),
             "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
@@ -244,6 +232,30 @@ def summarise(
         rows.append(row)
     _add_regret(rows)
     return rows
+
+
+def _judge(
+    reference: np.ndarray, asked: Sequence[Any], subject: Subject, split: Split
+) -> Callable[[np.ndarray], dict[str, Any]]:
+    """Gives what the judge says of pictures, beside what it says of the first method's."""
+    distance = FrechetTo(subject.reference(10 * len(asked), split))
+    plain, base_features = _adherence(subject.verdicts(reference, asked), subject), subject.features(reference)
+
+    def figures(pictures: np.ndarray) -> dict[str, Any]:
+        verdicts, features = subject.verdicts(pictures, asked), subject.features(pictures)
+        overall = _adherence(verdicts, subject)
+        return {
+            "adherence": float(overall.mean()),
+            "adherence_interval": bootstrap_interval(overall),
+            "adherence_change": float((overall - plain).mean()),
+            "adherence_change_interval": bootstrap_difference(overall, plain),
+            "attributes": _by_attribute(verdicts),
+            "frechet": float(distance(features)),
+            # The distance of a resampled set is biased; that of the difference on the same prompts is not.
+            "frechet_change_interval": bootstrap_difference(features, base_features, distance, samples=200),
+        }
+
+    return figures
 
 
 def _samples(*drawn: np.ndarray) -> list[Tensor]:
@@ -313,24 +325,34 @@ def _fine_steps(samples: Sequence[Sequence[int]], asked: Sequence[Any], subject:
 
 def markdown(rows: Sequence[dict[str, Any]], prompts: int) -> str:
     """The rows as a table."""
+    judged = "adherence (95 %) | change, points | Fréchet (change) | " if "adherence" in rows[0] else ""
     lines = [
-        f"{prompts} held-out prompts. Speed is wall-clock, relative to the first row, in the same run.",
+        f"{prompts} prompts. Speed is wall-clock, relative to the first row, in the same run; memory is what a call "
+        "takes beyond what lay there before.",
         "",
-        "| method | steps | speed | FLOPs | adherence (95 %) | change, points | Fréchet (change) | PSNR dB | SSIM |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| method | steps | speed | FLOPs | {judged}PSNR dB | SSIM | memory, MB |",
+        "|---" * (7 + judged.count("|")) + "|",
     ]
     for row in rows:
-        low, high = row["adherence_interval"]
-        worse, better = row["adherence_change_interval"]
-        nearer, farther = row["frechet_change_interval"]
-        steps = row["run_steps"] / rows[0]["run_steps"]
+        steps, memory = row["run_steps"] / rows[0]["run_steps"], row["peak_memory"]
         lines.append(
             f"| {row['method']} | {row['run_steps']} | {row['speedup']:.2f}x | {row['flops_fraction'] * steps:.0%} "
-            f"| {row['adherence']:.1%} ({low:.1%} to {high:.1%}) "
-            f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) "
-            f"| {row['frechet']:.2f} ({nearer:+.2f} to {farther:+.2f}) | {row['psnr']:.1f} | {row['ssim']:.3f} |"
+            f"| {_judgement(row) if judged else ''}{row['psnr']:.1f} | {row['ssim']:.3f} "
+            f"| {'' if memory is None else round(memory / 1e6)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _judgement(row: dict[str, Any]) -> str:
+    """Cells of a table."""
+    low, high = row["adherence_interval"]
+    worse, better = row["adherence_change_interval"]
+    nearer, farther = row["frechet_change_interval"]
+    return (
+        f"{row['adherence']:.1%} ({low:.1%} to {high:.1%}) "
+        f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) "
+        f"| {row['frechet']:.2f} ({nearer:+.2f} to {farther:+.2f}) | "
+    )
 
 
 def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results], count: int = 8) -> None:

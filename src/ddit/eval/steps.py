@@ -83,9 +83,9 @@ def velocity_errors(
                     if learnt is not None and scale not in learnt.scales:
                         continue
                     low = None
-                    if config.anchored:
-                        low = architecture.low_line(forward, inputs, scale, config, earlier, None, learnt)
-                        low = architecture.low_line(forward, inputs, scale, config, anchor, low, learnt)
+                    if config.anchored and architecture.compares(config, learnt):
+                        low = architecture.low_line(forward, inputs, scale, config, earlier)
+                        low = architecture.low_line(forward, inputs, scale, config, anchor, low)
                     variance = (learnt or preset).detail_variance.get(scale)
                     answers[name] = architecture.coarse_step(
                         forward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -26,8 +27,12 @@ BATCH = 100
 class Subject(Protocol):
     """A grammar with its judge. ``drawn`` is uint8, ``[N, H, W, 3]`` or ``[N, F, H, W, 3]``."""
 
+    judged: ClassVar[bool]
+    """Whether there are verdicts and drawings to compare with."""
     beside: ClassVar[tuple[str, ...]]
     """Names in a verdict that are no part of adherence."""
+    size: ClassVar[tuple[int, int] | None]
+    """Height and width that the judge knows; ``None`` for any."""
 
     def prompts(self, split: Split, count: int, seed: int) -> list[Any]:
         """What is asked for; each has a ``prompt``."""
@@ -48,10 +53,44 @@ class Subject(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt of the user's own."""
+
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Own:
+    """Prompts of the user's own, for any model: nobody here can judge what it draws, so likeness to plain is all."""
+
+    texts: Sequence[str]
+    judged: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ()
+    size: ClassVar[tuple[int, int] | None] = None
+
+    def prompts(self, split: Split, count: int, seed: int) -> list[Prompted]:
+        return [Prompted(text) for text in self.texts[:count]]
+
+    def verdicts(self, drawn: np.ndarray, asked: Sequence[Any]) -> list[Verdict]:
+        raise NotImplementedError
+
+    def features(self, drawn: np.ndarray) -> Tensor:
+        raise NotImplementedError
+
+    def reference(self, count: int, split: Split) -> Tensor:
+        raise NotImplementedError
+
+    def kinds(self, asked: Prompted) -> set[str]:
+        return set()
+
+
 class Pictures:
     """Pictures of 128 x 128."""
 
+    judged: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    size: ClassVar[tuple[int, int] | None] = (128, 128)
 
     @cached_property
     def detector(self) -> detector.Detector:
@@ -88,7 +127,9 @@ class Pictures:
 class Clips:
     """Clips of 9 frames of 64 x 64."""
 
+    judged: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ("flicker", "roughness")
+    size: ClassVar[tuple[int, int] | None] = (64, 64)
 
     @cached_property
     def detector(self) -> judge.Detector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +17,12 @@ from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
 from ddit.eval import compare, quality, steps, switch
 from ddit.eval.parts import Parts
-from ddit.eval.subjects import Clips, Pictures, Subject
+from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json
 from ddit.generate import call_settings, draws_video, load_adapter, load_pipeline
 from ddit.models import architecture_for
 from ddit.preset import Preset
 
-MEASURES = ("adherence", "frechet")
 DEFAULT_METHODS = (
     "plain",
     "plain:run_steps=25",
@@ -56,6 +56,8 @@ class SuiteConfig:
     """Folder with a preset to use instead of the model's own."""
     run_steps: tuple[int, ...] = ()
     """Of the comparison: numbers of steps at which the methods run, the first one also for plain."""
+    texts: tuple[str, ...] = ()
+    """Prompts of the user's own in place of the model's grammar; then only likeness to plain is judged."""
 
 
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
@@ -105,49 +107,69 @@ def _parts_folder(config: SuiteConfig) -> Path:
     return config.out.with_suffix(".parts")
 
 
-def _quality(config: SuiteConfig, loaded: tuple[Any, Preset] | None = None) -> dict[str, Any]:
-    pipe, preset = loaded or _load(config)
+def _quality(config: SuiteConfig) -> dict[str, Any]:
+    figures, methods, results = _race(config, *_load(config))
+    quality.save_grid(config.out.with_suffix(".png"), methods, results)
+    return figures
+
+
+def _race(
+    config: SuiteConfig, pipe: Any, preset: Preset
+) -> tuple[dict[str, Any], list[quality.Method], list[quality.Results]]:
+    """All methods on all prompts: the figures, whose table is written and printed, the methods and what they drew."""
     settings = call_settings(preset, **config.settings)
-    run_steps = settings.pop("num_inference_steps")
+    run_steps = settings.pop("num_inference_steps", None) or _default_steps(pipe)
     adapters = _adapter_loader(config)
     methods = [quality.parse_method(text, run_steps, preset, adapters) for text in config.methods or DEFAULT_METHODS]
-    subject = subject_of(pipe)
+    subject = _subject(config, pipe)
+    _check_size(subject, settings)
     asked = subject.prompts(config.split, config.prompts, config.seed)
     parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
     results = quality.draw_all(
         pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts
     )
     rows = quality.summarise(methods, results, asked, subject, config.split)
-    table = quality.markdown(rows, len(asked))
-    _show(config, table)
-    quality.save_grid(config.out.with_suffix(".png"), methods, results)
-    return {
+    _show(config, quality.markdown(rows, len(asked)))
+    figures = {
         "prompts": len(asked),
-        "split": config.split,
+        "split": "own" if config.texts else config.split,
         "batch": config.batch,
         "seed": config.seed,
         "methods": rows,
     }
+    return figures, methods, results
 
 
 def _compare(config: SuiteConfig) -> dict[str, Any]:
     """The quality suite over all that a user could pick; see `ddit.eval.compare`."""
     pipe, preset = _load(config)
     if not config.methods:
-        steps = config.run_steps or (call_settings(preset, **config.settings)["num_inference_steps"],)
+        known_steps = call_settings(preset, **config.settings).get("num_inference_steps")
+        steps = config.run_steps or (known_steps or _default_steps(pipe),)
         known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
         methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
         config = replace(config, methods=tuple(methods), adapter=None)
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
-    figures = _quality(config, (pipe, preset))
+    figures, drawn_by, results = _race(config, pipe, preset)
     rows = figures["methods"]
     table = compare.markdown(rows)
     with config.out.with_suffix(".md").open("a") as file:
         file.write("\n" + table)
     compare.plot(config.out, rows)
     print(table)
-    best = {m: {str(k): [r["method"] for r in v] for k, v in compare.winners(rows, m).items()} for m in MEASURES}
+    measures = compare.measures(rows)
+    best = {m: {f"{k:g}": [r["method"] for r in v] for k, v in compare.winners(rows, m).items()} for m in measures}
+    places = {row["method"]: i for i, row in enumerate(rows)}
+    for speed, names in best[measures[0]].items():
+        shown = [0, *(places[name] for name in names)]
+        path = config.out.with_name(f"{config.out.name}-{speed}x.png")
+        quality.save_grid(path, [drawn_by[i] for i in shown], [results[i] for i in shown])
     return {**figures, "best_at_least_as_fast": best}
+
+
+def _default_steps(pipe: Any) -> int:
+    """Number of steps of a pipeline's own, for a model without a preset."""
+    return inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
 
 
 def _load(config: SuiteConfig) -> tuple[Any, Preset]:
@@ -159,6 +181,22 @@ def _show(config: SuiteConfig, table: str) -> None:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.with_suffix(".md").write_text(table)
     print(table)
+
+
+def _subject(config: SuiteConfig, pipe: Any) -> Subject:
+    return Own(config.texts) if config.texts else subject_of(pipe)
+
+
+def _check_size(subject: Subject, settings: dict[str, Any]) -> None:
+    """Refuse pictures that the subject can't judge, before they are drawn."""
+    size = settings.get("height"), settings.get("width")
+    if subject.size is not None and subject.size != size:
+        asked = "x".join("the model's own" if side is None else str(side) for side in size)
+        raise ValueError(
+            f"size is {asked}; pictures of the project's own prompts are judged at "
+            f"{subject.size[0]}x{subject.size[1]} alone: leave --height and --width out, or give prompts of your own "
+            "with --prompt-file"
+        )
 
 
 def subject_of(pipe: Any) -> Subject:
@@ -203,7 +241,7 @@ def _adapter_loader(config: SuiteConfig) -> quality.Adapters:
 
 def _velocity(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = _load(config)
-    asked = subject_of(pipe).prompts(config.split, config.prompts, config.seed)
+    asked = _subject(config, pipe).prompts(config.split, config.prompts, config.seed)
     settings = call_settings(preset, **config.settings)
     adapter = _adapter_loader(config)(None)
     rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings, adapter=adapter)
@@ -214,7 +252,7 @@ def _velocity(config: SuiteConfig) -> dict[str, Any]:
 
 def _caches(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = _load(config)
-    prompt = subject_of(pipe).prompts(config.split, 1, config.seed)[0].prompt
+    prompt = _subject(config, pipe).prompts(config.split, 1, config.seed)[0].prompt
     rows = switch.at_changes_of_scale(pipe, prompt, call_settings(preset, **config.settings))
     _show(config, switch.table(rows))
     return {"schedule": switch.SCHEDULE, "rows": rows}

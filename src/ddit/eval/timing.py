@@ -17,6 +17,7 @@ from torch.profiler import profile, record_function
 from ddit.adapter import PatchAdapter
 from ddit.api import apply
 from ddit.config import ScheduleConfig
+from ddit.memory import with_peak
 from ddit.models.base import Anchor, Architecture, Inputs, first, held, to_meta
 from ddit.schedule import make_policy
 from ddit.state import Generation
@@ -68,8 +69,9 @@ def step_forms(
     anchor = Anchor.after(z.float(), sigma, zero, Anchor.after(z.float(), (sigma + 1) / 2, zero))
 
     def step(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Callable[[], Tensor]:
-        line = architecture.low_line(forward, inputs, scale, config, anchor, adapter=adapter)
-        used = {"anchor": anchor, "low": held(line)} if config.anchored else {}
+        used: dict[str, Any] = {"anchor": anchor} if config.anchored else {}
+        if config.anchored and architecture.compares(config, adapter):
+            used["low"] = held(architecture.low_line(forward, inputs, scale, config, anchor))
         return lambda: architecture.coarse_step(forward, inputs, scale, config, adapter=adapter, **used)
 
     def model(scale: int) -> Callable[[], Any]:
@@ -156,15 +158,9 @@ def matrix(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
 
 def peak_memory(forms: Forms, device: torch.device) -> dict[str, int] | None:
     """Bytes of each form at its peak, beyond what lay there; ``None`` where the device does not tell."""
-    if device.type != "cuda":
-        return None
-    peaks = {}
-    for name, form in forms.items():
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        form()
-        peaks[name] = torch.cuda.max_memory_allocated(device) - before
-    return peaks
+    peaks = {name: with_peak(form, device)[1] for name, form in forms.items()}
+    known = {name: peak for name, peak in peaks.items() if peak is not None}
+    return known if len(known) == len(peaks) else None
 
 
 def _switches(forms: Mapping[int, Callable[[], Any]], device: torch.device, repeats: int) -> dict[int, float]:
