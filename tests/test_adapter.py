@@ -42,7 +42,7 @@ def with_user_lora(model, seed=1) -> None:
 @pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
 def test_a_new_adapter_is_the_training_free_step(pipe, start: Start):
     adapter = PatchAdapter.for_model(pipe.transformer, start=start)
-    config = ScheduleConfig(policy="fixed", steps=COARSE.steps, gain=0.0, **adapter.form)
+    config = ScheduleConfig(policy="fixed", steps=COARSE.steps, **{"gain": 0.0, **adapter.form})
     with ddit.apply(pipe, config=config):
         free = tiny.sample(pipe)
     with ddit.apply(pipe, adapter=adapter, config=config):

@@ -259,7 +259,7 @@ def test_a_new_adapter_is_the_training_free_step(name, start: Start):
     case = CASES[name]
     pipe = case.make()
     adapter = PatchAdapter.for_model(pipe.transformer, rank=2, start=start)
-    config = ScheduleConfig(policy="fixed", steps=(1, 1, 2, 4, 2), gain=0.0, **adapter.form)
+    config = ScheduleConfig(policy="fixed", steps=(1, 1, 2, 4, 2), **{"gain": 0.0, **adapter.form})
     with ddit.apply(pipe, config=config):
         free = draw(pipe, case)
     with ddit.apply(pipe, config=config, adapter=adapter):
@@ -324,7 +324,7 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
         nn.init.normal_(parameter, std=0.02)
     adapter.attach(pipe.transformer)
     rows = list(range(len(samples)))
-    errors(pipe.transformer, architecture, ScheduleConfig(), adapter, {}, batch, 2, rows).sum().backward()
+    errors(pipe.transformer, architecture, ScheduleConfig(gain=0.0), adapter, {}, batch, 2, rows).sum().backward()
     for key, parameter in adapter.named_parameters():
         used = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert used == key.startswith("parts.2"), key

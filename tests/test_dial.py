@@ -13,7 +13,7 @@ import ddit
 import tiny
 from ddit import ScheduleConfig
 from ddit.cli import main
-from ddit.dial import SLACK, Budget, Dial
+from ddit.dial import SLACK, Budget, Dial, even_places
 from ddit.patches import half_log_snr
 from ddit.preset import Preset
 from ddit.schedule import Moment
@@ -59,6 +59,8 @@ def test_the_budget_is_met(speedup, total):
 def test_what_cannot_be_reached_is_said_and_approached():
     with pytest.warns(UserWarning, match=r"speedup of 5 can't be reached with 12 steps.*the most is 4\.00"):
         assert places(5.0, SIGMAS) == [1, 1] + 10 * [4]
+    with pytest.warns(UserWarning, match=r"the most is 1\.00"):
+        assert places(2.0, SIGMAS, {1: 1.0}) == [1] * 12
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         places(3.0, SIGMAS)
@@ -66,11 +68,10 @@ def test_what_cannot_be_reached_is_said_and_approached():
 
 def places(speedup: float, sigmas: list[float], costs: dict[int, float] = COSTS) -> list[int]:
     """Scales of a run over these noise levels."""
-    policy, spent, scales = Budget(ScheduleConfig(speedup=speedup)), 0.0, []
-    for step, sigma in enumerate(sigmas):
-        scales += policy.choose(Moment(step, len(sigmas), [{}], sigma, [spent], costs))
-        spent += costs[scales[-1]]
-    return scales
+    policy, total = Budget(ScheduleConfig(speedup=speedup)), len(sigmas)
+    steps = [policy.choose(Moment(i, total, [{}, {}], sigma, sigmas, costs)) for i, sigma in enumerate(sigmas)]
+    assert all(a == b for a, b in steps)
+    return [a for a, _ in steps]
 
 
 def test_steps_at_scale_1_lie_at_even_distances_in_lambda():
@@ -78,7 +79,10 @@ def test_steps_at_scale_1_lie_at_even_distances_in_lambda():
     fine = [k for k, s in enumerate(places(4.0, sigmas)) if s == 1][1:]
     levels = [half_log_snr(sigmas[k]) for k in fine]
     middle = [b - a for (a, b), k in zip(pairwise(levels), fine, strict=False) if 30 < k < 170]
-    assert max(middle) < 1.5 * min(middle) and fine[0] == 1
+    assert max(middle) < 1.2 * min(middle) and fine[0] == 1
+    left, distance = half_log_snr(sigmas[-1]) - levels[-1], middle[0]
+    assert left == pytest.approx(distance / 2, abs=0.3)
+    assert even_places([0.0, 1.0, 2.0, 3.0, 4.0], 2, 3) == {2, 3, 4} and not even_places([0.0, 1.0], 1, 0)
 
 
 def test_a_run_that_begins_midway_spends_what_a_whole_one_does():
@@ -88,8 +92,8 @@ def test_a_run_that_begins_midway_spends_what_a_whole_one_does():
     assert min(fine) > 3 and max(b - a for a, b in pairwise(fine)) <= 8
 
 
-def test_a_budget_needs_the_number_of_steps():
-    with pytest.raises(ValueError, match="number of steps"):
+def test_a_budget_needs_the_noise_levels():
+    with pytest.raises(ValueError, match="noise levels of the run"):
         Budget(ScheduleConfig(speedup=2.0)).choose(Moment(0, None, [{}]))
 
 

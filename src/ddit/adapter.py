@@ -260,7 +260,8 @@ class PatchAdapter(ModelMixin, ConfigMixin):
     @property
     def form(self) -> dict[str, Any]:
         """The fields of `ddit.ScheduleConfig` that say how a coarse step is computed, as in training."""
-        return {name: self.config[name] for name in ("start", "positions", "anchored")}
+        form = {name: self.config[name] for name in ("start", "positions", "anchored")}
+        return {**form, "gain": 0.0} if self.anchored else form
 
     @property
     def detail_variance(self) -> dict[int, list[float]]:

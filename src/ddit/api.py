@@ -50,8 +50,8 @@ def apply(
 
     Args:
         pipe_or_transformer: A diffusers pipeline with a supported ``transformer``, or that transformer.
-        adapter: A `ddit.PatchAdapter`, or the folder or hub id of one. Its own ``start``, ``positions`` and
-            ``anchored`` hold.
+        adapter: A `ddit.PatchAdapter`, or the folder or hub id of one. Its own form of a step holds
+            (`ddit.PatchAdapter.form`).
         config: The schedule; by default the preset's, or without one the paper's threshold, with our steps.
         policy: Chooses the scales in place of ``config.policy``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
@@ -374,11 +374,22 @@ class Handle:
         if len(self._generation.examples) < len(self.config.scales):  # none, or those of a forced step
             self._generation.examples = self._examples(arch, inputs)
             if self.config.speedup:
-                examples = self._generation.examples
-                flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-                forecast = self.config.anchored and self.config.gain == 0 and self.adapter is None
-                free = {s for s in flops if s > 1 and forecast}  # the model is not asked there
-                self._generation.costs = {s: 0.0 if s in free else n / flops[1] for s, n in flops.items()}
+                self._generation.run = self._levels()
+                self._generation.costs = self._costs(arch)
+
+    def _levels(self) -> list[float]:
+        """Noise levels of all steps of this generation; none where nobody knows."""
+        sigmas = getattr(getattr(self._pipe, "scheduler", None), "sigmas", None)
+        if sigmas is None or self._total is None or len(sigmas) <= self._total:
+            return []
+        return [float(sigma) for sigma in sigmas[:-1][-self._total :]]  # the last one is where the run ends
+
+    def _costs(self, arch: Architecture) -> dict[int, float]:
+        """Scale -> work of a step after an anchor, in steps at scale 1."""
+        examples, config = self._generation.examples, self.config
+        flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
+        free = config.anchored and config.gain == 0 and self.adapter is None  # the model is not asked there
+        return {s: 0.0 if free and s > 1 else n / flops[1] for s, n in flops.items()}
 
     def _plain_step(
         self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -423,7 +434,7 @@ class Handle:
             anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
             if not arch.asks(config, anchor, self.adapter):
                 self._generation.skipped(samples)
-            for missing, earlier in memory.unasked(scale, samples) if arch.compares(config, self.adapter) else ():
+            for missing, earlier in memory.unasked(scale, samples) if config.gain > 0 else ():
                 there = memory.anchor.rows(missing)
                 call = arch.rows(inputs, missing)
                 with torch.no_grad():

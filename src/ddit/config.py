@@ -68,7 +68,8 @@ class ScheduleConfig:
     gain: float = None  # type: ignore[assignment]
     """Share of that correction which is believed, in [0, 1]. 0 believes none, so that without an adapter the model is
     not even asked: ddit is then a cache that forecasts, on the same schedule. By default 0.5; 0 under a ``speedup``,
-    where the work of asking pays for steps at scale 1 that bring more. What an adapter has learnt is taken whole."""
+    where the work of asking pays for steps at scale 1 that bring more. With an adapter what it has learnt is added
+    instead."""
 
     def __post_init__(self) -> None:
         for name, otherwise, under_speedup in (("warmup", 3, 2), ("gain", 0.5, 0.0)):

@@ -8,7 +8,7 @@ distances cost more than what it sees in the content is worth (docs/method.md). 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,64 +57,61 @@ class Dial:
 
 
 class Budget:
-    """As many steps at scale 1 as ``1 / config.speedup`` of a plain run pays for, the largest patches in between.
-
-    They lie at even distances in lambda, in which velocities change evenly (`ddit.patches.half_log_snr`). The first is
-    due one distance after the warm-up, and half of one remains after the last.
-    """
+    """As many steps at scale 1 as ``1 / config.speedup`` of a plain run pays for, the largest patches in between."""
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
-        self.begin = self.last = 0.0
+        self.scales: list[int] = []
 
     def choose(self, moment: Moment) -> list[int]:
-        if moment.total is None:
+        if not moment.sigmas:
             raise ValueError(
-                "a speedup needs the number of steps, which only a pipeline knows; "
+                "a speedup needs the noise levels of the run, which only a pipeline knows; "
                 "apply ddit to the pipeline, or give a threshold"
             )
         if moment.step == 0:
-            self._check(moment.total, min(moment.costs.values()))
-        if moment.step < self.config.warmup:
-            return [self.config.warmup_scale] * len(moment.stats)
-        passed = self._passed(moment, moment.total)
-        return [self._one(moment, moment.total, passed, spent) for spent in moment.spent]
+            self.scales = self._plan(moment.sigmas, moment.costs)
+        return [self.scales[moment.step]] * len(moment.stats)
 
-    def _passed(self, moment: Moment, total: int) -> float:
-        """Share of the way in lambda, from the warm-up on, that lies behind when this step is over.
-
-        Policies don't know the noise levels ahead: this step is taken to be as wide as the last, and those that are
-        left as even in sigma.
-        """
-        here, end = half_log_snr(moment.sigma), half_log_snr(moment.sigma / (total - moment.step))
-        if moment.step == self.config.warmup:
-            self.begin = self.last = here
-        after, self.last = 2 * here - self.last, here
-        return (after - self.begin) / max(end - self.begin, 1e-9)
-
-    def _one(self, moment: Moment, total: int, passed: float, spent: float) -> int:
-        costs, config = moment.costs, self.config
-        floor = min(costs.values())
+    def _plan(self, sigmas: Sequence[float], costs: Mapping[int, float]) -> list[int]:
+        """Scales of a run, whose work comes as near to the budget as whole steps can."""
+        config, total = self.config, len(sigmas)
+        warmup = min(config.warmup, total)
         cheapest = min(costs, key=lambda s: (costs[s], s))
-        budget, rest = total / config.speedup, total - moment.step - 1
         # Steps that compare look back once after the warm-up, which costs one more call.
         looks = config.anchored and config.gain > 0
-        fine = (budget - (total + looks) * floor) / (1 - floor) - config.warmup
-        done = round((spent - moment.step * floor) / (1 - floor) - config.warmup)
-        scale = 1 if (fine + 0.5) * passed >= done + 1 else cheapest
-        after = budget - spent - costs[scale]
-        if after > rest + SLACK:
-            return 1
-        if after < rest * floor - SLACK:
-            return cheapest
-        return scale
-
-    def _check(self, total: int, floor: float) -> None:
-        looks = self.config.anchored and self.config.gain > 0
-        most = total / (self.config.warmup + (total - self.config.warmup + looks) * floor)
-        if self.config.speedup > most + 1e-9:
+        spent, floor = warmup * costs[config.warmup_scale], costs[cheapest]
+        least = spent + (total - warmup + looks) * floor
+        if config.speedup > total / least + 1e-9:
             warnings.warn(
-                f"a speedup of {self.config.speedup:g} can't be reached with {total} steps, of which "
-                f"{self.config.warmup} are warm-up: the most is {most:.2f}; take fewer steps instead, or gain 0",
+                f"a speedup of {config.speedup:g} can't be reached with {total} steps, of which {warmup} are warm-up: "
+                f"the most is {total / least:.2f}; take fewer steps instead, or gain 0",
                 stacklevel=2,
             )
+        count = round((total / config.speedup - least) / (1 - floor)) if floor < 1 else total
+        count = min(max(count, 0), total - warmup)
+        fine = even_places([half_log_snr(sigma) for sigma in sigmas], warmup, count)
+        rest = [1 if step in fine else cheapest for step in range(warmup, total)]
+        return [config.warmup_scale] * warmup + rest
+
+
+def even_places(levels: Sequence[float], warmup: int, count: int) -> set[int]:
+    """Numbers of the steps that lie nearest to even distances in lambda, in which velocities change evenly.
+
+    The first is due one distance after the warm-up, and half of one remains after the
+    last, since the errors of the end have no time to grow.
+
+    Args:
+        levels: lambda of all steps of a run (`ddit.patches.half_log_snr`), rising.
+        warmup: Number of steps at its beginning that are not chosen.
+        count: Number of steps to choose, at most those after the warm-up.
+    """
+    distance = (levels[-1] - levels[warmup - 1]) / (count + 0.5) if count else 0.0
+    chosen: set[int] = set()
+    for step in range(warmup, len(levels)):
+        due = levels[warmup - 1] + (len(chosen) + 1) * distance
+        ahead = levels[min(step + 1, len(levels) - 1)]
+        missing = count - len(chosen)
+        if missing and ((levels[step] + ahead) / 2 >= due or len(levels) - step == missing):
+            chosen.add(step)
+    return chosen

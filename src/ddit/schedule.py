@@ -151,8 +151,8 @@ class Moment:
     """Per sample, scale -> statistic; empty dictionaries while there are too few latents."""
     sigma: float = 1.0
     """Noise level of the latents."""
-    spent: Sequence[float] = ()
-    """Per sample, work of the steps before, in steps at scale 1. Like ``costs`` only for `ddit.dial.Budget`."""
+    sigmas: Sequence[float] = ()
+    """Noise levels of all steps of the run. Like ``costs`` only for `ddit.dial.Budget`."""
     costs: Mapping[int, float] = field(default_factory=dict)
     """Scale -> work of a step, in steps at scale 1."""
 

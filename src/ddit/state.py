@@ -132,10 +132,10 @@ class Generation:
     """The same of all guidance passes of the current step: what a cache says is no evidence of what has changed."""
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Scale -> arguments of one sample's call without data: from these, costs are counted when asked for."""
+    run: list[float] = field(default_factory=list)
+    """Noise levels of all steps; like ``costs`` only where a budget needs it."""
     costs: dict[int, float] = field(default_factory=dict)
-    """Scale -> work of a step after an anchor, in steps at scale 1; counted only where a budget needs it."""
-    spent: list[float] = field(default_factory=list)
-    """Per sample, work of the steps before the current one."""
+    """Scale -> work of a step after an anchor, in steps at scale 1."""
     forced: str | None = None
     """Why some steps had to stay at scale 1, or ``None``."""
 
@@ -171,24 +171,13 @@ class Generation:
         self.path = self.path[-keep if plain else -1 :]
         stats = self._plain_statistics(len(z), patch_size) if plain else self._expected_statistics(patch_size)
         self.doubtful = set()
-        self._settle(len(z))
-        moment = Moment(len(self.steps), total, stats, sigma, self.spent, self.costs)
+        moment = Moment(len(self.steps), total, stats, sigma, self.run, self.costs)
         chosen, allowed = policy.choose(moment), self.config.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         self.scales = list(chosen)
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
         return self.scales
-
-    def _settle(self, batch: int) -> None:
-        """Add the last step to what each sample has spent."""
-        if not self.spent:
-            self.spent = [0.0] * batch
-        if self.steps and self.costs:
-            last = self.steps[-1]
-            self.spent = [
-                x + self.costs[s] * last.calls(i) for i, (x, s) in enumerate(zip(self.spent, last.scales, strict=True))
-            ]
 
     def _plain_statistics(self, batch: int, patch_size: int) -> list[dict[int, float]]:
         """Per sample, scale -> statistic of the latents' difference, once there are enough latents."""

@@ -83,7 +83,7 @@ def velocity_errors(
                     if learnt is not None and scale not in learnt.scales:
                         continue
                     low = None
-                    if config.anchored and architecture.compares(config, learnt):
+                    if config.anchored and config.gain > 0:
                         low = architecture.low_line(forward, inputs, scale, config, earlier)
                         low = architecture.low_line(forward, inputs, scale, config, anchor, low)
                     variance = (learnt or preset).detail_variance.get(scale)

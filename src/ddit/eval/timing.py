@@ -70,7 +70,7 @@ def step_forms(
 
     def step(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Callable[[], Tensor]:
         used: dict[str, Any] = {"anchor": anchor} if config.anchored else {}
-        if config.anchored and architecture.compares(config, adapter):
+        if config.anchored and config.gain > 0:
             used["low"] = held(architecture.low_line(forward, inputs, scale, config, anchor))
         return lambda: architecture.coarse_step(forward, inputs, scale, config, adapter=adapter, **used)
 

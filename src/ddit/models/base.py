@@ -310,11 +310,11 @@ class Architecture(ABC):
             forward: The transformer's own forward.
             anchor: The last step at scale 1 of these samples, where there was one and ``config.anchored`` asks for it.
             low: Gives the line of the coarse grid's answers at the anchor, such as `low_line`; called with the level
-                ``[B]`` (`ddit.patches.half_log_snr`) and the answer of this step, where `compares` says so.
+                ``[B]`` (`ddit.patches.half_log_snr`) and the answer of this step, unless the gain is 0.
             variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples; used
                 without an anchor.
-            adapter: Attached to the transformer; adds what it learnt to the step, in place of what the coarse grid says
-                against its line. One that was trained on steps with an anchor stays silent in a step without.
+            adapter: Attached to the transformer; adds what it learnt to the step. One that was trained on steps with an
+                anchor stays silent in a step without.
 
         Returns:
             Velocity ``[B, C, ..., H, W]``, float32.
@@ -337,17 +337,12 @@ class Architecture(ABC):
         if adapter is not None:
             _, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, clean)
             correction = learnt * expand(anchor.distance(level), learnt)
-        elif self.compares(config, adapter):
+        if config.gain > 0:
             assert low is not None, "an anchor comes with what the coarse grid said there"
             answer = self.low_velocity(forward, inputs, scale, config)
             against = answer - low(level, answer).at(level)
-            correction = config.gain * grow(against, scale, self.patch_size, config.start)
+            correction = correction + config.gain * grow(against, scale, self.patch_size, config.start)
         return crop(anchored_velocity(padded, sigma, expected, clean, correction, scale), *z.shape[-2:])
-
-    @staticmethod
-    def compares(config: ScheduleConfig, adapter: Adapter | None) -> bool:
-        """Whether a step with an anchor needs to know what the coarse grid says there."""
-        return adapter is None and config.gain > 0
 
     @staticmethod
     def asks(config: ScheduleConfig, anchor: Anchor | None, adapter: Adapter | None) -> bool:

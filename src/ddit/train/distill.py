@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,7 @@ def errors(
         transformer.forward,
         architecture.rows(batch.inputs, rows),
         scale,
-        replace(form, gain=0.0),
+        form,
         anchor=batch.anchor.rows(rows) if form.anchored else None,
         variance=variance.get(scale),
         adapter=adapter,

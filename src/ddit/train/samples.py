@@ -140,8 +140,8 @@ class Varied:
         self.budgets = [Budget(ScheduleConfig(speedup=s)) for s in speedups]
 
     def choose(self, moment: Moment) -> list[int]:
-        each = zip(self.budgets, moment.stats, moment.spent, strict=True)
-        return [budget.choose(replace(moment, stats=[s], spent=[x]))[0] for budget, s, x in each]
+        each = zip(self.budgets, moment.stats, strict=True)
+        return [budget.choose(replace(moment, stats=[stats]))[0] for budget, stats in each]
 
 
 def shard_path(folder: Path, number: int) -> Path:
