@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanVideoToVideoPipeline,
@@ -328,6 +330,29 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
     for key, parameter in adapter.named_parameters():
         used = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert used == key.startswith("parts.2"), key
+
+
+FLOW: dict[str, Any] = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+SAMPLERS = {
+    "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "unipc": lambda: UniPCMultistepScheduler(**FLOW),
+    "dpm++": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **FLOW),
+}
+
+
+@pytest.mark.parametrize(("steps", "dtype", "width"), [(12, "bfloat16", 48), (50, "float32", 32), (100, "float32", 32)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_speedup_holds_for_any_sampler_number_of_steps_dtype_and_size(sampler, steps, dtype, width):
+    """Heun calls the model twice a step, and says so by its number of timesteps."""
+    case = CASES["wan-without-guidance"]
+    pipe = case.make().to(dtype=getattr(torch, dtype))
+    pipe.scheduler = SAMPLERS[sampler]()
+    for speedup in (1.5, 3.0):
+        with ddit.apply(pipe, config=ScheduleConfig(speedup=speedup)) as run:
+            draw(pipe, case, num_inference_steps=steps, width=width)
+        assert len(run.report.steps) == (2 * steps - 1 if sampler == "heun" else steps)
+        assert 1 / run.report.flops_fraction == pytest.approx(speedup, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["WanVACETransformer3DModel", "WanAnimateTransformer3DModel"])

@@ -57,14 +57,14 @@ def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: s
         if find_spec("cache_dit") is not None:
             caches += ["cache-dit:0.1", "cache-dit:0.2"]
         chosen += [f"plain:cache={cache}{at}" for cache in caches]
-        if n == first and not video:
-            chosen.append("progressive:fraction=0.3")
         chosen += [f"dynamic{':' + at[1:] if at else ''}"]
-        chosen += [f"dynamic:speedup={s}{at}" for s in ((1.5, 2, 3, 4, 5, 6, 8) if n == first else (2, 3, 4))]
-        chosen += [f"dynamic:speedup={s},gain=0.5{at}" for s in (2, 3)]
+        chosen += [f"dynamic:speedup={s}{at}" for s in ((1.25, *SPEEDS, 6, 8) if n == first else (2, 3, 4))]
         if adapter is not None:
-            chosen += [f"dynamic:speedup={s},adapter={adapter}{at}" for s in ((1.5, 2, 3, 4) if n == first else (2, 3))]
-        chosen += [f"dynamic:speedup=3,cache={fitted}{at}", f"dynamic:speedup=3,gain=0.5,cache={fitted}{at}"]
+            chosen += [f"dynamic:speedup={s},adapter={adapter}{at}" for s in ((2, 3, 4) if n == first else (2,))]
+    chosen += [f"dynamic:speedup={s},gain=0.5" for s in (2, 3)]
+    chosen += [f"dynamic:speedup={s},cache={fitted}" for s in (2, 3)] + [f"dynamic:cache={fitted}"]
+    if not video:
+        chosen.append("progressive:fraction=0.3")
     return list(dict.fromkeys(chosen))
 
 
