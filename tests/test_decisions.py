@@ -8,11 +8,11 @@ import pytest
 import tiny
 from ddit.eval.decisions import even, interval_errors, least, oracle
 from ddit.eval.quality import _add_regret, parse_method
-from ddit.patches import half_log_snr
+from ddit.patches import BEND, half_log_snr
 from ddit.preset import Preset
 
 SIGMAS = [1 - k / 20 for k in range(20)]
-LEVELS = np.array([half_log_snr(s) for s in SIGMAS])
+BENT = np.array([np.exp(-BEND * half_log_snr(s)) for s in SIGMAS])
 
 
 def gram(velocities: np.ndarray) -> np.ndarray:
@@ -26,20 +26,20 @@ def test_even_distances_end_with_half_a_one():
 
 
 def test_a_path_that_forecasts_get_right_costs_nothing():
-    straight = np.stack([np.ones(20), LEVELS, 3 - 2 * LEVELS], axis=1)
+    straight = np.stack([np.ones(20), BENT, 3 - 2 * BENT], axis=1)
     errors = interval_errors(gram(straight), SIGMAS)
     assert np.isfinite(errors[2, 3]).sum() == 20 - 4 + 1
     assert errors[2, 3][4:].max() == pytest.approx(0, abs=1e-9)
 
 
 def test_errors_are_those_of_forecasts():
-    """One velocity off the line by 1: that step's width, squared."""
-    path = LEVELS[:, None].copy()
+    """One velocity off the line by 1: that step's width, grown until the end, squared."""
+    path = BENT[:, None].copy()
     path[7] += 1
     errors = interval_errors(gram(path), SIGMAS)
     assert errors[1, 4, 7] == pytest.approx(0, abs=1e-9)
-    assert errors[1, 4, 8] == pytest.approx(0.05**2)
-    assert errors[1, 4, 20] == pytest.approx(0.05**2)
+    assert errors[1, 4, 8] == pytest.approx((0.05 / (1 - SIGMAS[8])) ** 2, rel=0.01)
+    assert errors[1, 4, 20] == pytest.approx(0.05**2, rel=0.01)
 
 
 def test_the_least_errors_are_found():

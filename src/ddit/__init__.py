@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddit.adapter import PatchAdapter
     from ddit.api import Handle, apply
+    from ddit.caches import CacheDitConfig
     from ddit.config import ScheduleConfig
     from ddit.models import supported_models
     from ddit.report import Report
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheDitConfig",
     "Handle",
     "PatchAdapter",
     "Report",
@@ -31,6 +33,7 @@ _HOME = {
     "apply": "ddit.api",
     "Handle": "ddit.api",
     "PatchAdapter": "ddit.adapter",
+    "CacheDitConfig": "ddit.caches",
     "ScheduleConfig": "ddit.config",
     "Report": "ddit.report",
     "TeaCacheConfig": "ddit.teacache",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ddit.config import ScheduleConfig
 from ddit.generate import Run, recorded, run
 from ddit.models import architecture_for
-from ddit.patches import half_log_snr
+from ddit.patches import BEND, FINEST, half_log_snr
 from ddit.preset import Preset
 from ddit.schedule import Moment
 
@@ -38,7 +38,10 @@ def even(total: int, warmup: int, fine: int) -> list[int]:
 
 
 def interval_errors(gram: NDArray[np.float64], sigmas: Sequence[float]) -> NDArray[np.float64]:
-    """What forecasts between two steps at scale 1 add to the latents' squared error, as if the path were plain's.
+    """What forecasts between two steps at scale 1 add to the squared error of the end, as if the path were plain's.
+
+    An error of the latents at noise level sigma grows by about ``1 / (1 - sigma)`` until the end: a part of the picture
+    that is shrunk by as much (measured on the embedded model, 0.6 to 0.7 of that).
 
     Args:
         gram: Inner products of the plain run's velocities at its T steps, ``[T, T]``.
@@ -48,7 +51,8 @@ def interval_errors(gram: NDArray[np.float64], sigmas: Sequence[float]) -> NDArr
         ``[T, T, T + 1]``: for the last two steps at scale 1 before (older, newer) and the next one after (T: none).
     """
     count = len(sigmas)
-    level = [half_log_snr(s) for s in sigmas]
+    bent = [np.exp(-BEND * half_log_snr(s)) for s in sigmas]  # in which forecasts are straight
+    growth = [1 / (1 - s + FINEST) for s in [*sigmas, 0.0]]
     widths = -np.diff([*sigmas, 0.0])
     errors = np.full((count, count, count + 1), np.inf)
     for newer in range(1, count):
@@ -56,9 +60,9 @@ def interval_errors(gram: NDArray[np.float64], sigmas: Sequence[float]) -> NDArr
             mistake = np.zeros(count)
             errors[older, newer, newer + 1] = 0.0
             for k in range(newer + 1, min(count, newer + REACH)):
-                ahead = (level[k] - level[older]) / (level[newer] - level[older])
+                ahead = (bent[k] - bent[older]) / (bent[newer] - bent[older])
                 mistake[[k, newer, older]] += widths[k] * np.array([1, -ahead, ahead - 1])
-                errors[older, newer, k + 1] = mistake @ gram @ mistake
+                errors[older, newer, k + 1] = growth[k + 1] ** 2 * (mistake @ gram @ mistake)
     return errors
 
 

@@ -14,7 +14,7 @@ from ddit.config import ScheduleConfig
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
 from ddit.models.base import Anchor, Inputs, held
-from ddit.patches import half_log_snr
+from ddit.patches import detail, half_log_snr, pad_to_multiple
 from ddit.preset import Preset
 
 STARTS: dict[str, ScheduleConfig] = {
@@ -58,7 +58,8 @@ def velocity_errors(
         adapter: Compared as one more form, at the scales it has.
 
     Returns:
-        Rows with sigma, scale, form, error, and the variance of the plain velocity.
+        Rows with sigma, scale, form, error, the share of the error that pooling keeps and large patches could therefore
+        see, and the variance of the plain velocity.
     """
     architecture = architecture_for(pipe.transformer)
     calls = record_calls(pipe, prompts, range(len(prompts)), settings)
@@ -98,12 +99,14 @@ def velocity_errors(
                         adapter=learnt,
                     )
                 for name, answer in answers.items():
+                    error = pad_to_multiple(answer.float() - plain.float(), scale * architecture.patch_size)
                     rows.append(
                         {
                             "sigma": float(sigma[0]),
                             "scale": scale,
                             "form": name,
                             "error": float((answer - plain).square().mean()),
+                            "visible": 1 - float(detail(error, scale).square().sum() / error.square().sum()),
                             "velocity_variance": float(plain.var()),
                         }
                     )
@@ -114,15 +117,17 @@ def velocity_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `velocity_errors` as Markdown: a line per scale and noise level, a column per form."""
     forms = list(dict.fromkeys(row["form"] for row in rows))
     lines = [
-        "Mean squared error of a coarse step's velocity to the plain one.",
+        "Mean squared error of a coarse step's velocity to the plain one. Visible: share of the forecast's error that "
+        "pooling keeps, all that a call on large patches could mend.",
         "",
-        "| scale | sigma | " + " | ".join(forms) + " | variance of the plain velocity |",
-        "|---" * (len(forms) + 3) + "|",
+        "| scale | sigma | " + " | ".join(forms) + " | visible | variance of the plain velocity |",
+        "|---" * (len(forms) + 4) + "|",
     ]
     for scale in sorted({row["scale"] for row in rows}):
         for sigma in sorted({row["sigma"] for row in rows}, reverse=True):
             cells = {r["form"]: r for r in rows if r["scale"] == scale and r["sigma"] == sigma}
             errors = " | ".join(f"{cells[name]['error']:.3f}" if name in cells else "" for name in forms)
             variance = next(iter(cells.values()))["velocity_variance"]
-            lines.append(f"| {scale} | {sigma:.2f} | {errors} | {variance:.2f} |")
+            visible = f"{cells['forecast']['visible']:.0%}"
+            lines.append(f"| {scale} | {sigma:.2f} | {errors} | {visible} | {variance:.2f} |")
     return "\n".join(lines) + "\n"
