@@ -96,7 +96,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for speed, best in winners(rows, measure).items():
         told = "Fréchet | change | adherence, points | " if judged else ""
-        lines += [f"\n### {speed:g}x or faster\n", f"| family | method | speed | {told}PSNR dB |"]
+        lines += [f"\n### {speed:g}x or faster\n"]
+        if not best:
+            lines.append("No method was.")
+            continue
+        lines += [f"| family | method | speed | {told}PSNR dB |"]
         lines += ["|---" * (4 + told.count("|")) + "|"]
         for row in best:
             lines.append(

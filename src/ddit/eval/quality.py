@@ -367,4 +367,4 @@ def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results],
             axis.imshow(picture if picture.ndim == 3 else picture[len(picture) // 2])
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(method.name.replace(":", "\n").replace(",", "\n"), fontsize=6, rotation=0, ha="right")
-    figure.savefig(path, dpi=min(110, 2200 // len(methods)))
+    figure.savefig(path, dpi=min(80, 2200 // len(methods)))

@@ -163,7 +163,7 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     for speed, names in best[measures[0]].items():
         shown = [0, *(places[name] for name in names)]
         path = config.out.with_name(f"{config.out.name}-{speed}x.png")
-        quality.save_grid(path, [drawn_by[i] for i in shown], [results[i] for i in shown])
+        quality.save_grid(path, [drawn_by[i] for i in shown], [results[i] for i in shown], count=6)
     return {**figures, "best_at_least_as_fast": best}
 
 
