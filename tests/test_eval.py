@@ -104,9 +104,8 @@ def test_a_killed_evaluation_continues(model, tmp_path, monkeypatch, capsys):
     assert len(calls) == 2 + 2 * 2 and not folder.exists()
     ours, theirs = (json.loads(p.with_suffix(".json").read_text())["methods"] for p in (out, whole))
     for a, b in zip(ours, theirs, strict=True):
-        assert {k: v for k, v in a.items() if "sec" not in k and "speed" not in k} == {
-            k: v for k, v in b.items() if "sec" not in k and "speed" not in k
-        }
+        drawn = {key for key in a if not key.startswith(("seconds", "speedup", "peak_memory"))}
+        assert {key: a[key] for key in drawn} == {key: b[key] for key in drawn} and a.keys() == b.keys()
     Parts(folder, {"seed": 1}).save(0, [Part(*np.zeros((6, 1)))])
     assert Parts(folder, {"seed": 1}).load(0) is not None
     assert Parts(folder, {"seed": 2}).load(0) is None
@@ -118,7 +117,7 @@ def test_velocity_suite(model, tmp_path, capsys):
     assert main(["evaluate", *flags, "--out", str(out)]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert {row["form"] for row in rows} == {"last velocity again", "forecast", *steps.STARTS}
-    assert all(row["error"] > 0 and 0 < row["sigma"] < 1 for row in rows)
+    assert all(row["error"] > 0 and 0 < row["sigma"] < 1 and 0 < row["visible"] < 1 for row in rows)
 
 
 def test_an_adapter_is_one_more_form(model, tmp_path, capsys):
