@@ -386,10 +386,9 @@ class Handle:
 
     def _costs(self, arch: Architecture) -> dict[int, float]:
         """Scale -> work of a step after an anchor, in steps at scale 1."""
-        examples, config = self._generation.examples, self.config
+        examples, asks = self._generation.examples, arch.asks(self.config, self.adapter)
         flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-        free = config.anchored and config.gain == 0 and self.adapter is None  # the model is not asked there
-        return {s: 0.0 if free and s > 1 else n / flops[1] for s, n in flops.items()}
+        return {s: n / flops[1] if s == 1 or asks else 0.0 for s, n in flops.items()}
 
     def _plain_step(
         self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -432,7 +431,7 @@ class Handle:
         anchor = low = None
         if memory.known[samples[0]]:
             anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
-            if not arch.asks(config, anchor, self.adapter):
+            if not arch.asks(config, self.adapter):
                 self._generation.skipped(samples)
             for missing, earlier in memory.unasked(scale, samples) if config.gain > 0 else ():
                 there = memory.anchor.rows(missing)

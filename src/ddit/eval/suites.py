@@ -118,7 +118,8 @@ def _race(
 ) -> tuple[dict[str, Any], list[quality.Method], list[quality.Results]]:
     """All methods on all prompts: the figures, whose table is written and printed, the methods and what they drew."""
     settings = call_settings(preset, **config.settings)
-    run_steps = settings.pop("num_inference_steps", None) or _default_steps(pipe)
+    run_steps = _steps(settings, pipe)
+    settings.pop("num_inference_steps", None)
     adapters = _adapter_loader(config)
     methods = [quality.parse_method(text, run_steps, preset, adapters) for text in config.methods or DEFAULT_METHODS]
     subject = _subject(config, pipe)
@@ -144,8 +145,7 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     """The quality suite over all that a user could pick; see `ddit.eval.compare`."""
     pipe, preset = _load(config)
     if not config.methods:
-        known_steps = call_settings(preset, **config.settings).get("num_inference_steps")
-        steps = config.run_steps or (known_steps or _default_steps(pipe),)
+        steps = config.run_steps or (_steps(call_settings(preset, **config.settings), pipe),)
         known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
         methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
         config = replace(config, methods=tuple(methods), adapter=None)
@@ -167,9 +167,10 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     return {**figures, "best_at_least_as_fast": best}
 
 
-def _default_steps(pipe: Any) -> int:
-    """Number of steps of a pipeline's own, for a model without a preset."""
-    return inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+def _steps(settings: dict[str, Any], pipe: Any) -> int:
+    """Number of steps that a call takes: the pipeline's own, for a model without a preset."""
+    own = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+    return settings.get("num_inference_steps", own)
 
 
 def _load(config: SuiteConfig) -> tuple[Any, Preset]:

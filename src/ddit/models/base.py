@@ -345,9 +345,9 @@ class Architecture(ABC):
         return crop(anchored_velocity(padded, sigma, expected, clean, correction, scale), *z.shape[-2:])
 
     @staticmethod
-    def asks(config: ScheduleConfig, anchor: Anchor | None, adapter: Adapter | None) -> bool:
-        """Whether a step with large patches calls the model at all."""
-        return anchor is None or adapter is not None or config.gain > 0
+    def asks(config: ScheduleConfig, adapter: Adapter | None) -> bool:
+        """Whether a step with large patches calls the model at all, once there was one at scale 1."""
+        return not config.anchored or adapter is not None or config.gain > 0
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
         """Floating-point operations of one call, counted by PyTorch on the meta device.
