@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -13,7 +13,7 @@ import ddit
 import tiny
 from ddit import ScheduleConfig
 from ddit.cli import main
-from ddit.dial import SLACK, Budget, Dial, even_places
+from ddit.dial import SLACK, Budget, Dial, places
 from ddit.patches import half_log_snr
 from ddit.preset import Preset
 from ddit.schedule import Moment
@@ -23,6 +23,8 @@ DIAL = Dial(
     psnr=(50.0, 40.0, 30.0),
 )
 COSTS = {1: 1.0, 2: 0.3, 4: 0.1}
+FREE = {1: 1.0, 2: 0.0, 4: 0.0}
+"""Large patches that are forecast alone."""
 SIGMAS = [1 - i / 12 for i in range(12)]
 
 
@@ -49,24 +51,24 @@ def test_dials_that_make_no_sense(changes, told):
 @pytest.mark.parametrize("total", [12, 25, 50, 100])
 @pytest.mark.parametrize("speedup", [1.0, 1.25, 1.5, 2.0, 3.0])
 def test_the_budget_is_met(speedup, total):
-    for costs in (COSTS, {1: 1.0, 2: 0.0, 4: 0.0}):
+    for costs in (COSTS, FREE):
         for shift in (1, 3, 8):
             levels = [1 - i / total for i in range(total)]
-            scales = places(speedup, [shift * s / (1 + (shift - 1) * s) for s in levels], costs)
+            scales = scales_of(speedup, [shift * s / (1 + (shift - 1) * s) for s in levels], costs)
             assert abs(sum(costs[s] for s in scales) - total / speedup) <= SLACK + 1e-9
 
 
 def test_what_cannot_be_reached_is_said_and_approached():
     with pytest.warns(UserWarning, match=r"speedup of 5 can't be reached with 12 steps.*the most is 4\.00"):
-        assert places(5.0, SIGMAS) == [1, 1] + 10 * [4]
+        assert scales_of(5.0, SIGMAS) == [1, 1] + 10 * [4]
     with pytest.warns(UserWarning, match=r"the most is 1\.00"):
-        assert places(2.0, SIGMAS, {1: 1.0}) == [1] * 12
+        assert scales_of(2.0, SIGMAS, {1: 1.0}) == [1] * 12
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        places(3.0, SIGMAS)
+        scales_of(3.0, SIGMAS)
 
 
-def places(speedup: float, sigmas: list[float], costs: dict[int, float] = COSTS) -> list[int]:
+def scales_of(speedup: float, sigmas: list[float], costs: dict[int, float] = COSTS) -> list[int]:
     """Scales of a run over these noise levels."""
     policy, total = Budget(ScheduleConfig(speedup=speedup)), len(sigmas)
     steps = [policy.choose(Moment(i, total, [{}, {}], sigma, sigmas, costs)) for i, sigma in enumerate(sigmas)]
@@ -74,20 +76,33 @@ def places(speedup: float, sigmas: list[float], costs: dict[int, float] = COSTS)
     return [a for a, _ in steps]
 
 
-def test_steps_at_scale_1_lie_at_even_distances_in_lambda():
-    sigmas = [1 - k / 200 for k in range(200)]
-    fine = [k for k, s in enumerate(places(4.0, sigmas)) if s == 1][1:]
-    levels = [half_log_snr(sigmas[k]) for k in fine]
-    middle = [b - a for (a, b), k in zip(pairwise(levels), fine, strict=False) if 30 < k < 170]
-    assert max(middle) < 1.2 * min(middle) and fine[0] == 1
-    left, distance = half_log_snr(sigmas[-1]) - levels[-1], middle[0]
-    assert left == pytest.approx(distance / 2, abs=0.3)
-    assert even_places([0.0, 1.0, 2.0, 3.0, 4.0], 2, 3) == {2, 3, 4} and not even_places([0.0, 1.0], 1, 0)
+def expected_error(sigmas: list[float], fine: list[int]) -> float:
+    """What `ddit.dial.places` makes least, written down gap by gap."""
+    levels, ends = [half_log_snr(s) for s in sigmas], [*sigmas[1:], 0.0]
+    total = 0.0
+    for one, following in pairwise([*fine, len(sigmas)]):
+        gap = range(one + 1, following)
+        error = sum((sigmas[k] - ends[k]) * (levels[k] - levels[one]) ** 2 for k in gap)
+        total += (error / (1 - ends[following - 1])) ** 2
+    return total
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_steps_at_scale_1_lie_where_forecasts_err_least(count):
+    chosen = sorted(places(SIGMAS, 2, count))
+    every = [expected_error(SIGMAS, [1, *others]) for others in combinations(range(2, 12), count)]
+    assert len(chosen) == count and expected_error(SIGMAS, [1, *chosen]) == pytest.approx(min(every), rel=0.01)
+
+
+@pytest.mark.parametrize("shift", [1, 3, 8])
+def test_where_most_steps_are_at_scale_1_no_two_in_a_row_are_forecast(shift):
+    sigmas = [shift * (1 - i / 50) / (1 + (shift - 1) * (1 - i / 50)) for i in range(50)]
+    assert 2 not in map(sum, pairwise(s > 1 for s in scales_of(1.5, sigmas, FREE)))
 
 
 def test_a_run_that_begins_midway_spends_what_a_whole_one_does():
     """As image-to-image: what lies before its first noise level does not count as due."""
-    late = places(2.5, [0.4 * (1 - i / 40) for i in range(40)])
+    late = scales_of(2.5, [0.4 * (1 - i / 40) for i in range(40)])
     fine = [i for i, s in enumerate(late) if s == 1][2:]
     assert min(fine) > 3 and max(b - a for a, b in pairwise(fine)) <= 8
 

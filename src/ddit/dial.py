@@ -1,7 +1,7 @@
 """One dial: a speed or a quality that is asked for, in place of a threshold.
 
-A speed becomes a number of steps at scale 1, at even distances in lambda: the rule puts them less evenly, and uneven
-distances cost more than what it sees in the content is worth (docs/method.md). A quality becomes a threshold, by what
+A speed becomes a number of steps at scale 1, where forecasts between them err least: the rule puts them less well, and
+that costs more than what it sees in the content is worth (docs/method.md). A quality becomes a threshold, by what
 `ddit calibrate` measured once on the model.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddit.config import ScheduleConfig
-from ddit.patches import half_log_snr
+from ddit.patches import FINEST, half_log_snr
 from ddit.schedule import Moment
 
 SLACK = 0.5
@@ -90,28 +90,39 @@ class Budget:
             )
         count = round((total / config.speedup - least) / (1 - floor)) if floor < 1 else total
         count = min(max(count, 0), total - warmup)
-        fine = even_places([half_log_snr(sigma) for sigma in sigmas], warmup, count)
+        fine = places(sigmas, warmup, count)
         rest = [1 if step in fine else cheapest for step in range(warmup, total)]
         return [config.warmup_scale] * warmup + rest
 
 
-def even_places(levels: Sequence[float], warmup: int, count: int) -> set[int]:
-    """Numbers of the steps that lie nearest to even distances in lambda, in which velocities change evenly.
+def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
+    """Numbers of the steps at scale 1 after the warm-up for which the others' forecasts are expected to err least.
 
-    The first is due one distance after the warm-up, and half of one remains after the
-    last, since the errors of the end have no time to grow.
+    A straight forecast is off by the square of its distance in lambda, in which velocities bend evenly. Those between
+    two steps at scale 1 add up in the latents, each times its step in sigma, and what they add up to at noise level
+    sigma has grown by about ``1 / (1 - sigma)`` when the picture is done (measured on the embedded model: a bit less).
+    Errors of different gaps know nothing of each other, so that their squares add up; dynamic programming over the gaps
+    makes the sum least.
 
     Args:
-        levels: lambda of all steps of a run (`ddit.patches.half_log_snr`), rising.
-        warmup: Number of steps at its beginning that are not chosen.
+        sigmas: Noise levels of all steps of a run, falling.
+        warmup: Number of steps at its beginning that are not chosen, at least 1.
         count: Number of steps to choose, at most those after the warm-up.
     """
-    distance = (levels[-1] - levels[warmup - 1]) / (count + 0.5) if count else 0.0
-    chosen: set[int] = set()
-    for step in range(warmup, len(levels)):
-        due = levels[warmup - 1] + (len(chosen) + 1) * distance
-        ahead = levels[min(step + 1, len(levels) - 1)]
-        missing = count - len(chosen)
-        if missing and ((levels[step] + ahead) / 2 >= due or len(levels) - step == missing):
-            chosen.add(step)
-    return chosen
+    total = len(sigmas)
+    levels = np.array([half_log_snr(sigma) for sigma in sigmas])
+    ends = np.array([*sigmas[1:], 0.0])
+    # Of a step at scale 1 (row) and a later step (column), then of the next one at scale 1 (column, the last is none).
+    each = np.triu((levels - levels[:, None]) ** 2, 1) * (np.array(sigmas) - ends)
+    errors = np.full((total, total + 1), np.inf)
+    errors[:, 1:] = np.where(np.tri(total, k=-1) > 0, np.inf, (each.cumsum(1) / (1 - ends + FINEST)) ** 2)
+
+    least, before = errors[warmup - 1], []
+    for _ in range(count):
+        sums = least[:total, None] + errors
+        before.append(sums.argmin(0))
+        least = sums.min(0)
+    chosen: list[int] = []
+    for earlier in reversed(before):
+        chosen.append(int(earlier[chosen[-1] if chosen else total]))
+    return set(chosen)
