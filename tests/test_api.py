@@ -23,12 +23,12 @@ import tiny
 from ddit import ScheduleConfig
 from ddit.api import Handle
 from ddit.config import Difference, Positions, Start
-from ddit.patches import detail, grow, half_log_snr
+from ddit.patches import amplified, detail, grow, half_log_snr
 from ddit.schedule import channel_moments, growth, statistic
 from ddit.state import Generation
 
 PLAIN = ScheduleConfig(threshold=0.0)
-COARSE = ScheduleConfig(threshold=1e9)
+COARSE = ScheduleConfig(threshold=1e9, gain=0.5)
 STEPS = 8
 GUIDED: dict[str, Any] = dict(negative_prompt="", true_cfg_scale=2.0)
 
@@ -279,8 +279,8 @@ def test_huge_threshold_is_coarsest_after_warmup(pipe):
     tiny.sample(pipe)
     assert handle.report.strip() == "1 1 1 1 1 4 4 4"
     assert record.tokens == [64] * 5 + [4] * 3
-    assert len(handle.report.steps[1].statistics[0]) == 0
-    assert set(handle.report.steps[2].statistics[0]) == {2, 4}
+    assert len(handle.report.steps[2].statistics[0]) == 0
+    assert set(handle.report.steps[3].statistics[0]) == {2, 4}
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -320,29 +320,37 @@ def test_first_policy_is_refused_on_a_bare_transformer(pipe):
         tiny.sample(pipe)
 
 
+def owed(sigmas: list[float], nodes: list[int], here: int) -> float:
+    """What forecasts from three nodes up to and with a step make of a difference measured at the last of them."""
+    levels, ends = [half_log_snr(sigma) for sigma in sigmas], [*sigmas[1:], 0.0]
+    gap = range(nodes[-1] + 1, here + 1)
+    sum_ = sum((sigmas[k] - ends[k]) * growth([levels[i] for i in nodes], levels[k]) for k in gap)
+    return sum_ * amplified(ends[here])
+
+
 @pytest.mark.parametrize("kind", ["plain", "per-sigma"])
 def test_the_statistic_is_that_of_steps_at_scale_one(pipe, kind: Difference):
     """The paper's difference sees whatever the path does; ours only learns from steps at scale 1, and else grows."""
-    handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, 2, 2, 1, 2, difference=kind, order=3))
+    handle = ddit.apply(pipe, config=fixed(1, 1, 1, 1, 2, 2, 2, 1, 2, difference=kind))
     tiny.sample(pipe, steps=10)
     stats = [step.statistics[0].get(2, 0.0) for step in handle.report.steps]
     assert stats[:3] == [0.0] * 3 and stats[3] != stats[4]
-    levels = [float(half_log_snr(torch.tensor(step.sigma).double())) for step in handle.report.steps]
-    grown = [stats[4] * growth(levels[1:4], at) / growth(levels[1:4], levels[4]) for at in levels[4:8]]
+    sigmas = [step.sigma for step in handle.report.steps]
+    grown = [stats[4] * owed(sigmas, [1, 2, 3], k) / owed(sigmas, [1, 2, 3], 4) for k in range(4, 8)]
     assert (stats[4:8] == pytest.approx(grown)) == (kind == "per-sigma")
-    after = (
-        stats[8] * growth([levels[i] for i in (2, 3, 7)], levels[9]) / growth([levels[i] for i in (2, 3, 7)], levels[8])
-    )
+    after = stats[8] * owed(sigmas, [2, 3, 7], 9) / owed(sigmas, [2, 3, 7], 8)
     assert (stats[9] == pytest.approx(after)) == (kind == "per-sigma")
 
 
-def test_the_statistic_does_not_depend_on_where_the_steps_at_scale_one_lie(pipe):
-    """Velocities on a parabola of lambda: in each step the statistic is the error of a line through the last two."""
+@pytest.mark.parametrize("known", [True, False])
+def test_the_statistic_does_not_depend_on_where_the_steps_at_scale_one_lie(known):
+    """Velocities on a parabola of lambda: the sum of what lines through the last two steps at scale 1 are off by."""
     policy = Table([1, 1, 1, 2, 1, 2, 2, 1], [1, 1, 1, 1, 2, 2, 1, 1])
     x = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    generation = Generation(fixed(1, 2, scales=(1, 2), order=3))
+    generation = Generation(fixed(1, 2, scales=(1, 2)))
     sigmas = [0.9 - 0.02 * i for i in range(10)]
-    levels = [float(half_log_snr(torch.tensor(s).double())) for s in sigmas]
+    generation.run = sigmas if known else []
+    levels = [half_log_snr(s) for s in sigmas]
     z = torch.zeros(2, 4, 8, 8)
     for i, level in enumerate(levels[:-1]):
         generation.decide(z, sigmas[i], policy, 2, None)
@@ -350,8 +358,9 @@ def test_the_statistic_does_not_depend_on_where_the_steps_at_scale_one_lie(pipe)
         z = z + (sigmas[i + 1] - sigmas[i]) * (x[0] + x[1] * level + x[2] * level**2)
     for sample, schedule in enumerate(policy.samples):
         for i in range(3, 9):
-            a, b = [levels[k] for k in range(i) if schedule[k] == 1][-2:]
-            error = x[2] * (levels[i] - a) * (levels[i] - b) / 50
+            a, b = [k for k in range(i) if schedule[k] == 1][-2:]
+            gap = sum(0.02 * (levels[k] - levels[a]) * (levels[k] - levels[b]) for k in range(b + 1, i + 1))
+            error = x[2] * gap * amplified(sigmas[i + 1])
             expected = statistic(channel_moments(error), 4, 0.4).item()
             assert generation.steps[i].statistics[sample][2] == pytest.approx(expected, rel=1e-3)
 
@@ -981,7 +990,7 @@ def test_fractions_are_what_the_model_really_did(pipe, size):
 
 
 def test_fractions_of_a_mixed_batch(pipe):
-    handle = ddit.apply(pipe, policy=Table([1, 2], [4, 1]))
+    handle = ddit.apply(pipe, config=ScheduleConfig(gain=0.5), policy=Table([1, 2], [4, 1]))
     tiny.sample(pipe, steps=2, num_images_per_prompt=2)
     assert handle.report.tokens == {1: 64, 2: 16, 4: 4}
     assert handle.report.tokens_fraction == pytest.approx((64 + 2 * 16 + 4 + 64) / (4 * 64))

@@ -105,7 +105,7 @@ def test_generate_writes_picture_and_report(capsys, tmp_path, model):
     out, report, plot = tmp_path / "a.png", tmp_path / "a.json", tmp_path / "p.png"
     flags = ["--model", model, "--out", str(out), "--json", str(report), "--plot", str(plot), "--num-images", "2"]
     assert main(["generate", PROMPT, *flags]) == 0
-    assert "scales: 1 1 1 4 4 4" in capsys.readouterr().out
+    assert "scales: 1 1 1 - - -" in capsys.readouterr().out
     values = json.loads(report.read_text())
     assert values["scales"] == [[1, 1, 1, 4, 4, 4]] * 2
     assert 0 < values["flops_fraction"] < 1 and 0 < values["tokens_fraction"] < 1 and values["seconds"] > 0

@@ -53,9 +53,10 @@ def test_warmup_covers_the_order(order):
             ScheduleConfig(order=order, warmup=order - 1)
 
 
-def test_what_is_not_given_suits_a_threshold_or_a_speedup():
-    rule, budget = ScheduleConfig(), ScheduleConfig(speedup=2.0, order=3)
-    assert (rule.warmup, rule.gain) == (3, 0.5) and (budget.warmup, budget.gain) == (2, 0.0)
+def test_what_is_not_given_suits_who_places_the_steps():
+    rule, budget, given = ScheduleConfig(), ScheduleConfig(speedup=2.0), ScheduleConfig(policy="first")
+    assert (rule.warmup, rule.gain) == (3, 0.0) and (budget.warmup, budget.gain) == (2, 0.0)
+    assert (given.warmup, given.gain) == (3, 0.5)
     given = ScheduleConfig(speedup=2.0, warmup=5, gain=0.25)
     assert (given.warmup, given.gain) == (5, 0.25)
     assert ScheduleConfig.from_dict(budget.to_dict()) == budget
@@ -85,7 +86,7 @@ def test_lists_become_tuples_and_scales_are_sorted():
 
 def test_defaults():
     config = ScheduleConfig()
-    assert (config.threshold, config.percentile, config.order, config.scales) == (1e-3, 0.4, 2, (1, 2, 4))
+    assert (config.threshold, config.percentile, config.order, config.scales) == (4e-3, 0.4, 3, (1, 2, 4))
     assert (config.policy, config.difference) == ("dynamic", "per-sigma")
 
 

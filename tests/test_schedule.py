@@ -50,15 +50,15 @@ def paper_difference(z, order):
 
 
 def forecast_error(v, levels, ahead=None):
-    """How far the last velocity is from a polynomial through the others, for a step of 1/50; or one still ahead."""
+    """How far the last velocity is from a polynomial through the others; or one still ahead."""
     nodes, target = (v[:-1], v[-1]) if ahead is None else (v[1:], ahead[1])
     where, here = (levels[:-1], levels[-1]) if ahead is None else (levels[1:], ahead[0])
     if not nodes:
-        return -target / 50
+        return target
     table = np.stack([np.asarray(x, dtype=np.float64) for x in nodes])
     line = np.polyfit(np.array(where), table.reshape(len(nodes), -1), len(nodes) - 1)
     powers = here ** np.arange(len(nodes) - 1, -1, -1)
-    return -(np.asarray(target, dtype=np.float64) - (powers @ line).reshape(target.shape)) / 50
+    return np.asarray(target, dtype=np.float64) - (powers @ line).reshape(target.shape)
 
 
 def paper_statistic(d, patch, percentile):
@@ -128,9 +128,9 @@ def test_per_sigma_is_the_error_of_a_forecast(order):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_per_sigma_equals_plain_for_fifty_even_steps(order):
+def test_per_sigma_equals_plain_by_an_even_step(order):
     z = path(order + 1)
-    v = [-50 * (new - old) for old, new in pairwise(z)]
+    v = [new - old for old, new in pairwise(z)]
     ours = difference_per_sigma(v, levels(*[0.1, 0.2, 0.3][:order]))
     torch.testing.assert_close(ours, difference(z, order), rtol=1e-4, atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_growth_gives_the_error_of_a_forecast_still_ahead(order):
         ours = difference_per_sigma(v, [nodes]) * growth(nodes, here)
         theirs = forecast_error(v, nodes, (here, velocity(here)))
         if order == 1:  # nothing is forecast: the velocity itself
-            theirs = -v[0].numpy() / 50
+            theirs = v[0].numpy()
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_growth_by_hand():
 def test_a_constant_velocity_has_no_difference():
     (v,) = path(1)
     for order in (2, 3):
-        assert difference_per_sigma([v] * order, levels(*UNEVEN[:order])).abs().max() < 1e-8
+        assert difference_per_sigma([v] * order, levels(*UNEVEN[:order])).abs().max() < 1e-6
 
 
 def test_too_few_latents_are_refused():
@@ -303,7 +303,7 @@ def test_projection_removes_rounding():
 
 
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize(("guidance", "floor"), [(None, 1e-4), (2.0, 3e-4)])
+@pytest.mark.parametrize(("guidance", "floor"), [(None, 2.5e-4), (2.0, 4e-4)])
 def test_rounded_latents_do_not_drown_the_signal(guidance, floor, order):
     """A straight path in bfloat16 has third difference zero; its plain difference reads several times tau."""
     config = ScheduleConfig(threshold=0.0, order=order)

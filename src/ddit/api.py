@@ -373,8 +373,8 @@ class Handle:
             self._start_over()
         if len(self._generation.examples) < len(self.config.scales):  # none, or those of a forced step
             self._generation.examples = self._examples(arch, inputs)
+            self._generation.run = self._levels()
             if self.config.speedup:
-                self._generation.run = self._levels()
                 self._generation.costs = self._costs(arch)
 
     def _levels(self) -> list[float]:

@@ -27,8 +27,9 @@ class ScheduleConfig:
     """``dynamic``: the paper's rule. ``fixed``: the list in ``steps``. ``first``: the first ``fraction`` of the
     steps at the largest of ``scales``, the rest at 1."""
 
-    threshold: float = 1e-3
-    """tau of the paper: a scale may be used while its statistic lies below. 0 keeps every step at scale 1."""
+    threshold: float = 4e-3
+    """tau of the paper: a scale may be used while its statistic lies below. 0 keeps every step at scale 1. What it
+    means depends on ``difference``; the paper's 0.001 is one of ``plain``."""
     speedup: float = 0.0
     """Asks for a speed instead of a threshold: how many times less work than a plain run of as many steps, from 1 on.
     0 leaves it to ``threshold``."""
@@ -37,8 +38,8 @@ class ScheduleConfig:
     preset of the model (``ddit calibrate``). 0 leaves it to ``threshold``."""
     percentile: float = 0.4
     """rho of the paper, in [0, 1]: which quantile of the patches' deviations is compared with ``threshold``."""
-    order: int = 2
-    """Order of the difference of the latents, 1 to 3; the paper's is 3. Order n needs n + 1 latents."""
+    order: int = 3
+    """Order of the difference of the latents, 1 to 3. Order n needs n + 1 latents."""
     scales: tuple[int, ...] = (1, 2, 4)
     """Patch sizes to choose from, as multiples of the model's own. Powers of two, 1 among them."""
     warmup: int = None  # type: ignore[assignment]
@@ -47,10 +48,10 @@ class ScheduleConfig:
     warmup_scale: int = 1
     """Scale of the warm-up steps."""
     difference: Difference = "per-sigma"
-    """``plain``: of the latents from step to step, as in the paper. ``per-sigma``: of the path's velocity at the last
-    steps at scale 1, wherever they lie, as it must be expected at the step to be decided: it grows with each step with
-    large patches, until one at scale 1 measures it anew. The number of steps and what large patches do to the path
-    then don't count. Close to ``plain`` for 50 steps at scale 1."""
+    """``plain``: of the latents from step to step, as in the paper. ``per-sigma``: what forecasts since the last step
+    at scale 1 are expected to have made of the picture, if the step to be decided is one more of them. It is measured
+    at each sample's last steps at scale 1, wherever they lie, so that neither the number of steps nor what large
+    patches do to the path counts; it grows with each step until one at scale 1 measures it anew."""
 
     steps: tuple[int, ...] = ()
     """Scales of policy ``fixed``, one per step; the last one holds for further steps."""
@@ -67,14 +68,15 @@ class ScheduleConfig:
     ``False`` is the paper's: each stands on its own."""
     gain: float = None  # type: ignore[assignment]
     """Share of that correction which is believed, in [0, 1]. 0 believes none, so that without an adapter the model is
-    not even asked: ddit is then a cache that forecasts, on the same schedule. By default 0.5; 0 under a ``speedup``,
-    where the work of asking pays for steps at scale 1 that bring more. With an adapter what it has learnt is added
-    instead."""
+    not even asked: ddit is then a cache that forecasts. By default 0 where ddit places the steps at scale 1 (policy
+    ``dynamic``), since the work of asking pays for more of them, which bring more; 0.5 where the schedule is given.
+    With an adapter what it has learnt is added instead."""
 
     def __post_init__(self) -> None:
-        for name, otherwise, under_speedup in (("warmup", 3, 2), ("gain", 0.5, 0.0)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, under_speedup if self.speedup else otherwise)
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", 2 if self.speedup else 3)
+        if self.gain is None:
+            object.__setattr__(self, "gain", 0.0 if self.policy == "dynamic" else 0.5)
         for name, options in (
             ("policy", PolicyName),
             ("start", Start),

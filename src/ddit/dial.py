@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddit.config import ScheduleConfig
-from ddit.patches import FINEST, half_log_snr
+from ddit.patches import amplified, half_log_snr
 from ddit.schedule import Moment
 
 SLACK = 0.5
@@ -99,10 +99,9 @@ def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
     """Numbers of the steps at scale 1 after the warm-up for which the others' forecasts are expected to err least.
 
     A straight forecast is off by the square of its distance in lambda, in which velocities bend evenly. Those between
-    two steps at scale 1 add up in the latents, each times its step in sigma, and what they add up to at noise level
-    sigma has grown by about ``1 / (1 - sigma)`` when the picture is done (measured on the embedded model: a bit less).
-    Errors of different gaps know nothing of each other, so that their squares add up; dynamic programming over the gaps
-    makes the sum least.
+    two steps at scale 1 add up in the latents, each times its step in sigma, and grow until the picture is done
+    (`ddit.patches.amplified`). Errors of different gaps know nothing of each other, so that their squares add up;
+    dynamic programming over the gaps makes the sum least.
 
     Args:
         sigmas: Noise levels of all steps of a run, falling.
@@ -111,11 +110,12 @@ def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
     """
     total = len(sigmas)
     levels = np.array([half_log_snr(sigma) for sigma in sigmas])
-    ends = np.array([*sigmas[1:], 0.0])
+    ends = [*sigmas[1:], 0.0]
     # Of a step at scale 1 (row) and a later step (column), then of the next one at scale 1 (column, the last is none).
-    each = np.triu((levels - levels[:, None]) ** 2, 1) * (np.array(sigmas) - ends)
+    each = np.triu((levels - levels[:, None]) ** 2, 1) * np.subtract(sigmas, ends)
     errors = np.full((total, total + 1), np.inf)
-    errors[:, 1:] = np.where(np.tri(total, k=-1) > 0, np.inf, (each.cumsum(1) / (1 - ends + FINEST)) ** 2)
+    gaps = np.triu_indices(total)
+    errors[:, 1:][gaps] = (each.cumsum(1) * [amplified(end) for end in ends])[gaps] ** 2
 
     least, before = errors[warmup - 1], []
     for _ in range(count):

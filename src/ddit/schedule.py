@@ -19,9 +19,6 @@ from torch import Tensor
 from ddit.config import ScheduleConfig
 from ddit.patches import pad_to_multiple
 
-REFERENCE_STEP = 1 / 50
-"""Step of sigma for which ``per-sigma`` differences are given: one of the paper's 50."""
-
 
 def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
     """Finite difference of the latents over the last ``order + 1`` steps: differences of differences.
@@ -43,11 +40,11 @@ def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
 
 
 def difference_per_sigma(velocities: Sequence[Tensor], levels: Sequence[Sequence[float]]) -> Tensor:
-    """The same from velocities ``dz/dsigma`` at uneven noise levels, times a step of `REFERENCE_STEP`.
+    """The same from velocities ``dz/dsigma`` at uneven noise levels.
 
     A third difference of the latents is what the newest step differs from a straight line through the two before. This
     one is that for lines in lambda: the newest velocity minus the forecast by a polynomial of degree n - 2 through the
-    other n - 1 (Lagrange's formula). At equal steps of lambda and sigma it is `difference`.
+    other n - 1 (Lagrange's formula). At equal steps of lambda and sigma it is `difference` divided by a step of sigma.
 
     Args:
         velocities: n tensors ``[B, ...]``, newest last.
@@ -57,7 +54,7 @@ def difference_per_sigma(velocities: Sequence[Tensor], levels: Sequence[Sequence
         ``[B, ...]``, float32.
     """
     nodes = torch.stack(list(velocities)).float()
-    shares = [[-REFERENCE_STEP * _share(sample, node) for sample in levels] for node in range(len(nodes))]
+    shares = [[_share(sample, node) for sample in levels] for node in range(len(nodes))]
     weights = torch.tensor(shares).to(nodes.device)
     return (nodes * weights.reshape(*weights.shape, *[1] * (nodes.ndim - 2))).sum(0)
 
@@ -152,9 +149,9 @@ class Moment:
     sigma: float = 1.0
     """Noise level of the latents."""
     sigmas: Sequence[float] = ()
-    """Noise levels of all steps of the run. Like ``costs`` only for `ddit.dial.Budget`."""
+    """Noise levels of all steps of the run; empty where nobody knows."""
     costs: Mapping[int, float] = field(default_factory=dict)
-    """Scale -> work of a step, in steps at scale 1."""
+    """Scale -> work of a step, in steps at scale 1. Only for `ddit.dial.Budget`."""
 
 
 class Policy(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddit.config import ScheduleConfig
 from ddit.models.base import Anchor
-from ddit.patches import Line, expand, half_log_snr
+from ddit.patches import Line, amplified, expand, half_log_snr
 from ddit.report import Step
 from ddit.schedule import Moment, Policy, difference, difference_per_sigma, growth, project, statistics
 
@@ -122,6 +122,9 @@ class Generation:
     """Per sample, lambda (`ddit.patches.half_log_snr`) of these, fewer where there were not as many yet."""
     measured: list[dict[int, float]] = field(default_factory=list)
     """Per sample, scale -> statistic at the newest node."""
+    owed: list[float] = field(default_factory=list)
+    """Per sample, what forecasts since its last step at scale 1 add to the latents, the current step's among them, if
+    the statistic stayed what was measured: a sum of `ddit.schedule.growth` times steps of sigma."""
     scales: list[int] = field(default_factory=list)
     """Decision for the current step, one scale per sample."""
     steps: list[Step] = field(default_factory=list)
@@ -133,9 +136,9 @@ class Generation:
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Scale -> arguments of one sample's call without data: from these, costs are counted when asked for."""
     run: list[float] = field(default_factory=list)
-    """Noise levels of all steps; like ``costs`` only where a budget needs it."""
+    """Noise levels of all steps; empty where nobody knows."""
     costs: dict[int, float] = field(default_factory=dict)
-    """Scale -> work of a step after an anchor, in steps at scale 1."""
+    """Scale -> work of a step after an anchor, in steps at scale 1; only where a budget needs it."""
     forced: str | None = None
     """Why some steps had to stay at scale 1, or ``None``."""
 
@@ -187,8 +190,8 @@ class Generation:
         return statistics(values, patch_size, self.config.scales, self.config.percentile)
 
     def _expected_statistics(self, patch_size: int) -> list[dict[int, float]]:
-        """Per sample, scale -> statistic of the difference per sigma as it must be expected at this step."""
-        order = self.config.order
+        """Per sample, scale -> what forecasts up to and with this step will have made of the difference per sigma."""
+        order, here = self.config.order, self.sigmas[-1]
         fine = self._fine()
         new = [i for i, at_one in enumerate(fine) if at_one and len(self.levels[i]) == order]
         if new:
@@ -196,15 +199,26 @@ class Generation:
             values = difference_per_sigma(nodes, [self.levels[i] for i in new])
             rows = statistics(values, patch_size, self.config.scales, self.config.percentile)
             for i, row in zip(new, rows, strict=True):
-                self.measured[i] = row
-        here = half_log_snr(self.sigmas[-1])
-        factors = [growth(levels, here) if row else 1.0 for levels, row in zip(self.levels, self.measured, strict=True)]
-        return [{s: f * x for s, x in row.items()} for f, row in zip(factors, self.measured, strict=True)]
+                self.measured[i], self.owed[i] = row, 0.0
+        end = self._end()
+        for i, row in enumerate(self.measured):
+            if row:
+                self.owed[i] += (here - end) * growth(self.levels[i], half_log_snr(here))
+        owed = [amplified(end) * x for x in self.owed]
+        return [{s: x * value for s, value in row.items()} for x, row in zip(owed, self.measured, strict=True)]
+
+    def _end(self) -> float:
+        """Noise level at the end of the step that begins; where nobody knows, as far away as that of the last step."""
+        following = self.run[len(self.steps) + 1 :]
+        if self.run:
+            return following[0] if following else 0.0
+        return max(2 * self.sigmas[-1] - self.sigmas[-2], 0.0) if len(self.sigmas) > 1 else self.sigmas[-1]
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to run at scale 1 and whose latents can't be read; the path starts anew after it."""
         self.path, self.sigmas, self.velocities, self.memories = [], [sigma], [], []
-        self.nodes, self.levels, self.measured = [], [[] for _ in tokens], [{} for _ in tokens]
+        self.nodes, self.levels = [], [[] for _ in tokens]
+        self.measured, self.owed = [{} for _ in tokens], [0.0 for _ in tokens]
         self.seen, self.scales = tokens.clone(), [1] * len(tokens)
         self.borrowed, self.doubtful = set(), set()
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
@@ -255,7 +269,7 @@ class Generation:
                 here = self.path[-1] + step
             self._add_node(step, sigma)
         elif not self.levels:
-            self.levels, self.measured = [[] for _ in z], [{} for _ in z]
+            self.levels, self.measured, self.owed = [[] for _ in z], [{} for _ in z], [0.0 for _ in z]
         self.path.append(here)
         self.seen = here if exact else z.clone()
         self.velocities = []

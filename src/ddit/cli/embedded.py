@@ -39,7 +39,7 @@ def add_embedded(commands: Any) -> None:
     distilled.add_argument("--folder", type=Path, default=Path("runs/adapter"))
     tune = stage("threshold", _choose_threshold, "choose the threshold to ship, on the prompts kept for tuning")
     tune.add_argument("--model", default="embedded", help="folder of a model (default: the embedded one)")
-    tune.add_argument("--thresholds", type=float, nargs="+", default=[5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3])
+    tune.add_argument("--thresholds", type=float, nargs="+", default=[2e-3, 4e-3, 6e-3, 8e-3, 16e-3])
     tune.add_argument("--margin", type=float, default=0.01, help="adherence it may cost (default: %(default)s)")
     tune.add_argument("--prompts", type=positive, default=100)
     tune.add_argument("--batch", type=positive, default=8)

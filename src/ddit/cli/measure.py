@@ -25,7 +25,7 @@ def add_measure(commands: Any) -> None:
     """The commands with their options."""
     evaluate = add_command(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
     model_options(evaluate)
-    evaluate.add_argument("--suite", choices=("quality", "velocity", "caches"), default="quality")
+    evaluate.add_argument("--suite", choices=("quality", "velocity", "caches", "invariance"), default="quality")
     evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
     _judging_options(evaluate)
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")

@@ -23,7 +23,7 @@ from ddit.teacache import relative_change
 
 DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""
-THRESHOLDS = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+THRESHOLDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 """For which a `Dial` is measured."""
 
 

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 SPEEDS = (1.5, 2, 3, 4, 5)
+THRESHOLDS = (0.002, 0.004, 0.008, 0.016, 0.032)
 FAMILIES = {
     "fewer steps": "plain:run_steps",
     "cache": "cache alone",
     "progressive resolution": "progressive",
-    "large patches": "dynamic",
+    "large patches": "dynamic, the model asked at large patches",
     "adapter": "dynamic with an adapter",
-    "forecasts": "dynamic without asking the model (gain 0, as under a speedup)",
+    "forecasts": "dynamic without asking the model (gain 0)",
     "stacked": "dynamic with a cache",
 }
 """Name -> what it is."""
+
+
+PAPER = "dynamic:difference=plain,threshold=0.001,anchored=false,start=bilinear,positions=interpolated"
+"""The paper's rule and step as they are without training."""
 
 
 def family(method: str) -> str:
@@ -33,8 +38,8 @@ def family(method: str) -> str:
         return "stacked"
     if values.get("adapter", "none") != "none":
         return "adapter"
-    gain = values.get("gain", "0" if "speedup" in values else "0.5")
-    return "forecasts" if float(gain) == 0 else "large patches"
+    asked = float(values.get("gain", 0)) > 0 or values.get("anchored") == "false"
+    return "large patches" if asked else "forecasts"
 
 
 def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: str | None) -> list[str]:
@@ -61,6 +66,7 @@ def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: s
         chosen += [f"dynamic:speedup={s}{at}" for s in ((1.25, *SPEEDS, 6, 8) if n == first else (2, 3, 4))]
         if adapter is not None:
             chosen += [f"dynamic:speedup={s},adapter={adapter}{at}" for s in ((2, 3, 4) if n == first else (2,))]
+    chosen += [f"dynamic:threshold={t:g}" for t in THRESHOLDS] + [PAPER]
     chosen += [f"dynamic:speedup={s},gain=0.5" for s in (2, 3)]
     chosen += [f"dynamic:speedup={s},cache={fitted}" for s in (2, 3)] + [f"dynamic:cache={fitted}"]
     if not video:

@@ -22,7 +22,7 @@ STARTS: dict[str, ScheduleConfig] = {
     "bilinear, grid positions": ScheduleConfig(start="bilinear", positions="grid", anchored=False),
     "noise-consistent, interpolated positions": ScheduleConfig(positions="interpolated", anchored=False),
     "noise-consistent, grid positions": ScheduleConfig(positions="grid", anchored=False),
-    "anchored": ScheduleConfig(),
+    "anchored": ScheduleConfig(gain=0.5),
 }
 """The forms of a coarse step that are compared."""
 AGE = 4

@@ -15,7 +15,7 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
-from ddit.eval import compare, quality, steps, switch
+from ddit.eval import compare, invariance, quality, steps, switch
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json
@@ -62,7 +62,13 @@ class SuiteConfig:
 
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
     """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
-    suites = {"quality": _quality, "velocity": _velocity, "caches": _caches, "compare": _compare}
+    suites = {
+        "quality": _quality,
+        "velocity": _velocity,
+        "caches": _caches,
+        "invariance": _invariance,
+        "compare": _compare,
+    }
     figures = suites[suite](config)
     return _write(config, {**about, "suite": suite, **figures})
 
@@ -257,3 +263,14 @@ def _caches(config: SuiteConfig) -> dict[str, Any]:
     rows = switch.at_changes_of_scale(pipe, prompt, call_settings(preset, **config.settings))
     _show(config, switch.table(rows))
     return {"schedule": switch.SCHEDULE, "rows": rows}
+
+
+def _invariance(config: SuiteConfig) -> dict[str, Any]:
+    pipe, preset = _load(config)
+    asked = _subject(config, pipe).prompts(config.split, config.prompts, config.seed)
+    settings = call_settings(preset, **config.settings)
+    if "height" not in settings or "width" not in settings:
+        raise ValueError("the model's preset names no size; give --height and --width")
+    rows = invariance.speedups_held(pipe, preset, [s.prompt for s in asked], settings)
+    _show(config, invariance.table(rows))
+    return {"prompts": len(asked), "split": config.split, "rows": rows}

@@ -63,7 +63,7 @@ def step_forms(
     """One step at each scale as ``"1"``, ``"2"``, ...; the call of the model inside it alone as ``"2, model"``; with an
     adapter, which must be attached, also ``"2, adapter"``.
     """
-    config, forward = ScheduleConfig(scales=(1, *scales)), architecture.transformer.forward
+    config, forward = ScheduleConfig(scales=(1, *scales), gain=0.5), architecture.transformer.forward
     z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
     zero = torch.zeros_like(z, dtype=torch.float32)
     anchor = Anchor.after(z.float(), sigma, zero, Anchor.after(z.float(), (sigma + 1) / 2, zero))

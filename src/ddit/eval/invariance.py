@@ -1,0 +1,123 @@
+"""Whether a speedup that is asked for holds whatever the number of steps, the size, the dtype and the sampler."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from ddit.config import ScheduleConfig
+from ddit.eval.metrics import decibels
+from ddit.generate import run
+from ddit.preset import Preset
+from ddit.progress import progress
+
+SPEEDUPS = (1.25, 1.5, 2.0, 3.0, 4.0)
+_FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SAMPLERS: dict[str, Callable[[], Any]] = {
+    "Euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "Heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "UniPC": lambda: UniPCMultistepScheduler(**_FLOW),
+    "DPM++": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **_FLOW),
+}
+"""Those that diffusers has for flow matching."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs from the model's own settings."""
+
+    name: str
+    call: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call."""
+    dtype: str | None = None
+    sampler: str | None = None
+    """One of `SAMPLERS`."""
+
+
+def variations(height: int, width: int) -> list[Setting]:
+    """The model's own settings, and others that differ in one thing.
+
+    Args:
+        height, width: The model's own.
+    """
+    sizes = [(height // 2, width // 2), (height, width // 2), (height * 3 // 2, width * 3 // 2)]
+    return [
+        Setting("its own"),
+        *(Setting(f"{n} steps", {"num_inference_steps": n}) for n in (12, 25, 100)),
+        *(Setting(f"{h} x {w}", {"height": h, "width": w}) for h, w in sizes),
+        Setting("bfloat16", dtype="bfloat16"),
+        *(Setting(f"{name}, 25 steps", {"num_inference_steps": 25}, sampler=name) for name in SAMPLERS),
+    ]
+
+
+def speedups_held(pipe: Any, preset: Preset, prompts: Sequence[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every one of `SPEEDUPS` under each of `variations`.
+
+    Returns:
+        Rows with ``setting``, ``asked``, ``got`` (how many times less work than a plain run of as many steps),
+        ``off`` (the latter by the former, less 1), ``steps`` (calls of the model in a plain run) and ``psnr`` to
+        the plain run under the same settings; or with ``setting`` and ``refused``, where the pipeline does not take it.
+    """
+    rows: list[dict[str, Any]] = []
+    chosen = variations(settings["height"], settings["width"])
+    with progress("invariance", len(chosen) * (1 + len(SPEEDUPS))) as advance:
+        for setting in chosen:
+            varied = copy.deepcopy(pipe).to(dtype=getattr(torch, setting.dtype)) if setting.dtype else copy.copy(pipe)
+            if setting.sampler is not None:
+                varied.scheduler = SAMPLERS[setting.sampler]()
+
+            def draw(config: ScheduleConfig | None, varied: Any = varied, setting: Setting = setting) -> Any:
+                call = {**settings, **setting.call}
+                outcome = run(varied, list(prompts), list(range(len(prompts))), call, config=config, preset=preset)
+                advance()
+                return outcome
+
+            try:
+                plain = torch.from_numpy(draw(None).pictures)
+            except ValueError as error:  # A pipeline that sets its own noise levels does not take every sampler.
+                rows.append({"setting": setting.name, "refused": str(error).splitlines()[0]})
+                continue
+            for asked in SPEEDUPS:
+                outcome = draw(ScheduleConfig(speedup=asked))
+                got = 1 / np.array(outcome.report.flops_fractions)
+                likeness = decibels(torch.from_numpy(outcome.pictures), plain)
+                rows.append(
+                    {
+                        "setting": setting.name,
+                        "asked": asked,
+                        "got": float(got.mean()),
+                        "off": float(np.abs(got / asked - 1).max()),
+                        "steps": len(outcome.report.steps),
+                        "psnr": float(np.median(likeness)),
+                    }
+                )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown: a line per setting, work saved and likeness for each speed."""
+    lines = [
+        "How many times less work than a plain run of as many steps, and PSNR to it in dB.",
+        "",
+        "| setting | calls | " + " | ".join(f"{s:g}x asked" for s in SPEEDUPS) + " |",
+        "|---" * (2 + len(SPEEDUPS)) + "|",
+    ]
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name]
+        if "refused" in own[0]:
+            lines.append(f"| {name} | | " + "refused by the pipeline | " + "| " * (len(SPEEDUPS) - 1))
+            continue
+        cells = " | ".join(f"{row['got']:.2f}x, {row['psnr']:.1f}" for row in own)
+        lines.append(f"| {name} | {own[0]['steps']} | {cells} |")
+    return "\n".join(lines) + "\n"
