@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,6 +85,11 @@ def apply(
             )
         adapter = adapter if isinstance(adapter, PatchAdapter) else PatchAdapter.from_pretrained(adapter)
         adapter.check(architectures[0].transformer)
+        if _parallel(architectures[0].transformer) is not None:
+            raise ValueError(
+                "an adapter does not work on a transformer whose tokens are spread over several devices; "
+                "leave it out (--adapter none), or draw a picture on each device with accelerate launch"
+            )
         config = _adapted(config, adapter)
         detail_variance = detail_variance or adapter.detail_variance
     if not detail_variance and set(config.scales) <= {1, *known.detail_variance}:
@@ -136,7 +141,8 @@ def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:
             f"the schedule uses scales {foreign}, the adapter has {list(adapter.scales)}; "
             f"set scales to {(1, *adapter.scales)} or fewer, or leave the adapter out (--adapter none)"
         )
-    default = ScheduleConfig()
+    own = {field.name: field.default for field in fields(ScheduleConfig)}
+    default = replace(config, **{name: own[name] for name in adapter.form})
     for name, value in adapter.form.items():
         asked = getattr(config, name)
         if asked not in (value, getattr(default, name)):
@@ -148,6 +154,11 @@ def _adapted(config: ScheduleConfig, adapter: PatchAdapter) -> ScheduleConfig:
     return replace(config, **adapter.form)
 
 
+def _parallel(transformer: Any) -> Any:
+    """How `enable_parallelism` of diffusers spreads a transformer over devices; ``None`` where it does not."""
+    return getattr(transformer, "_parallel_config", None)
+
+
 class Seat:
     """One transformer with `Handle` around its forward, until `remove`."""
 
@@ -155,6 +166,7 @@ class Seat:
         self.transformer = transformer
         self.architecture = architecture
         self.cache = cache
+        self._parallel = _parallel(transformer)
         # Around `transformer.compile()`, so that decisions stay out of compiled code; inside accelerate's hook, which
         # model offloading takes off and on again after every run.
         places = [p for p in ("_compiled_call_impl", "_old_forward") if vars(transformer).get(p) is not None]
@@ -171,6 +183,14 @@ class Seat:
             if name in vars(transformer):
                 self._saved[name] = vars(transformer)[name]
             vars(transformer)[name] = value
+
+    def check(self) -> None:
+        """Refuse to go on where tokens are split before they come here: no latents could be made of them."""
+        if _parallel(self.transformer) is not self._parallel:
+            raise ValueError(
+                "enable_parallelism was called after ddit.apply, whose place is around it: "
+                "call remove(), then ddit.apply again"
+            )
 
     def remove(self) -> None:
         """Give the transformer back as it was."""
@@ -307,6 +327,7 @@ class Handle:
 
     def _step(self, seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
+        seat.check()
         arch = seat.architecture
         inputs = arch.bind(args, kwargs)
         if self._run_begins():

@@ -1,0 +1,95 @@
+"""One picture on two processes: diffusers' context parallelism under dynamic patches."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import ContextParallelConfig
+
+import ddit
+import tiny
+from ddit import PatchAdapter, ScheduleConfig
+from test_architectures import CASES, SMALL, draw
+
+SCHEDULES = {
+    "all scales": ScheduleConfig(policy="fixed", steps=(1, 1, 1, 2, 4, 1, 2, 1)),
+    "the rule": ScheduleConfig(threshold=0.05),
+    "speedup": ScheduleConfig(speedup=2.0),
+}
+
+
+def in_two(work: Any, *args: Any, folder: Path) -> list[Any]:
+    """What ``work(*args)`` returns in each of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, args=(port, work, args, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _process(rank: int, port: int, work: Any, args: tuple[Any, ...], folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: 1  # diffusers takes the remainder by it, and a CPU has none
+    dist.init_process_group("gloo")
+    torch.save(work(*args), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def spread(transformer: Any) -> None:
+    transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, ulysses_anything=True))
+
+
+def alone_and_together(name: str) -> list[tuple[Any, Any]]:
+    """Pictures and schedules of each of `SCHEDULES`, by this process alone and by both."""
+    case = CASES[name]
+    pipe = case.make()
+    drawn = []
+    for each in (lambda _: None, spread):
+        each(pipe.transformer)
+        for config in SCHEDULES.values():
+            with ddit.apply(pipe, config=config) as run:
+                picture = draw(pipe, case)
+            drawn.append((picture, run.report.strip()))
+    return drawn
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_picture_on_two_processes(name, tmp_path):
+    """Both decide alike, and draw what one alone does."""
+    first, second = in_two(alone_and_together, name, folder=tmp_path)
+    for (picture, schedule), (other, same) in zip(first, second, strict=True):
+        assert torch.equal(torch.as_tensor(picture), torch.as_tensor(other)) and schedule == same
+    count = len(SCHEDULES)
+    for (alone, decided), (together, same) in zip(first[:count], first[count:], strict=True):
+        assert decided == same and len(set(decided.split())) > 1
+        torch.testing.assert_close(torch.as_tensor(together), torch.as_tensor(alone), rtol=1e-4, atol=1e-4)
+
+
+def what_is_refused() -> list[str]:
+    pipe = tiny.pipeline()
+    run = ddit.apply(pipe)
+    spread(pipe.transformer)
+    told = []
+    with pytest.raises(ValueError) as late:
+        tiny.sample(pipe)
+    told.append(str(late.value))
+    run.remove()
+    with pytest.raises(ValueError) as adapted:
+        ddit.apply(pipe, adapter=PatchAdapter.for_model(pipe.transformer, rank=2))
+    told.append(str(adapted.value))
+    return told
+
+
+def test_what_does_not_work_on_several_devices_is_refused(tmp_path):
+    for late, adapted in in_two(what_is_refused, folder=tmp_path):
+        assert "after ddit.apply" in late and "then ddit.apply again" in late
+        assert "accelerate launch" in adapted
