@@ -232,8 +232,8 @@ class Drawing:
         written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
         if plot is not None:
             plot.parent.mkdir(parents=True, exist_ok=True)
-            threshold = self.config.threshold if self.config.policy == "dynamic" else None
-            report.plot(plot, threshold=threshold)
+            by_threshold = self.config.policy == "dynamic" and not self.config.speedup
+            report.plot(plot, threshold=self.config.threshold if by_threshold else None)
             written.append(plot)
         return result, written
 
