@@ -142,6 +142,10 @@ class Report:
         top.set_ylabel("deviation of the difference")
         scales = self.scales[sample]
         bottom.step(range(len(scales)), scales, where="mid")
+        asked = [i for i, step in enumerate(self.steps) if sample not in step.skipped]
+        if len(asked) < len(scales):
+            bottom.plot(asked, [scales[i] for i in asked], "o", markersize=4, label="model asked")
+            bottom.legend()
         bottom.set_yscale("log", base=2)
         bottom.set_yticks(sorted({1, *scales}), [str(s) for s in sorted({1, *scales})])
         bottom.set_ylabel("scale")

@@ -23,14 +23,14 @@ from ddit.preset import Preset
 from ddit.progress import progress
 
 SPEEDUPS = (1.25, 1.5, 2.0, 3.0, 4.0)
-_FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-SAMPLERS: dict[str, Callable[[], Any]] = {
-    "Euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
-    "Heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
-    "UniPC": lambda: UniPCMultistepScheduler(**_FLOW),
-    "DPM++": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **_FLOW),
+_FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SAMPLERS: dict[str, Callable[..., Any]] = {
+    "Euler": lambda shift: FlowMatchEulerDiscreteScheduler(shift=3.0, **shift),
+    "Heun": lambda _: FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "UniPC": lambda shift: UniPCMultistepScheduler(**_FLOW, flow_shift=3.0, **shift),
+    "DPM++": lambda shift: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **_FLOW, flow_shift=3.0, **shift),
 }
-"""Those that diffusers has for flow matching."""
+"""Those that diffusers has for flow matching; of what shifts their noise levels with the size of the picture."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def speedups_held(pipe: Any, preset: Preset, prompts: Sequence[str], settings: d
         for setting in chosen:
             varied = copy.deepcopy(pipe).to(dtype=getattr(torch, setting.dtype)) if setting.dtype else copy.copy(pipe)
             if setting.sampler is not None:
-                varied.scheduler = SAMPLERS[setting.sampler]()
+                names = ("use_dynamic_shifting", "time_shift_type")
+                own = pipe.scheduler.config
+                varied.scheduler = SAMPLERS[setting.sampler]({name: own[name] for name in names if name in own})
 
             def draw(config: ScheduleConfig | None, varied: Any = varied, setting: Setting = setting) -> Any:
                 call = {**settings, **setting.call}
@@ -85,8 +87,10 @@ def speedups_held(pipe: Any, preset: Preset, prompts: Sequence[str], settings: d
 
             try:
                 plain = torch.from_numpy(draw(None).pictures)
-            except ValueError as error:  # A pipeline that sets its own noise levels does not take every sampler.
-                rows.append({"setting": setting.name, "refused": str(error).splitlines()[0]})
+            except Exception as error:  # Whatever a pipeline raises at a sampler that it does not take.
+                if setting.sampler is None:
+                    raise
+                rows.append({"setting": setting.name, "refused": (str(error) or repr(error)).splitlines()[0]})
                 continue
             for asked in SPEEDUPS:
                 outcome = draw(ScheduleConfig(speedup=asked))
