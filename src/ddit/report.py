@@ -145,7 +145,7 @@ class Report:
         asked = [i for i, step in enumerate(self.steps) if sample not in step.skipped]
         if len(asked) < len(scales):
             bottom.plot(asked, [scales[i] for i in asked], "o", markersize=4, label="model asked")
-            bottom.legend()
+            bottom.legend(loc="center right")
         bottom.set_yscale("log", base=2)
         bottom.set_yticks(sorted({1, *scales}), [str(s) for s in sorted({1, *scales})])
         bottom.set_ylabel("scale")
