@@ -1,8 +1,8 @@
 """One dial: a speed or a quality that is asked for, in place of a threshold.
 
-A speed becomes a number of steps at scale 1, where forecasts between them err least: the rule puts them less well, and
-that costs more than what it sees in the content is worth (docs/method.md). A quality becomes a threshold, by what
-`ddit calibrate` measured once on the model.
+A speed becomes a number of steps at scale 1, where forecasts between them are expected to err least: what the rule
+measures in each picture, taken for granted beforehand (docs/method.md). A quality becomes a threshold, by what `ddit
+calibrate` measured once on the model.
 """
 
 from __future__ import annotations

@@ -209,16 +209,14 @@ class Generation:
 
     def _end(self) -> float:
         """Noise level at the end of the step that begins; where nobody knows, as far away as that of the last step."""
-        following = self.run[len(self.steps) + 1 :]
         if self.run:
-            return following[0] if following else 0.0
+            return next(iter(self.run[len(self.steps) + 1 :]), 0.0)
         return max(2 * self.sigmas[-1] - self.sigmas[-2], 0.0) if len(self.sigmas) > 1 else self.sigmas[-1]
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to run at scale 1 and whose latents can't be read; the path starts anew after it."""
         self.path, self.sigmas, self.velocities, self.memories = [], [sigma], [], []
-        self.nodes, self.levels = [], [[] for _ in tokens]
-        self.measured, self.owed = [{} for _ in tokens], [0.0 for _ in tokens]
+        self._forget_nodes(len(tokens))
         self.seen, self.scales = tokens.clone(), [1] * len(tokens)
         self.borrowed, self.doubtful = set(), set()
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
@@ -269,10 +267,15 @@ class Generation:
                 here = self.path[-1] + step
             self._add_node(step, sigma)
         elif not self.levels:
-            self.levels, self.measured, self.owed = [[] for _ in z], [{} for _ in z], [0.0 for _ in z]
+            self._forget_nodes(len(z))
         self.path.append(here)
         self.seen = here if exact else z.clone()
         self.velocities = []
+
+    def _forget_nodes(self, batch: int) -> None:
+        """Nothing is known yet of what forecasts of these samples will be off by."""
+        self.nodes, self.levels = [], [[] for _ in range(batch)]
+        self.measured, self.owed = [{} for _ in range(batch)], [0.0] * batch
 
     def _add_node(self, step: Tensor, sigma: float) -> None:
         """The path's velocity over the last step joins the nodes of the samples that took it at scale 1."""
