@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 import weakref
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
@@ -1018,6 +1019,82 @@ def test_report_is_readable_and_written_as_json(pipe, tmp_path):
     assert "8 steps, 1 samples" in repr(report) and "1 1 1 4 4 4 4 4" in repr(report)
     report.plot(tmp_path / "schedule.png", threshold=1e-3)
     assert (tmp_path / "schedule.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+class Reads(TorchDispatchMode):
+    """Counts what the host reads off tensors: on a GPU each waits for all that was given to it."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        tolist = torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: [self._noted(), tolist(tensor)][1])
+
+    def _noted(self):
+        self.count += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self._noted()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    # The noise level as it is told, and the scheduler's own, which lies on the host; the rule reads its statistics.
+    [(ScheduleConfig(speedup=2), 2), (ScheduleConfig(threshold=0.0), 3), (ScheduleConfig(threshold=1e9), 2)],
+)
+def test_a_step_reads_little_off_the_device(pipe, monkeypatch, config, most):
+    def per_step() -> list[int]:
+        counts = []
+        with Reads(monkeypatch) as reads:
+            tiny.sample(pipe, callback_on_step_end=lambda *args: counts.append(reads.count) or {})
+        return [after - before for before, after in itertools.pairwise(counts)]
+
+    plain = per_step()
+    ddit.apply(pipe, config=config)
+    extra = [ours - theirs for ours, theirs in zip(per_step(), plain, strict=True)]
+    assert max(extra[3:]) <= most
+
+
+def kept(*objects: Any) -> int:
+    """Numbers in the tensors that objects hold, shared ones counted once."""
+    found: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.data_ptr()] = value.numel()
+        elif is_dataclass(value) and not isinstance(value, type):
+            for field in fields(value):
+                look(getattr(value, field.name))
+        elif isinstance(value, dict):
+            look(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                look(item)
+
+    look(list(objects))
+    return sum(found.values())
+
+
+def test_between_steps_little_is_kept(pipe):
+    """Two answers at scale 1 and what they said of the picture; the rule keeps as many velocities as its order too."""
+    sizes = {}
+    for name, config in {"plan": ScheduleConfig(speedup=2), "rule": ScheduleConfig(threshold=1e9)}.items():
+        seen = []
+        handle = ddit.apply(pipe, config=config)
+        tiny.sample(pipe, callback_on_step_end=lambda *args, h=handle, s=seen: s.append(kept(h._generation)) or {})
+        sizes[name] = max(seen) / (16 * 8 * 8)
+        handle.remove()
+    assert sizes["plan"] < 4 + 2.1  # and the step's own latents and answer
+    assert sizes["rule"] < 4 + 3 + 3.1
+
+
+def test_a_blind_policy_measures_nothing(pipe):
+    handle = ddit.apply(pipe, config=ScheduleConfig(speedup=2))
+    tiny.sample(pipe)
+    assert all(step.statistics == ({},) for step in handle.report.steps)
+    assert not handle._generation.nodes and not handle._generation.path
 
 
 def test_plot_of_a_run_without_statistics(pipe, tmp_path):

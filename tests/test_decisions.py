@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import tiny
-from ddit.eval.decisions import even, interval_errors, least, oracle
-from ddit.eval.quality import _add_regret, parse_method
+from ddit.eval.decisions import even, hindsight, interval_errors, least, oracle, plain_paths
+from ddit.eval.quality import _add_regret, fit, parse_method
 from ddit.patches import BEND, half_log_snr
 from ddit.preset import Preset
 
@@ -65,7 +65,22 @@ def test_an_oracle_draws_each_sample_by_its_own_schedule():
         assert list(scales).count(1) == 3 + 4 and set(scales) == {1, 4} and list(scales[:3]) == [1, 1, 1]
 
 
-@pytest.mark.parametrize("text", ["even", "oracle:fine=0", "oracle:fine=11", "even:fine=x"])
+def test_a_fitted_schedule_is_the_hindsight_of_other_prompts_mean():
+    pipe = tiny.pipeline()
+    settings = {"height": 32, "width": 32, "max_sequence_length": 20}
+    method = parse_method("fitted:fine=4,scales=1/4", 14, Preset(), lambda _: None)
+    prompts = [f"a red circle and {n} blue stars" for n in range(10)]  # two batches
+    fitted = fit(method, pipe, prompts, settings).config
+    assert fitted is not None and method.config is not None
+    sigmas, grams = plain_paths(pipe, prompts, range(10), {**settings, "num_inference_steps": 14})
+    assert grams.shape == (10, 14, 14)
+    assert fitted.steps == hindsight(grams.mean(0), sigmas, method.config, 4)
+    assert fitted.policy == "fixed" and fitted.steps.count(1) == 3 + 4 and fitted.gain == 0
+    other = parse_method("even:fine=4,scales=1/4", 14, Preset(), lambda _: None)
+    assert fit(other, pipe, prompts, settings) is other
+
+
+@pytest.mark.parametrize("text", ["even", "oracle:fine=0", "oracle:fine=11", "fitted:fine=11", "even:fine=x"])
 def test_numbers_of_steps_that_make_no_sense(text):
     with pytest.raises(ValueError, match="needs fine"):
         parse_method(text, 14, Preset(), lambda _: None)

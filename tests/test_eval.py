@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,10 +14,12 @@ from diffusers import FluxTransformer2DModel
 import tiny
 from ddit.adapter import PatchAdapter
 from ddit.cli import main
+from ddit.dial import Dial
 from ddit.eval import quality, steps, suites
+from ddit.eval.grid import fewest_and_most
 from ddit.eval.parts import Part, Parts
 from ddit.eval.quality import parse_method
-from ddit.eval.subjects import Pictures
+from ddit.eval.subjects import Pictures, Prompted
 from ddit.generate import run
 from ddit.preset import Preset
 
@@ -77,6 +79,43 @@ def test_quality_suite(model, tmp_path, capsys):
     assert all(0 <= r["adherence"] <= 1 and r["frechet"] >= 0 for r in rows)
     assert out.with_suffix(".png").stat().st_size > 1000
     assert "| plain:run_steps=2 | 2 |" in out.with_suffix(".md").read_text()
+
+
+def test_a_schedule_is_fitted_on_prompts_that_are_not_judged(model, tmp_path, monkeypatch, capsys):
+    fitted_on = []
+
+    def noted(method, pipe, prompts, settings):
+        fitted_on.extend(prompts)
+        return fit(method, pipe, prompts[:1], settings)
+
+    fit = quality.fit
+    monkeypatch.setattr(quality, "fit", noted)
+    flags = ["evaluate", "--model", model, "--methods", "plain", "fitted:fine=1,warmup=2,order=2", "--batch", "2"]
+    out = ["--out", str(tmp_path / "race")]
+    assert main([*flags, "--prompts", "2", "--steps", "6", *out]) == 0
+    judged = {scene.prompt for scene in Pictures().prompts("judge", 2, 0)}
+    assert fitted_on and not judged & set(fitted_on)
+    row = json.loads((tmp_path / "race.json").read_text())["methods"][1]
+    assert row["steps_per_scale"] == {"1": 3, "4": 3}
+    assert main([*flags, "--prompts", "2", "--split", "tune", *out]) == 2
+    assert "other prompts than it is judged on" in capsys.readouterr().err
+
+
+def test_a_quality_shows_prompts_of_few_and_of_many_steps(model, tmp_path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "race"
+    shutil.copytree(model, folder)
+    replace(Preset.load(model), dial=Dial(thresholds=(1e-9, 1e6), psnr=(60, 20))).save(folder)
+    flags = ["--model", str(folder), "--methods", "plain", "dynamic:quality=30", "--prompts", "3", "--batch", "2"]
+    assert main(["evaluate", *flags, "--out", str(out)]) == 0
+    assert (tmp_path / "race-quality-30.png").stat().st_size > 1000
+
+
+def test_prompts_of_fewest_and_most_steps_at_scale_1():
+    scales = [np.array([[1, 1, 4], [1, 4, 4]]), np.array([[1, 1, 1], [1, 1, 4], [1, 1, 4]])]
+    result = [Part(*np.zeros((3, 1)), scales=part, flops=np.zeros(1), memory=np.zeros(1)) for part in scales]
+    asked = [Prompted(f"prompt {n}") for n in range(5)]
+    assert fewest_and_most(result, asked, 1) == {1: "prompt 1\n1 at scale 1", 2: "prompt 2\n3 at scale 1"}
+    assert list(fewest_and_most(result, asked, 4)) == [1, 0, 3, 4, 2]
 
 
 def test_a_killed_evaluation_continues(model, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddit.config import ScheduleConfig
+from ddit.dial import make_policy
 from ddit.schedule import (
     Moment,
     channel_moments,
@@ -15,7 +16,6 @@ from ddit.schedule import (
     difference,
     difference_per_sigma,
     growth,
-    make_policy,
     patch_deviation,
     project,
     statistic,

@@ -18,12 +18,12 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.caches import Cache, Config, make_cache
 from ddit.config import ScheduleConfig
-from ddit.dial import Budget
+from ddit.dial import make_policy
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first, to_meta
 from ddit.preset import Preset
 from ddit.report import Report
-from ddit.schedule import Dynamic, Policy, make_policy
+from ddit.schedule import Dynamic, Policy
 from ddit.state import Generation, Memory
 
 _MARK = "_ddit_handle"
@@ -120,7 +120,7 @@ def apply(
             put_on.remove()
         raise
     seats = list(zip(transformers, architectures, caches, strict=True))
-    policy = policy or (Budget(config) if config.speedup else make_policy(config))
+    policy = policy or make_policy(config)
     return Handle(seats, pipe, config, policy, variance, adapter)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ddit.config import ScheduleConfig
 from ddit.patches import amplified, half_log_snr
-from ddit.schedule import Moment
+from ddit.schedule import Dynamic, First, Fixed, Moment, Policy
 
 SLACK = 0.5
 """Steps at scale 1 by which a run may end off its budget: a step can't be halved."""
@@ -58,6 +58,8 @@ class Dial:
 
 class Budget:
     """As many steps at scale 1 as ``1 / config.speedup`` of a plain run pays for, the largest patches in between."""
+
+    blind = True
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
@@ -126,3 +128,11 @@ def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
     for earlier in reversed(before):
         chosen.append(int(earlier[chosen[-1] if chosen else total]))
     return set(chosen)
+
+
+POLICIES = {"dynamic": Dynamic, "fixed": Fixed, "first": First}
+
+
+def make_policy(config: ScheduleConfig) -> Policy:
+    """The policy that a config asks for."""
+    return Budget(config) if config.speedup else POLICIES[config.policy](config)

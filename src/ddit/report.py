@@ -120,7 +120,7 @@ class Report:
         return "\n".join(lines)
 
     def plot(self, path: str | Path, *, threshold: float | None = None, sample: int = 0) -> None:
-        """Plot scale and statistic against the step (needs matplotlib, extra ``plot``).
+        """Plot scale against the step, and the statistic where it was measured (needs matplotlib, extra ``plot``).
 
         Args:
             path: Picture file; its ending names the format.
@@ -128,18 +128,22 @@ class Report:
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         curves = [dict(step.statistics[sample]) for step in self.steps]
-        for scale in sorted({s for curve in curves for s in curve}):
+        measured = sorted({s for curve in curves for s in curve})
+        figure = Figure(figsize=(8, 4.5 if measured else 1.8), layout="constrained")
+        axes = figure.subplots(
+            1 + bool(measured), 1, sharex=True, squeeze=False, height_ratios=(2, 1)[-1 - bool(measured) :]
+        )
+        top, bottom = axes[0, 0], axes[-1, 0]
+        for scale in measured:
             points = [(i, curve[scale]) for i, curve in enumerate(curves) if scale in curve]
             top.plot(*zip(*points, strict=True), marker=".", label=f"statistic at scale {scale}")
-        if threshold:
-            top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
-        if top.lines:
+        if measured:
+            if threshold:
+                top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
             top.set_yscale("log")
+            top.set_ylabel("deviation of the difference")
             top.legend()
-        top.set_ylabel("deviation of the difference")
         scales = self.scales[sample]
         bottom.step(range(len(scales)), scales, where="mid")
         asked = [i for i, step in enumerate(self.steps) if sample not in step.skipped]

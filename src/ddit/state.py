@@ -168,11 +168,7 @@ class Generation:
             sigma: Their noise level.
             total: Number of steps, where known.
         """
-        self._follow(z, sigma)
-        plain, keep = self.config.difference == "plain", self.config.order + 1
-        self.sigmas = [*self.sigmas, sigma][-keep:]
-        self.path = self.path[-keep if plain else -1 :]
-        stats = self._plain_statistics(len(z), patch_size) if plain else self._expected_statistics(patch_size)
+        stats = self._look(z, sigma, patch_size, blind=getattr(policy, "blind", False))
         self.doubtful = set()
         moment = Moment(len(self.steps), total, stats, sigma, self.run, self.costs)
         chosen, allowed = policy.choose(moment), self.config.scales
@@ -181,6 +177,17 @@ class Generation:
         self.scales = list(chosen)
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
         return self.scales
+
+    def _look(self, z: Tensor, sigma: float, patch_size: int, *, blind: bool) -> list[dict[int, float]]:
+        """Take in the latents of a new step: per sample, scale -> statistic, which a blind policy has no use for."""
+        if blind:
+            self.seen, self.sigmas, self.velocities = z.clone(), [sigma], []
+            return [{} for _ in z]
+        self._follow(z, sigma)
+        plain, keep = self.config.difference == "plain", self.config.order + 1
+        self.sigmas = [*self.sigmas, sigma][-keep:]
+        self.path = self.path[-keep if plain else -1 :]
+        return self._plain_statistics(len(z), patch_size) if plain else self._expected_statistics(patch_size)
 
     def _plain_statistics(self, batch: int, patch_size: int) -> list[dict[int, float]]:
         """Per sample, scale -> statistic of the latents' difference, once there are enough latents."""

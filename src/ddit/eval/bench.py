@@ -241,8 +241,8 @@ def times_table(results: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| {_name(r)} | {_size(r)}, {steps['batch']} | {s}p | " + " | ".join(cells) + " |")
     lines.append("")
     for r in results:
-        share = r["steps"]["scheduler_share_of_a_plain_step"]
-        told = [f"the scheduler takes {share:.2%} of a step at scale 1"]
+        rule, plan = (r["steps"][f"scheduler_share_{how}"] for how in ("of_a_plain_step", "under_a_speedup"))
+        told = [f"the scheduler takes {rule:.2%} of a step at scale 1, under a speedup {plan:.2%}"]
         for run in r["runs"]:
             told.append(
                 f"{run['steps']} steps, {run['asked']}: {run['predicted']:.2f}x faster by the times of single steps"

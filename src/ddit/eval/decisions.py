@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class Listed:
     """A list of scales for each sample of the batch."""
 
     scales: Sequence[Sequence[int]]
+    blind: ClassVar[bool] = True
 
     def choose(self, moment: Moment) -> list[int]:
         return [sample[moment.step] for sample in self.scales]
@@ -82,6 +83,31 @@ def least(errors: NDArray[np.float64], warmup: int, fine: int) -> list[int]:
 
 
 @torch.no_grad()
+def plain_paths(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+) -> tuple[list[float], NDArray[np.float64]]:
+    """Noise levels of plain runs, falling, and inner products of the velocities at their T steps, ``[B, T, T]``."""
+    architecture = architecture_for(pipe.transformer)
+    with recorded(pipe) as calls:
+        run(pipe, list(prompts), list(seeds), settings)
+    sigmas = sorted({float(architecture.sigma(inputs)[0]) for inputs, _ in calls}, reverse=True)
+    height, width = architecture.latents(calls[0][0]).shape[-2:]
+    answers = [answer for _, answer in calls[:: len(calls) // len(sigmas)]]
+    velocities = torch.stack([architecture.velocity(a, (height, width)).float().flatten(1) for a in answers], dim=1)
+    return sigmas, (velocities @ velocities.mT).double().numpy()
+
+
+def hindsight(gram: NDArray[np.float64], sigmas: Sequence[float], config: ScheduleConfig, fine: int) -> tuple[int, ...]:
+    """Scales of a run whose steps at scale 1 lie where a plain one says that forecasts err least.
+
+    Args:
+        gram: As for `interval_errors`, of one run or the mean of several.
+        fine: Steps at scale 1 after the warm-up.
+    """
+    places = {*range(config.warmup), *least(interval_errors(gram, sigmas), config.warmup, fine)}
+    return tuple(1 if k in places else max(config.scales) for k in range(len(sigmas)))
+
+
 def oracle(
     pipe: Any,
     prompts: list[str],
@@ -91,24 +117,24 @@ def oracle(
     preset: Preset,
     fine: int,
 ) -> Run:
-    """A run whose steps at scale 1 lie where the same prompts' plain run says that forecasts err most.
+    """A run in which each prompt has the schedule of its own plain run's `hindsight`.
 
     The plain run, which nobody has beforehand, is not counted.
-
-    Raises:
-        ValueError: When so few steps at scale 1 leave a distance that the oracle does not consider.
     """
-    architecture = architecture_for(pipe.transformer)
-    with recorded(pipe) as calls:
-        run(pipe, prompts, seeds, settings)
-    sigmas = sorted({float(architecture.sigma(inputs)[0]) for inputs, _ in calls}, reverse=True)
-    height, width = architecture.latents(calls[0][0]).shape[-2:]
-    answers = [answer for _, answer in calls[:: len(calls) // len(sigmas)]]
-    velocities = torch.stack([architecture.velocity(a, (height, width)).float().flatten(1) for a in answers], dim=1)
-    grams = (velocities @ velocities.mT).double().numpy()
-    coarse, schedules = max(config.scales), []
-    for gram in grams:
-        places = {*range(config.warmup), *least(interval_errors(gram, sigmas), config.warmup, fine)}
-        schedules.append([1 if k in places else coarse for k in range(len(sigmas))])
-    config = replace(config, policy="fixed", steps=tuple(schedules[0]))
+    sigmas, grams = plain_paths(pipe, prompts, seeds, settings)
+    schedules = [hindsight(gram, sigmas, config, fine) for gram in grams]
+    config = replace(config, policy="fixed", steps=schedules[0])
     return run(pipe, prompts, seeds, settings, config=config, preset=preset, policy=Listed(schedules))
+
+
+def fitted(
+    pipe: Any, prompts: Sequence[str], settings: dict[str, Any], config: ScheduleConfig, fine: int, *, batch: int = 8
+) -> ScheduleConfig:
+    """The one schedule that fits plain runs of some prompts best: a `hindsight` of their mean, for any prompt."""
+    sigmas, grams = [], []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        sigmas, some = plain_paths(pipe, part, range(start, start + len(part)), settings)
+        grams.append(some)
+    steps = hindsight(np.concatenate(grams).mean(0), sigmas, config, fine)
+    return replace(config, policy="fixed", steps=steps)

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
 from ddit.config import ScheduleConfig
 from ddit.embedded.scenes import Split
-from ddit.eval.decisions import even, oracle
+from ddit.eval.decisions import even, fitted, oracle
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.rivals import progressive
@@ -45,7 +44,9 @@ class Method:
     adapter: PatchAdapter | None = None
     cache: Config | None = None
     oracle: int | None = None
-    """Steps at scale 1 after the warm-up that lie where a plain run says (`ddit.eval.decisions.oracle`)."""
+    """Steps at scale 1 after the warm-up that lie where the prompt's plain run says (`ddit.eval.decisions.oracle`)."""
+    fitted: int | None = None
+    """The same where plain runs of other prompts say; `fit` finds where."""
     progressive: float | None = None
     """Fraction of the steps at half resolution (`ddit.eval.rivals.progressive`)."""
 
@@ -53,7 +54,7 @@ class Method:
 def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) -> Method:
     """Read ``POLICY:field=value,...``: ``plain``, ``plain:run_steps=20``, ``dynamic:threshold=0.01,scales=1/2``.
 
-    Policies are ``plain``, ``progressive``, those of `ScheduleConfig`, and ``even`` and ``oracle`` of
+    Policies are ``plain``, ``progressive``, those of `ScheduleConfig`, and ``even``, ``fitted`` and ``oracle`` of
     `ddit.eval.decisions` with the field ``fine``, a number of steps at scale 1 after the warm-up. Fields are those of
     `ScheduleConfig`, ``run_steps``, the number of denoising steps, ``cache``, as for `make_cache`, and ``adapter``, a
     folder or ``none``. Lists are joined by ``/``.
@@ -85,7 +86,7 @@ def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) 
     lists = {f.name for f in fields(ScheduleConfig) if f.name in ("scales", "steps")}
     adapter = adapters(values.pop("adapter", None))
     values = {k: [v] if k in lists and isinstance(v, int) else v for k, v in values.items()}
-    if policy in ("even", "oracle"):
+    if policy in ("even", "fitted", "oracle"):
         return _placed(text, policy, run_steps, {**preset.schedule, **values}, adapter, cache)
     config = ScheduleConfig.from_dict({**preset.schedule, "policy": policy, **values})
     return Method(text, run_steps, config, adapter, cache)
@@ -107,7 +108,16 @@ def _placed(
     coarse = max(config.scales)
     steps = tuple(1 if k in places else coarse for k in range(run_steps))
     config = replace(config, policy="fixed", steps=steps)
-    return Method(text, run_steps, config, adapter, cache, oracle=fine if policy == "oracle" else None)
+    chosen = {policy: fine} if policy != "even" else {}
+    return Method(text, run_steps, config, adapter, cache, **chosen)
+
+
+def fit(method: Method, pipe: Any, prompts: Sequence[str], settings: dict[str, Any]) -> Method:
+    """The same method, its schedule found on plain runs of other prompts if it is to be fitted."""
+    if method.fitted is None or method.config is None:
+        return method
+    settings = {**settings, "num_inference_steps": method.run_steps}
+    return replace(method, config=fitted(pipe, prompts, settings, method.config, method.fitted))
 
 
 def _value(text: str) -> Any:
@@ -353,18 +363,3 @@ def _judgement(row: dict[str, Any]) -> str:
         f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) "
         f"| {row['frechet']:.2f} ({nearer:+.2f} to {farther:+.2f}) | "
     )
-
-
-def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results], count: int = 8) -> None:
-    """PNG: a row of pictures per method, a column per prompt; of clips the middle frame."""
-    from matplotlib.figure import Figure
-
-    columns = min(count, sum(len(part.pictures) for part in results[0]))
-    figure = Figure(figsize=(1.4 * columns + 2.4, 1.4 * len(methods)), layout="constrained")
-    axes = figure.subplots(len(methods), columns, squeeze=False)
-    for row, method, result in zip(axes, methods, results, strict=True):
-        for axis, picture in zip(row, stacked(result), strict=False):
-            axis.imshow(picture if picture.ndim == 3 else picture[len(picture) // 2])
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(method.name.replace(":", "\n").replace(",", "\n"), fontsize=6, rotation=0, ha="right")
-    figure.savefig(path, dpi=min(80, 2200 // len(methods)))

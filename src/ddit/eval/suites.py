@@ -16,6 +16,7 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
 from ddit.eval import compare, invariance, quality, steps, switch
+from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json
@@ -114,15 +115,32 @@ def _parts_folder(config: SuiteConfig) -> Path:
 
 
 def _quality(config: SuiteConfig) -> dict[str, Any]:
-    figures, methods, results = _race(config, *_load(config))
-    quality.save_grid(config.out.with_suffix(".png"), methods, results)
-    return figures
+    drawn = _race(config, *_load(config))
+    save_grid(config.out.with_suffix(".png"), drawn.methods, drawn.results, drawn.first(8))
+    for method, result in zip(drawn.methods, drawn.results, strict=True):
+        if method.config is not None and method.config.quality:
+            path = config.out.with_name(f"{config.out.name}-quality-{method.config.quality:g}.png")
+            extremes = fewest_and_most(result, drawn.asked)
+            save_grid(path, [drawn.methods[0], method], [drawn.results[0], result], extremes)
+    return drawn.figures
 
 
-def _race(
-    config: SuiteConfig, pipe: Any, preset: Preset
-) -> tuple[dict[str, Any], list[quality.Method], list[quality.Results]]:
-    """All methods on all prompts: the figures, whose table is written and printed, the methods and what they drew."""
+@dataclass(frozen=True)
+class Drawn:
+    """What all methods made of all prompts."""
+
+    figures: dict[str, Any]
+    asked: Sequence[Any]
+    methods: Sequence[quality.Method]
+    results: Sequence[quality.Results]
+
+    def first(self, count: int) -> dict[int, str]:
+        """The first prompts, without titles, for `ddit.eval.grid.save_grid`."""
+        return dict.fromkeys(range(min(count, len(self.asked))), "")
+
+
+def _race(config: SuiteConfig, pipe: Any, preset: Preset) -> Drawn:
+    """All methods on all prompts; the table of their figures is written and printed."""
     settings = call_settings(preset, **config.settings)
     run_steps = _steps(settings, pipe)
     settings.pop("num_inference_steps", None)
@@ -131,6 +149,8 @@ def _race(
     subject = _subject(config, pipe)
     _check_size(subject, settings)
     asked = subject.prompts(config.split, config.prompts, config.seed)
+    if any(method.fitted for method in methods):
+        methods = [quality.fit(method, pipe, _others(config, subject), settings) for method in methods]
     parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
     results = quality.draw_all(
         pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts
@@ -144,7 +164,16 @@ def _race(
         "seed": config.seed,
         "methods": rows,
     }
-    return figures, methods, results
+    return Drawn(figures, asked, methods, results)
+
+
+def _others(config: SuiteConfig, subject: Subject) -> list[str]:
+    """Prompts that the suite does not judge, to fit something on."""
+    if config.texts or config.split == "tune":
+        raise ValueError(
+            "a fitted schedule needs other prompts than it is judged on: leave --prompt-file and --split out"
+        )
+    return [scene.prompt for scene in subject.prompts("tune", 16, config.seed)]
 
 
 def _compare(config: SuiteConfig) -> dict[str, Any]:
@@ -156,8 +185,8 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
         methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
         config = replace(config, methods=tuple(methods), adapter=None)
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
-    figures, drawn_by, results = _race(config, pipe, preset)
-    rows = figures["methods"]
+    drawn = _race(config, pipe, preset)
+    rows = drawn.figures["methods"]
     table = compare.markdown(rows)
     with config.out.with_suffix(".md").open("a") as file:
         file.write("\n" + table)
@@ -169,8 +198,8 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     for speed, names in best[measures[0]].items():
         shown = [0, *(places[name] for name in names)]
         path = config.out.with_name(f"{config.out.name}-{speed}x.png")
-        quality.save_grid(path, [drawn_by[i] for i in shown], [results[i] for i in shown], count=6)
-    return {**figures, "best_at_least_as_fast": best}
+        save_grid(path, [drawn.methods[i] for i in shown], [drawn.results[i] for i in shown], drawn.first(6))
+    return {**drawn.figures, "best_at_least_as_fast": best}
 
 
 def _steps(settings: dict[str, Any], pipe: Any) -> int:

@@ -17,9 +17,9 @@ from torch.profiler import profile, record_function
 from ddit.adapter import PatchAdapter
 from ddit.api import apply
 from ddit.config import ScheduleConfig
+from ddit.dial import make_policy
 from ddit.memory import with_peak
 from ddit.models.base import Anchor, Architecture, Inputs, first, held, to_meta
-from ddit.schedule import make_policy
 from ddit.state import Generation
 
 WARM_UP = 3
@@ -115,8 +115,8 @@ def step_costs(
         the former), ``seconds``, ``seam_share`` (what a step adds to the model's own call on the coarse grid, as a
         share of that call), ``adapter_share``, ``switch_share`` (what it costs that the step before had another scale,
         as a share of a step at scale 1), ``peak_memory`` in bytes beyond what lay there (where the device tells),
-        ``utilisation`` (of the speed at which the machine multiplies large matrices); and the scheduler's share of a
-        step at scale 1.
+        ``utilisation`` (of the speed at which the machine multiplies large matrices). And what
+        deciding and recording take of a step at scale 1, by the rule and under a speedup.
     """
     z, config = architecture.latents(inputs), ScheduleConfig(scales=(1, *scales))
     device, batch = z.device, len(z)
@@ -145,7 +145,8 @@ def step_costs(
         "switch_share": {s: switch / plain for s, switch in switches.items()},
         "peak_memory": memory,
         "utilisation": {s: batch * flops[s] / seconds[str(s)] / peak for s in flops},
-        "scheduler_share_of_a_plain_step": scheduler_seconds(z) / plain,
+        "scheduler_share_of_a_plain_step": scheduler_seconds(z, ScheduleConfig(threshold=0.0)) / plain,
+        "scheduler_share_under_a_speedup": scheduler_seconds(z, ScheduleConfig(speedup=1.0)) / plain,
         "repeats": repeats,
     }
 
@@ -177,16 +178,20 @@ def _switches(forms: Mapping[int, Callable[[], Any]], device: torch.device, repe
     return {scale: statistics.median(t) for scale, t in longer.items()}
 
 
-def scheduler_seconds(z: Tensor, steps: int = 8, repeats: int = 9) -> float:
-    """Seconds that deciding and recording take per step at scale 1, past the warm-up; the rule measures at each."""
-    config, now = ScheduleConfig(threshold=0.0), clock(z.device)
-    policy, latents = make_policy(config), [z + i for i in range(steps)]
+def scheduler_seconds(z: Tensor, config: ScheduleConfig, steps: int = 8, repeats: int = 9) -> float:
+    """Seconds that deciding and recording take per step, past the warm-up.
+
+    Args:
+        z: Latents ``[B, C, ..., H, W]``.
+        config: One that keeps steps at scale 1, after which there is most to do: the rule measures, all remember.
+    """
+    policy, now = make_policy(config), clock(z.device)
+    latents, sigmas = [z + i for i in range(steps)], [1 - index / steps for index in range(steps)]
     spent = []
     for _ in range(repeats):
-        generation, marks = Generation(config), []
-        for index, here in enumerate(latents):
+        generation, marks = Generation(config, run=sigmas, costs=dict.fromkeys(config.scales, 1.0)), []
+        for here, sigma in zip(latents, sigmas, strict=True):
             marks.append(now())
-            sigma = 1 - index / steps
             generation.repeats(here, sigma)
             generation.decide(here, sigma, policy, 2, None)
             generation.record(z, 0.0)

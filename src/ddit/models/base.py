@@ -59,12 +59,10 @@ class Adapter(Protocol):
 class Anchor:
     """The last step at scale 1, which later steps with large patches start from. Latents are float32."""
 
-    latents: Tensor
-    """Noisy latents ``[B, C, ..., H, W]``."""
     sigma: Tensor
-    """Their noise level ``[B]``."""
+    """Its noise level ``[B]``."""
     velocity: Line
-    """The model's own answer to them, and to those of the step at scale 1 before."""
+    """The model's own answer ``[B, C, ..., H, W]``, and that of the step at scale 1 before."""
     clean: Line
     """Clean latents that both steps predicted."""
 
@@ -73,7 +71,12 @@ class Anchor:
         """The anchor that a step at scale 1 makes, on lines through the one before."""
         level, clean = half_log_snr(sigma), latents - expand(sigma, latents) * velocity
         straight = Line.through(velocity, level, before.velocity if before else None)
-        return cls(latents, sigma, straight, Line.through(clean, level, before.clean if before else None))
+        return cls(sigma, straight, Line.through(clean, level, before.clean if before else None))
+
+    @property
+    def latents(self) -> Tensor:
+        """Noisy latents ``[B, C, ..., H, W]``."""
+        return self.clean.value + expand(self.sigma, self.clean.value) * self.velocity.value
 
     def distance(self, level: Tensor) -> Tensor:
         """Share ``[B]``, 0 to 1, of an adapter's correction that counts at a level (`ddit.patches.half_log_snr`).
@@ -85,10 +88,9 @@ class Anchor:
 
     def rows(self, index: list[int]) -> Anchor:
         """The same for some samples of the batch."""
-        if len(index) == len(self.latents):
+        if len(index) == len(self.sigma):
             return self
-        lines = (self.velocity.rows(index), self.clean.rows(index))
-        return Anchor(self.latents[index], self.sigma[index], *lines)
+        return Anchor(self.sigma[index], self.velocity.rows(index), self.clean.rows(index))
 
 
 _COUNTED: dict[tuple[Any, ...], int] = {}

@@ -136,6 +136,8 @@ class Samples:
 class Varied:
     """A speedup of its own for each sample of the batch."""
 
+    blind = True
+
     def __init__(self, speedups: Sequence[float]) -> None:
         self.budgets = [Budget(ScheduleConfig(speedup=s)) for s in speedups]
 
