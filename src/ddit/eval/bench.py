@@ -113,6 +113,7 @@ class Bench:
                 self.transformer.set_attention_backend(attention)
             except Exception as error:  # unknown, not installed, not for this device
                 raise ValueError(f"attention {attention!r} can't be used here: {str(error).splitlines()[0]}") from error
+        self.compile = compile
         if compile:
             self.transformer.compile_repeated_blocks()
         self.adapter = None
@@ -156,6 +157,8 @@ class Bench:
             ``steps`` as of `ddit.eval.timing.step_costs`; ``runs``, each with ``schedule`` and ``predicted`` (times
             faster than plain), and what `ddit.eval.timing.run_costs` tells of those that were timed.
         """
+        if self.compile:
+            torch.compiler.reset()  # sizes of earlier calls would count towards the most graphs that a block may have
         steps = timing.step_costs(self.architecture, inputs, scales=self.large, adapter=self.adapter, repeats=repeats)
         advance()
         made = []

@@ -217,33 +217,36 @@ def run_costs(
     """
     transformer, device = architecture.transformer, architecture.latents(inputs).device
     config = ScheduleConfig(policy="fixed", steps=tuple(schedule), scales=tuple(sorted({1, *schedule})))
-    told: dict[str, Any] = {}
+    plain = transformer.forward
+    # Applied once: compiled blocks would be compiled anew each time that an adapter is attached.
+    with apply(transformer, config=config, adapter=adapter) as handle:
+        forms: Forms = {
+            "plain": lambda: euler(architecture, inputs, len(schedule), plain),
+            "dynamic": lambda: euler(architecture, inputs, len(schedule), transformer),
+        }
+        seconds = by_turns(forms, device, repeats, warm_up=1)
+        return {
+            "steps": len(schedule),
+            "schedule": list(schedule),
+            "flops_fraction": handle.report.flops_fraction,
+            "speedup": seconds["plain"] / seconds["dynamic"],
+            "seconds": seconds,
+            "peak_memory": peak_memory(forms, device),
+            "repeats": repeats,
+        }
 
-    def dynamic() -> None:
-        with apply(transformer, config=config, adapter=adapter) as handle:
-            euler(architecture, inputs, len(schedule))
-            told["flops_fraction"] = handle.report.flops_fraction
 
-    forms: Forms = {"plain": lambda: euler(architecture, inputs, len(schedule)), "dynamic": dynamic}
-    seconds = by_turns(forms, device, repeats, warm_up=1)
-    return {
-        "steps": len(schedule),
-        "schedule": list(schedule),
-        **told,
-        "speedup": seconds["plain"] / seconds["dynamic"],
-        "seconds": seconds,
-        "peak_memory": peak_memory(forms, device),
-        "repeats": repeats,
-    }
+def euler(architecture: Architecture, inputs: Inputs, steps: int, call: Callable[..., Any]) -> Tensor:
+    """Latents ``[B, C, ..., H, W]`` after a run from those of a call, noise levels evenly from 1 to 0.
 
-
-def euler(architecture: Architecture, inputs: Inputs, steps: int) -> Tensor:
-    """Latents ``[B, C, ..., H, W]`` after a run from those of a call, noise levels evenly from 1 to 0."""
+    Args:
+        call: The transformer, or its own forward.
+    """
     z = architecture.latents(inputs)
     size = (z.shape[-2], z.shape[-1])
     for now, after in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-        call = architecture.renoised(inputs, z, torch.full((len(z),), now, device=z.device))
-        velocity = architecture.velocity(first(architecture.transformer(**call)), size)
+        there = architecture.renoised(inputs, z, torch.full((len(z),), now, device=z.device))
+        velocity = architecture.velocity(first(call(**there)), size)
         z = z + (after - now) * velocity
     return z
 
