@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from ddit import known
+from ddit import PatchAdapter, known
 from ddit.cli import main
 from ddit.eval import timing
 from ddit.eval.bench import Bench, count, parse_schedule, table
@@ -138,6 +138,28 @@ def test_what_a_run_costs_is_predicted_as_it_is_counted(folders):
     run = timing.run_costs(bench.architecture, inputs, schedule, repeats=1)
     flops = {int(s): row["flops"] for s, row in count(folders["flux"], height=32, width=32)["scales"].items()}
     assert 1 / run["flops_fraction"] == pytest.approx(timing.predicted(schedule, flops))
+
+
+def test_an_adapter_is_attached_once_for_all_runs(folders, monkeypatch):
+    """Each time compiled blocks would be compiled anew; plain runs are the model's own all the same."""
+    attached, attach = [], PatchAdapter.attach
+    monkeypatch.setattr(PatchAdapter, "attach", lambda self, model: [attached.append(1), attach(self, model)][1])
+    bench = Bench(folders["flux"], dtype="float32", random_weights=True, rank=2)
+    inputs, own = bench.inputs(32, 32), bench.transformer.forward
+    alone = timing.euler(bench.architecture, inputs, 4, own)
+    seen = []
+
+    def noted(architecture, inputs, steps, call):
+        seen.append((call == own, euler(architecture, inputs, steps, call)))
+        return seen[-1][1]
+
+    euler = timing.euler
+    monkeypatch.setattr(timing, "euler", noted)
+    with torch.no_grad():
+        timing.run_costs(bench.architecture, inputs, [1, 1, 4, 4], adapter=bench.adapter, repeats=2)
+    assert len(attached) == 1 and len(seen) >= 2 * (1 + 2)
+    assert all(torch.equal(z, alone) == plain for plain, z in seen)
+    assert bench.transformer.forward == own
 
 
 def test_schedules(tmp_path):

@@ -183,6 +183,16 @@ def test_the_invariance_suite(wan, tmp_path, capsys):
     assert "| Heun, 25 steps | 49 | 1.2" in capsys.readouterr().out
 
 
+def test_a_suite_of_an_embedded_model(tmp_path, capsys):
+    flags = ["evaluate", "--suite", "embedded-video", "--prompts", "2", "--batch", "2", "--steps", "4"]
+    methods = ["--methods", "plain", "fixed:steps=1/1/1/4"]
+    assert main([*flags, *methods, "--out", str(tmp_path / "e")]) == 0
+    rows = json.loads((tmp_path / "e.json").read_text())["methods"]
+    assert {"motion", "flicker", "roughness"} <= set(rows[1]["attributes"]) and rows[1]["flops_fraction"] < 1
+    assert main([*flags, "--model", str(tmp_path)]) == 2
+    assert "of another model" in capsys.readouterr().err
+
+
 def test_the_invariance_suite_needs_a_size(wan, tmp_path, capsys):
     Preset(call={"num_inference_steps": 2}).save(tmp_path)
     flags = ["--suite", "invariance", "--model", wan, "--prompts", "1", "--preset", str(tmp_path)]

@@ -149,7 +149,7 @@ class Report:
         asked = [i for i, step in enumerate(self.steps) if sample not in step.skipped]
         if len(asked) < len(scales):
             bottom.plot(asked, [scales[i] for i in asked], "o", markersize=4, label="model asked")
-            bottom.legend(loc="center right")
+            bottom.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
         bottom.set_yscale("log", base=2)
         bottom.set_yticks(sorted({1, *scales}), [str(s) for s in sorted({1, *scales})])
         bottom.set_ylabel("scale")

@@ -19,13 +19,19 @@ from ddit.config import ScheduleConfig
 from ddit.files import write_json
 
 PAPER = "paper"
+EMBEDDED_SUITES = ("embedded", "embedded-video")
 
 
 def add_measure(commands: Any) -> None:
     """The commands with their options."""
     evaluate = add_command(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
     model_options(evaluate)
-    evaluate.add_argument("--suite", choices=("quality", "velocity", "caches", "invariance"), default="quality")
+    evaluate.add_argument(
+        "--suite",
+        choices=("quality", "velocity", "caches", "invariance", *EMBEDDED_SUITES),
+        default="quality",
+        help=f"{' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
+    )
     evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
     _judging_options(evaluate)
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
@@ -84,6 +90,10 @@ def _judging_options(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.suite in EMBEDDED_SUITES:
+        if args.model not in ("embedded", args.suite):
+            raise ValueError(f"suite {args.suite} is of another model than {args.model}; leave one of them out")
+        args.model, args.suite = args.suite, "quality"
     check_run(args, (args.out.with_suffix(".json"),))
     from ddit.eval.suites import SuiteConfig, run_suite
     from ddit.generate import EMBEDDED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,41 +72,44 @@ def speedups_held(pipe: Any, preset: Preset, prompts: Sequence[str], settings: d
     """
     rows: list[dict[str, Any]] = []
     chosen = variations(settings["height"], settings["width"])
-    with progress("invariance", len(chosen) * (1 + len(SPEEDUPS))) as advance:
+    with progress("invariance", len(chosen)) as advance:
         for setting in chosen:
-            varied = copy.deepcopy(pipe).to(dtype=getattr(torch, setting.dtype)) if setting.dtype else copy.copy(pipe)
-            if setting.sampler is not None:
-                names = ("use_dynamic_shifting", "time_shift_type")
-                own = pipe.scheduler.config
-                varied.scheduler = SAMPLERS[setting.sampler]({name: own[name] for name in names if name in own})
+            rows += _held(pipe, preset, list(prompts), settings, setting)
+            advance()
+    return rows
 
-            def draw(config: ScheduleConfig | None, varied: Any = varied, setting: Setting = setting) -> Any:
-                call = {**settings, **setting.call}
-                outcome = run(varied, list(prompts), list(range(len(prompts))), call, config=config, preset=preset)
-                advance()
-                return outcome
 
-            try:
-                plain = torch.from_numpy(draw(None).pictures)
-            except Exception as error:  # Whatever a pipeline raises at a sampler that it does not take.
-                if setting.sampler is None:
-                    raise
-                rows.append({"setting": setting.name, "refused": (str(error) or repr(error)).splitlines()[0]})
-                continue
-            for asked in SPEEDUPS:
-                outcome = draw(ScheduleConfig(speedup=asked))
-                got = 1 / np.array(outcome.report.flops_fractions)
-                likeness = decibels(torch.from_numpy(outcome.pictures), plain)
-                rows.append(
-                    {
-                        "setting": setting.name,
-                        "asked": asked,
-                        "got": float(got.mean()),
-                        "off": float(np.abs(got / asked - 1).max()),
-                        "steps": len(outcome.report.steps),
-                        "psnr": float(np.median(likeness)),
-                    }
-                )
+def _held(
+    pipe: Any, preset: Preset, prompts: list[str], settings: dict[str, Any], setting: Setting
+) -> list[dict[str, Any]]:
+    """The rows of one of `variations`."""
+    varied = copy.deepcopy(pipe).to(dtype=getattr(torch, setting.dtype)) if setting.dtype else copy.copy(pipe)
+    if setting.sampler is not None:
+        names = ("use_dynamic_shifting", "time_shift_type")
+        own = pipe.scheduler.config
+        varied.scheduler = SAMPLERS[setting.sampler]({name: own[name] for name in names if name in own})
+    draw = partial(run, varied, prompts, list(range(len(prompts))), {**settings, **setting.call}, preset=preset)
+    try:
+        plain = torch.from_numpy(draw().pictures)
+    except Exception as error:  # Whatever a pipeline raises at a sampler that it does not take.
+        if setting.sampler is None:
+            raise
+        return [{"setting": setting.name, "refused": (str(error) or repr(error)).splitlines()[0]}]
+    rows = []
+    for asked in SPEEDUPS:
+        outcome = draw(config=ScheduleConfig(speedup=asked))
+        assert outcome.report is not None
+        got = 1 / np.array(outcome.report.flops_fractions)
+        rows.append(
+            {
+                "setting": setting.name,
+                "asked": asked,
+                "got": float(got.mean()),
+                "off": float(np.abs(got / asked - 1).max()),
+                "steps": len(outcome.report.steps),
+                "psnr": float(np.median(decibels(torch.from_numpy(outcome.pictures), plain))),
+            }
+        )
     return rows
 
 
