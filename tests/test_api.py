@@ -571,8 +571,8 @@ def test_no_more_latents_are_kept_than_the_order_needs(pipe, kind: Difference):
         return kwargs
 
     tiny.sample(pipe, callback_on_step_end=callback)
-    expected = {"plain": [(min(i + 1, 4), 0, 1) for i in range(STEPS)]}
-    expected["per-sigma"] = [(1, min(i, 3), 1) for i in range(STEPS)]
+    expected = {"plain": [(min(i + 1, 4), 0, 0) for i in range(STEPS)]}
+    expected["per-sigma"] = [(1, min(i, 3), 0) for i in range(STEPS)]
     assert counts == expected[kind]
 
 
@@ -1086,8 +1086,8 @@ def test_between_steps_little_is_kept(pipe):
         tiny.sample(pipe, callback_on_step_end=lambda *args, h=handle, s=seen: s.append(kept(h._generation)) or {})
         sizes[name] = max(seen) / (16 * 8 * 8)
         handle.remove()
-    assert sizes["plan"] < 4 + 2.1  # and the step's own latents and answer
-    assert sizes["rule"] < 4 + 3 + 3.1
+    assert sizes["plan"] < 4 + 1.1  # and the step's own latents
+    assert sizes["rule"] < 4 + 3 + 1.1
 
 
 def test_a_blind_policy_measures_nothing(pipe):

@@ -365,7 +365,7 @@ class Handle:
             seat.forward,
             step=len(generation.steps) - 1,
             steps=self._total,
-            guidance=len(generation.velocities),
+            guidance=generation.passes,
             scale=scale,
             samples=samples,
             reused=generation.reused,
@@ -425,7 +425,7 @@ class Handle:
             self._warned.add(obstacle)
             warnings.warn(f"ddit keeps every step at scale 1: {obstacle}", stacklevel=5)
         answer = self._forward(seat, 1, range(len(tokens)))(*args, **kwargs)
-        self._generation.velocities.append(first(answer).detach())  # counts the guidance passes
+        self._generation.passes += 1
         self._generation.add_seconds(time.perf_counter() - started)
         return answer
 

@@ -112,8 +112,10 @@ class Generation:
     sigmas: list[float] = field(default_factory=list)
     seen: Tensor | None = None
     """The latents of the current step as the transformer got them."""
+    passes: int = 0
+    """Guidance passes of the current step that are answered."""
     velocities: list[Tensor] = field(default_factory=list)
-    """Answers of the current step, one per guidance pass."""
+    """Their answers, where the next step of the path has to be projected onto them."""
     memories: list[Memory] = field(default_factory=list)
     """One per guidance pass."""
     nodes: list[Tensor] = field(default_factory=list)
@@ -181,7 +183,7 @@ class Generation:
     def _look(self, z: Tensor, sigma: float, patch_size: int, *, blind: bool) -> list[dict[int, float]]:
         """Take in the latents of a new step: per sample, scale -> statistic, which a blind policy has no use for."""
         if blind:
-            self.seen, self.sigmas, self.velocities = z.clone(), [sigma], []
+            self.seen, self.sigmas, self.passes = z.clone(), [sigma], 0
             return [{} for _ in z]
         self._follow(z, sigma)
         plain, keep = self.config.difference == "plain", self.config.order + 1
@@ -223,6 +225,7 @@ class Generation:
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to run at scale 1 and whose latents can't be read; the path starts anew after it."""
         self.path, self.sigmas, self.velocities, self.memories = [], [sigma], [], []
+        self.passes = 0
         self._forget_nodes(len(tokens))
         self.seen, self.scales = tokens.clone(), [1] * len(tokens)
         self.borrowed, self.doubtful = set(), set()
@@ -230,13 +233,13 @@ class Generation:
 
     def memory(self) -> Memory:
         """Of the guidance pass that is next to be answered."""
-        while len(self.memories) <= len(self.velocities):
+        while len(self.memories) <= self.passes:
             self.memories.append(Memory.empty(self._seen))
-        return self.memories[len(self.velocities)]
+        return self.memories[self.passes]
 
     def compared(self, samples: Sequence[int]) -> None:
         """Record a further call on the coarse grid in this step; guidance passes count once, as for all costs."""
-        if not self.velocities:
+        if self.passes == 0:
             self.steps[-1] = replace(self.steps[-1], compared=self.steps[-1].compared | set(samples))
 
     def skipped(self, samples: Sequence[int]) -> None:
@@ -247,7 +250,7 @@ class Generation:
         """Record that a cache answered for these samples in this call; as costs, guidance passes count once."""
         self.borrowed |= set(samples)
         self.doubtful |= set(samples)
-        if not self.velocities:
+        if self.passes == 0:
             self.steps[-1] = replace(self.steps[-1], reused=self.steps[-1].reused | set(samples))
 
     def record(self, velocity: Tensor, seconds: float) -> None:
@@ -256,7 +259,9 @@ class Generation:
         if self.config.anchored and any(fine) and max(self.config.scales) > 1:
             self.memory().renew(fine, self._seen.float(), velocity.float(), self.sigmas[-1])
         self.borrowed = set()
-        self.velocities.append(velocity)
+        if self.path and self._seen.dtype != torch.float32:
+            self.velocities.append(velocity)
+        self.passes += 1
         self.add_seconds(seconds)
 
     def add_seconds(self, seconds: float) -> None:
@@ -277,7 +282,7 @@ class Generation:
             self._forget_nodes(len(z))
         self.path.append(here)
         self.seen = here if exact else z.clone()
-        self.velocities = []
+        self.velocities, self.passes = [], 0
 
     def _forget_nodes(self, batch: int) -> None:
         """Nothing is known yet of what forecasts of these samples will be off by."""
