@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
@@ -118,8 +119,9 @@ class Bench:
             self.transformer.compile_repeated_blocks()
         self.adapter = None
         if rank is not None:
-            learnt: Any = PatchAdapter.for_model(self.transformer, scales=self.large, rank=rank)
-            self.adapter = learnt.to(device=device, dtype=getattr(torch, dtype))
+            self.adapter = PatchAdapter.for_model(self.transformer, scales=self.large, rank=rank)
+            # Not by diffusers' own `to`, which warns of modules to be kept in float32 where there are none.
+            nn.Module.to(self.adapter, device=device, dtype=getattr(torch, dtype))
 
     def inputs(self, height: int, width: int, frames: int = 1, batch: int = 1) -> Inputs:
         """A call with random latents and text."""
