@@ -2,17 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from ddit.eval.metrics import (
+    MOST,
     FrechetTo,
     bootstrap_difference,
     bootstrap_interval,
+    decibels,
     psnr,
     similarity,
     ssim,
 )
+from ddit.outputs import eight_bits
 
 
 def frechet_distance(a, b) -> float:
@@ -60,8 +64,18 @@ def test_each_picture_is_scored_on_its_own():
 
 def test_similarity_is_the_mean_over_pictures_with_channels_last():
     a, b = pictures(2, 3, 16, 24), pictures(2, 3, 16, 24, seed=1)
+    a, b = ((x * 255).round() / 255 for x in (a, b))  # as files hold them
     mean = similarity(a.permute(0, 2, 3, 1).numpy(), b.permute(0, 2, 3, 1).numpy())
     assert mean == pytest.approx({"psnr": float(psnr(a, b).mean()), "ssim": float(ssim(a, b).mean())})
+
+
+def test_decibels_are_of_what_files_hold():
+    """A difference of a tenth of a level is seen in one value of ten, there as a whole level."""
+    a = (np.arange(2000) + 0.5).reshape(1, -1) / 10 / 255
+    likeness = decibels(a, a + 0.1 / 255)
+    assert likeness == pytest.approx([20 * math.log10(255) + 10], abs=0.01)
+    assert decibels(eight_bits(a), eight_bits(a + 0.1 / 255)) == likeness
+    assert decibels(a, a + 0.001 / 255) == [MOST]
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])

@@ -44,6 +44,11 @@ def save(path: Path, dynamic: np.ndarray, plain: np.ndarray | None = None, *, fp
     return [*paths, *sheets]
 
 
+def eight_bits(pictures: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as files hold them, uint8; such as are so already stay as they are."""
+    return pictures if pictures.dtype == np.uint8 else (pictures * 255).round().astype(np.uint8)
+
+
 def frames(pictures: np.ndarray) -> np.ndarray:
     """Clips ``[N, F, H, W, 3]`` as pictures ``[N F, H, W, 3]``; pictures stay as they are."""
     return pictures.reshape(-1, *pictures.shape[-3:])
@@ -64,7 +69,7 @@ def check_video_writer() -> None:
 def _save_png(path: Path, picture: np.ndarray) -> None:
     from PIL import Image
 
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+    Image.fromarray(eight_bits(picture)).save(path)
 
 
 def _save_clip(path: Path, clip: np.ndarray, fps: int) -> None:

@@ -107,7 +107,7 @@ def measure_dial(
         likeness_of_each = []
         for group, own, reference in zip(groups, seeds, plain, strict=True):
             outcome = run(pipe, group, own, settings, config=config, preset=preset)
-            likeness_of_each += decibels(*map(torch.from_numpy, (outcome.pictures, reference)))
+            likeness_of_each += decibels(outcome.pictures, reference)
             advance()
         likeness.append(statistics.median(likeness_of_each))
     return Dial(thresholds=THRESHOLDS, psnr=tuple(likeness))

@@ -90,7 +90,7 @@ def _held(
         varied.scheduler = SAMPLERS[setting.sampler]({name: own[name] for name in names if name in own})
     draw = partial(run, varied, prompts, list(range(len(prompts))), {**settings, **setting.call}, preset=preset)
     try:
-        plain = torch.from_numpy(draw().pictures)
+        plain = draw().pictures
     except Exception as error:  # Whatever a pipeline raises at a sampler that it does not take.
         if setting.sampler is None:
             raise
@@ -107,7 +107,7 @@ def _held(
                 "got": float(got.mean()),
                 "off": float(np.abs(got / asked - 1).max()),
                 "steps": len(outcome.report.steps),
-                "psnr": float(np.median(decibels(torch.from_numpy(outcome.pictures), plain))),
+                "psnr": float(np.median(decibels(outcome.pictures, plain))),
             }
         )
     return rows

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from ddit.outputs import eight_bits
+
 Statistic = Callable[[Tensor], Tensor]
 """``[N, ...]`` -> one number; must not depend on the order of the N."""
 
@@ -28,9 +30,17 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return value.float()
 
 
-def decibels(a: Tensor, b: Tensor) -> list[float]:
-    """PSNR of each sample, pictures or clips ``[B, ...]`` in [0, 1]; `MOST` where nothing differs."""
-    return psnr(*(x.reshape(len(x), 1, 1, -1) for x in (a, b))).clamp(max=MOST).tolist()
+def decibels(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """PSNR of each sample as files hold it: pictures or clips ``[B, ...]``, uint8 or in [0, 1].
+
+    `MOST` where nothing differs.
+    """
+    return psnr(*(_saved(x).reshape(len(x), 1, 1, -1) for x in (a, b))).clamp(max=MOST).tolist()
+
+
+def _saved(pictures: np.ndarray) -> Tensor:
+    """As files hold them, in [0, 1]: above 50 dB rounding to 8 bits counts."""
+    return torch.from_numpy(eight_bits(pictures)).float() / 255
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -165,6 +175,6 @@ def _check_finite(name: str, values: Tensor) -> None:
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of two sets of pictures ``[N, H, W, C]`` in [0, 1]."""
-    x, y = (torch.from_numpy(p).permute(0, 3, 1, 2).float() for p in (a, b))
+    """Mean PSNR (dB) and SSIM of two sets of pictures ``[N, H, W, C]`` as files hold them, uint8 or in [0, 1]."""
+    x, y = (_saved(p).permute(0, 3, 1, 2) for p in (a, b))
     return {"psnr": float(psnr(x, y).mean()), "ssim": float(ssim(x, y).mean())}

@@ -14,6 +14,7 @@ import numpy as np
 
 from ddit.files import replacing, write_json
 from ddit.generate import Run
+from ddit.outputs import eight_bits
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Part:
         work = (1.0, 1.0) if report is None else (report.tokens_fraction, report.flops_fraction)
         scales = [[] for _ in outcome.pictures] if report is None else report.scales
         flops = [1.0] * len(outcome.pictures) if report is None else report.flops_fractions
-        pictures = (outcome.pictures * 255).round().astype(np.uint8)
+        pictures = eight_bits(outcome.pictures)
         return cls(
             pictures,
             np.array(outcome.seconds),

@@ -216,7 +216,7 @@ def summarise(
         pictures = stacked(result)
         ratios = [float(a.seconds / b.seconds) for a, b in zip(results[0], result, strict=True)]
         ours, theirs = _frames(pictures), _frames(reference)
-        likeness = decibels(*_samples(pictures, reference))
+        likeness = decibels(pictures, reference)
         memory = max(int(part.memory) for part in result)
         row: dict[str, Any] = {
             "method": method.name,
@@ -266,11 +266,6 @@ def _judge(
         }
 
     return figures
-
-
-def _samples(*drawn: np.ndarray) -> list[Tensor]:
-    """Pictures or clips in [0, 1]."""
-    return [torch.from_numpy(x).float() / 255 for x in drawn]
 
 
 def _add_regret(rows: Sequence[dict[str, Any]]) -> None:
