@@ -10,10 +10,11 @@ import torch
 
 import tiny
 from ddit.cli import main
+from ddit.embedded import install
 from ddit.eval import calibrate, compare
 from ddit.eval.quality import parse_method
 from ddit.eval.rivals import progressive
-from ddit.generate import run
+from ddit.generate import load_pipeline, run
 from ddit.preset import Preset
 from ddit.teacache import polynomial
 
@@ -181,14 +182,66 @@ def test_the_fit_finds_a_polynomial_again():
 
 def test_changes_are_those_between_steps_of_one_guidance_pass():
     pipe = tiny.pipeline()
-    done = []
-    plain = calibrate.teacache_changes(pipe, [tiny.PROMPT], SETTINGS, advance=lambda: done.append(1))
+    plain = calibrate.plain_runs(pipe, [tiny.PROMPT], [0], SETTINGS, [2]).changes
     guided = {**SETTINGS, "negative_prompt": tiny.PROMPT, "true_cfg_scale": 1.5}
-    both = calibrate.teacache_changes(pipe, [tiny.PROMPT] * 2, guided, advance=lambda: done.append(1))
-    assert len(plain) == 7 and len(both) == 2 * 2 * 7 and len(done) == 3
+    both = calibrate.plain_runs(pipe, [tiny.PROMPT] * 2, [0, 1], guided, [2]).changes
+    assert len(plain) == 7 and len(both) == 2 * 2 * 7
     # The negative prompt is the prompt: both passes change alike, and as the plain run.
-    assert np.allclose(both[:7], both[7:14]) and np.allclose(both[:7], plain, atol=1e-4)
-    assert not pipe.transformer.transformer_blocks[0]._forward_pre_hooks
+    assert np.allclose(both[:14], both[14:]) and np.allclose(both[:7], plain, atol=1e-4)
+    assert not pipe.transformer.transformer_blocks[0]._forward_pre_hooks and "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("draws", ["pictures", "clips"])
+def test_the_detail_is_that_of_finished_latents(draws):
+    """Guided, so that no single answer of the model leads there; as measured where the embedded models are made."""
+    if draws == "pictures":
+        pipe, settings = tiny.pipeline(), {**SETTINGS, "negative_prompt": "", "true_cfg_scale": 2.0}
+    else:
+        pipe, preset = load_pipeline("embedded-video")
+        settings = {**preset.call, "num_inference_steps": 6}
+    measured = calibrate.plain_runs(pipe, [tiny.PROMPT] * 2, [0, 1], settings, [2, 4]).detail
+    expected = install.measure_detail(pipe, settings, iter([tiny.PROMPT] * 2), 2)
+    for scale in (2, 4):
+        assert measured[scale] == pytest.approx(expected[scale], rel=1e-4) and min(measured[scale]) > 0
+
+
+def test_a_calibration_that_was_killed_continues(model, tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue star\na green square\n")
+    flags = [
+        "calibrate",
+        "--model",
+        model,
+        "--prompts",
+        str(prompts),
+        "--count",
+        "3",
+        "--height",
+        "64",
+        "--width",
+        "64",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*flags, "--out", str(whole)]) == 0
+    assert {path.name for path in whole.iterdir()} == {"ddit.json"}
+    measured, measure = [], calibrate.measure
+
+    def dies(*args):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(args[1])
+        return measure(*args)
+
+    monkeypatch.setattr(calibrate, "measure", dies)
+    assert main([*flags, "--out", str(cut)]) == 130
+    assert {path.name for path in cut.iterdir()} == {"ddit.json.part"}
+    measured.clear()
+    assert main([*flags, "--out", str(cut)]) == 0
+    assert measured == [["a green square"]]
+    assert (cut / "ddit.json").read_bytes() == (whole / "ddit.json").read_bytes()
+    assert {path.name for path in cut.iterdir()} == {"ddit.json"}
+    assert main([*flags, "--out", str(cut), "--seed", "1"]) == 130  # other runs: from the beginning
+    assert len(measured) == 2
 
 
 def test_calibrate_writes_what_teacache_needs(model, tmp_path, capsys):

@@ -119,6 +119,12 @@ def detail(z: Tensor, scale: int) -> Tensor:
     return z - grow(shrink(z, scale, 1, "noise-consistent"), scale, 1, "noise-consistent")
 
 
+def detail_variance(clean: Tensor, scale: int, patch_size: int) -> Tensor:
+    """Variance per channel ``[C]`` of `detail`, whose mean is zero, in clean latents ``[B, C, ..., H, W]``."""
+    lost = detail(pad_to_multiple(clean.float(), scale * patch_size), scale)
+    return lost.square().transpose(0, 1).flatten(1).mean(1)
+
+
 def consistent_level(sigma: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     """Factor ``a`` and noise level ``sigma'`` that make pooled latents a noisy latent again.
 

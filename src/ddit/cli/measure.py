@@ -136,13 +136,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from ddit import generate as lib
-    from ddit.eval import calibrate
+    from ddit.eval.calibrate import calibrate
     from ddit.eval.suites import subject_of
     from ddit.preset import FILE
-    from ddit.progress import progress
     from ddit.train.samples import read_prompts
 
     if args.prompts is None and args.model not in lib.EMBEDDED:
@@ -158,15 +155,8 @@ def _calibrate(args: argparse.Namespace) -> None:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
     settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
     lib.check_size(pipe, settings)
-    with progress("TeaCache", len(prompts)) as advance:
-        pairs = calibrate.teacache_changes(pipe, prompts, settings, seed=args.seed, advance=advance)
-    turns = -(-len(prompts) // args.batch) * (1 + len(calibrate.THRESHOLDS))
-    with progress("thresholds", turns) as advance:
-        dial = calibrate.measure_dial(
-            pipe, prompts, settings, preset, batch=args.batch, seed=args.seed, advance=advance
-        )
     folder.mkdir(parents=True, exist_ok=True)
-    replace(preset, teacache=calibrate.fit(pairs), dial=dial, origin="").save(folder)
+    calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder)
     print(f"wrote {folder / FILE}")
 
 

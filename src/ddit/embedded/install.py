@@ -14,7 +14,7 @@ from ddit.adapter import PatchAdapter
 from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER
 from ddit.embedded.components import TEXT_TOKENS
 from ddit.embedded.scenes import IMAGE_SIZE, scenes
-from ddit.patches import detail
+from ddit.patches import detail_variance
 from ddit.preset import Preset, for_batch
 
 CALL = {
@@ -93,4 +93,4 @@ def measure_detail(
     latents = pipe(list(islice(prompts, count)), generator=generators, **settings)[0]
     if latents.ndim == 3:
         latents = pipe._unpack_latents(latents, call["height"], call["width"], pipe.vae_scale_factor)
-    return {s: detail(latents, s).square().transpose(0, 1).flatten(1).mean(1).tolist() for s in scales}
+    return {s: detail_variance(latents, s, 1).tolist() for s in scales}

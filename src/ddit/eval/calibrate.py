@@ -1,24 +1,33 @@
-"""Measure on a model's own plain runs what its preset holds."""
+"""Measure on a model's own runs what its preset holds: plain ones, and one for each of several thresholds."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddit.adapter import config_hash
 from ddit.config import ScheduleConfig
 from ddit.dial import Dial
 from ddit.eval.metrics import decibels
+from ddit.files import write_json
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
-from ddit.preset import Preset
+from ddit.models.base import first
+from ddit.patches import detail_variance
+from ddit.preset import FILE, Preset
+from ddit.progress import progress
 from ddit.teacache import relative_change
 
 DEGREE = 4
@@ -27,43 +36,177 @@ THRESHOLDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 """For which a `Dial` is measured."""
 
 
-def teacache_changes(
-    pipe: Any, prompts: Sequence[str], settings: dict[str, Any], *, seed: int = 0, advance: Callable[[], None]
-) -> list[tuple[float, float]]:
-    """How much TeaCache's signal changed from step to step, and how much the model's answer did.
+@dataclass(frozen=True)
+class Plain:
+    """What plain runs of some prompts showed."""
+
+    pictures: np.ndarray
+    changes: list[tuple[float, float]]
+    """From step to step of a guidance pass: by how much TeaCache's signal changed, and by how much the answer did."""
+    detail: dict[int, list[float]]
+    """Scale -> variance per channel of what pooling loses (`ddit.patches.detail_variance`)."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What all runs of a batch of prompts showed; goes into JSON."""
+
+    prompts: int
+    changes: list[tuple[float, float]]
+    detail: dict[int, list[float]]
+    likeness: list[list[float]]
+    """PSNR to plain in dB of each prompt, for each of `THRESHOLDS`."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Figures:
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        return cls(**{**values, "detail": {int(s): v for s, v in values["detail"].items()}})
+
+
+def calibrate(
+    pipe: Any,
+    preset: Preset,
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    *,
+    batch: int,
+    seed: int,
+    folder: Path,
+) -> Preset:
+    """The preset with all that runs of some prompts tell. Finished batches are kept in the folder until all are done.
 
     Args:
-        prompts: A plain run for each.
         settings: Arguments of the pipeline's call.
-        advance: Called after each run.
+        batch: Prompts that are run together.
+
+    Raises:
+        ValueError: With too few steps to fit TeaCache's polynomial to.
     """
+    kept = folder / f"{FILE}.part"
+    asked = {
+        "base": config_hash(pipe.transformer),
+        "dtype": str(pipe.transformer.dtype),
+        "settings": settings,
+        "schedule": dict(preset.schedule),
+        "prompts": list(prompts),
+        "batch": batch,
+        "seed": seed,
+    }
+    done = _kept(kept, asked)
+    parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
+    with progress("calibrate", len(parts) * (1 + len(THRESHOLDS))) as advance:
+        for _ in range(len(done) * (1 + len(THRESHOLDS))):
+            advance()
+        for part in parts[len(done) :]:
+            seeds = [seed * 1_000_003 + part.start + k for k in range(len(prompts[part]))]
+            done.append(measure(pipe, list(prompts[part]), seeds, settings, preset, advance))
+            fit(done[0].changes)  # where there are too few steps, there is no use in more runs
+            write_json(kept, {**asked, "done": [asdict(figures) for figures in done]})
+    measured = told(done, preset)
+    measured.save(folder)
+    kept.unlink()
+    return measured
+
+
+def _kept(path: Path, asked: dict[str, Any]) -> list[Figures]:
+    """Figures of an earlier run that was cut short, if it was asked for the same."""
+    try:
+        before = json.loads(path.read_text())
+        done = [Figures.from_dict(values) for values in before.pop("done")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return done if before == json.loads(json.dumps(asked)) else []
+
+
+def measure(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    settings: dict[str, Any],
+    preset: Preset,
+    advance: Callable[[], None],
+) -> Figures:
+    """Plain runs of one batch, and runs with every threshold; ``advance`` is called after each."""
+    own = {**preset.schedule, "policy": "dynamic", "speedup": 0.0, "quality": 0.0}
+    config = ScheduleConfig.from_dict(own)
+    plain = plain_runs(pipe, prompts, seeds, settings, [s for s in config.scales if s > 1])
+    advance()
+    likeness = []
+    for threshold in THRESHOLDS:
+        chosen = ScheduleConfig.from_dict({**own, "threshold": threshold})
+        outcome = run(pipe, prompts, seeds, settings, config=chosen, preset=preset)
+        likeness.append(decibels(outcome.pictures, plain.pictures))
+        advance()
+    return Figures(len(prompts), plain.changes, plain.detail, likeness)
+
+
+@torch.no_grad()
+def plain_runs(
+    pipe: Any, prompts: list[str], seeds: list[int], settings: dict[str, Any], scales: Sequence[int]
+) -> Plain:
+    """Draw prompts, and look at what goes on."""
     architecture = architecture_for(pipe.transformer)
-    signals: list[Tensor] = []
-    block = architecture.blocks()[0]
+    block, signals = architecture.blocks()[0], []
     signature = inspect.signature(type(block).forward)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = signature.bind(module, *args, **kwargs).arguments
         signals.append(architecture.teacache_signal(module, given.__getitem__).detach())
 
-    pairs = []
     hook = block.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        for i, prompt in enumerate(prompts):
-            signals.clear()
-            with torch.no_grad(), recorded(pipe) as calls:
-                run(pipe, [prompt], [seed * 1_000_003 + i], settings)
-            levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
-            passes: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for k, (signal, (_, answer)) in enumerate(zip(signals, calls, strict=True)):
-                passes[levels[:k].count(levels[k])].append((signal, answer))
-            for steps in passes.values():
-                for (signal, answer), (later, new) in pairwise(steps):
-                    pairs.append((relative_change(later, signal), relative_change(new, answer)))
-            advance()
+        with recorded(pipe) as calls, _stepped(pipe.scheduler) as latents:
+            pictures = run(pipe, prompts, seeds, settings).pictures
     finally:
         hook.remove()
-    return pairs
+    levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
+    passes: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for k, (signal, (_, answer)) in enumerate(zip(signals, calls, strict=True)):
+        passes[levels[:k].count(levels[k])].append((signal, answer))
+    changes = [
+        (relative_change(later[i], signal[i]), relative_change(new[i], answer[i]))
+        for steps in passes.values()
+        for i in range(len(prompts))
+        for (signal, answer), (later, new) in pairwise(steps)
+    ]
+    clean = architecture.latents({**calls[-1][0], architecture.batched[0]: latents[-1]})
+    detail = {s: detail_variance(clean, s, architecture.patch_size).tolist() for s in scales}
+    return Plain(pictures, changes, detail)
+
+
+@contextmanager
+def _stepped(scheduler: Any) -> Iterator[list[Tensor]]:
+    """Latents after the last of the scheduler's steps inside the block, as the pipeline has them."""
+    last: list[Tensor] = []
+    step = scheduler.step
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        answer = step(*args, **kwargs)
+        last[:] = [first(answer)]
+        return answer
+
+    scheduler.step = spy
+    try:
+        yield last
+    finally:
+        del scheduler.step
+
+
+def told(done: Sequence[Figures], preset: Preset) -> Preset:
+    """What the figures of all batches make of a preset."""
+    prompts = [figures.prompts for figures in done]
+    detail = {
+        scale: np.average([figures.detail[scale] for figures in done], axis=0, weights=prompts).tolist()
+        for scale in done[0].detail
+    }
+    likeness = [list(chain.from_iterable(each)) for each in zip(*(f.likeness for f in done), strict=True)]
+    return replace(
+        preset,
+        detail_variance=detail,
+        teacache=fit([pair for figures in done for pair in figures.changes]),
+        dial=Dial(thresholds=THRESHOLDS, psnr=tuple(statistics.median(each) for each in likeness)),
+        origin="",
+    )
 
 
 def fit(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:
@@ -76,38 +219,3 @@ def fit(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:
         raise ValueError(f"{len(pairs)} steps are too few to fit a polynomial to; take more steps or prompts")
     x, y = np.array(pairs).T
     return tuple(np.polyfit(x, y, DEGREE).tolist())
-
-
-def measure_dial(
-    pipe: Any,
-    prompts: Sequence[str],
-    settings: dict[str, Any],
-    preset: Preset,
-    *,
-    batch: int = 1,
-    seed: int = 0,
-    advance: Callable[[], None],
-) -> Dial:
-    """What each of `THRESHOLDS` makes of runs with the preset's schedule.
-
-    Args:
-        prompts: Each is run plain and with every threshold.
-        advance: Called after each run.
-    """
-    groups = [list(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
-    seeds = [[seed * 1_000_003 + i + k for k in range(len(group))] for i, group in enumerate(groups)]
-    plain = []
-    for group, own in zip(groups, seeds, strict=True):
-        plain.append(run(pipe, group, own, settings).pictures)
-        advance()
-    likeness = []
-    for threshold in THRESHOLDS:
-        schedule = {**preset.schedule, "policy": "dynamic", "threshold": threshold, "speedup": 0.0, "quality": 0.0}
-        config = ScheduleConfig.from_dict(schedule)
-        likeness_of_each = []
-        for group, own, reference in zip(groups, seeds, plain, strict=True):
-            outcome = run(pipe, group, own, settings, config=config, preset=preset)
-            likeness_of_each += decibels(outcome.pictures, reference)
-            advance()
-        likeness.append(statistics.median(likeness_of_each))
-    return Dial(thresholds=THRESHOLDS, psnr=tuple(likeness))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.models.base import Anchor, Architecture, Inputs
-from ddit.patches import detail, half_log_snr, pad_to_multiple
+from ddit.patches import detail_variance, half_log_snr
 from ddit.train.config import TrainConfig
 from ddit.train.samples import Samples
 
@@ -119,15 +119,10 @@ def weights(kind: str, sigma: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def detail_variance(
+def measured_detail(
     samples: Samples, scales: Sequence[int], patch_size: int, count: int = 64
 ) -> dict[int, list[float]]:
     """Scale -> variance per channel of what pooling loses, over the first samples."""
-    total: dict[int, Tensor] = {}
     indices = range(0, min(len(samples), count * samples.passes), samples.passes)
-    for index in indices:
-        clean = samples.clean(index)
-        for scale in scales:
-            lost = detail(pad_to_multiple(clean.float(), scale * patch_size), scale)[0]
-            total[scale] = total.get(scale, torch.zeros(len(lost))) + lost.square().flatten(1).mean(1)
-    return {scale: (value / len(indices)).tolist() for scale, value in total.items()}
+    clean = [samples.clean(index) for index in indices]
+    return {s: torch.stack([detail_variance(x, s, patch_size) for x in clean]).mean(0).tolist() for s in scales}

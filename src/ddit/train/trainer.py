@@ -26,7 +26,7 @@ from ddit.models.base import Architecture
 from ddit.preset import Preset
 from ddit.progress import progress
 from ddit.train.config import TrainConfig
-from ddit.train.distill import Batch, Draw, detail_variance, draw, errors, groups, make_batch, weights
+from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
 from ddit.train.samples import Samples, draw_samples, read_prompts
 from ddit.train.validation import save_pictures, validate
 
@@ -142,7 +142,7 @@ class Run:
             transformer.enable_gradient_checkpointing()
         architecture = architecture_for(transformer)
         torch.manual_seed(config.seed)
-        measured = detail_variance(samples, config.scales, architecture.patch_size)
+        measured = measured_detail(samples, config.scales, architecture.patch_size)
         adapter: Any = PatchAdapter.for_model(
             transformer,
             **config.adapter_settings,
