@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -134,7 +135,9 @@ def measure(
     likeness = []
     for threshold in THRESHOLDS:
         chosen = ScheduleConfig.from_dict({**own, "threshold": threshold})
-        outcome = run(pipe, prompts, seeds, settings, config=chosen, preset=preset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of thresholds that are too low or too high for anyone
+            outcome = run(pipe, prompts, seeds, settings, config=chosen, preset=preset)
         likeness.append(decibels(outcome.pictures, plain.pictures))
         advance()
     return Figures(len(prompts), plain.changes, plain.detail, likeness)
