@@ -28,10 +28,14 @@ FREE = {1: 1.0, 2: 0.0, 4: 0.0}
 SIGMAS = [1 - i / 12 for i in range(12)]
 
 
-def test_thresholds_lie_on_the_curve_and_stop_at_its_ends():
-    assert [DIAL.threshold_of_quality(db) for db in (60, 50, 45, 30, 10)] == pytest.approx(
-        [0.0, 0.001, 0.001 * 2**0.5, 0.004, 0.004]
-    )
+def test_thresholds_lie_on_the_curve():
+    assert [DIAL.threshold_of_quality(db) for db in (50, 45, 30)] == pytest.approx([0.001, 0.001 * 2**0.5, 0.004])
+
+
+@pytest.mark.parametrize(("asked", "threshold", "told"), [(60, 0.0, "above 50.0"), (10, 0.004, "below 30.0")])
+def test_a_quality_outside_of_what_was_measured_is_remarked(asked, threshold, told):
+    with pytest.warns(UserWarning, match=told):
+        assert DIAL.threshold_of_quality(asked) == threshold
 
 
 @pytest.mark.parametrize(

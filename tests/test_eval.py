@@ -107,7 +107,7 @@ def test_a_quality_shows_prompts_of_few_and_of_many_steps(model, tmp_path, capsy
     replace(Preset.load(model), dial=Dial(thresholds=(1e-9, 1e6), psnr=(60, 20))).save(folder)
     flags = ["--model", str(folder), "--methods", "plain", "dynamic:quality=30", "--prompts", "3", "--batch", "2"]
     assert main(["evaluate", *flags, "--out", str(out)]) == 0
-    assert (tmp_path / "race-quality-30.png").stat().st_size > 1000
+    assert (tmp_path / "race-30dB.png").stat().st_size > 1000
 
 
 def test_prompts_of_fewest_and_most_steps_at_scale_1():

@@ -49,10 +49,24 @@ class Dial:
         return cls(**values)
 
     def threshold_of_quality(self, psnr: float) -> float:
-        """The largest threshold whose pictures are expected to be as near to plain's as ``psnr`` dB."""
+        """The largest threshold whose pictures are expected to be as near to plain's as ``psnr`` dB.
+
+        Warns of a quality outside of what was measured.
+        """
         likeness = np.minimum.accumulate(self.psnr)[::-1]
         if psnr > likeness[-1]:
+            warnings.warn(
+                f"a quality of {psnr:g} dB is above {likeness[-1]:.1f}, the most that was measured: "
+                "every step stays at scale 1",
+                stacklevel=3,
+            )
             return 0.0
+        if psnr < likeness[0]:
+            warnings.warn(
+                f"a quality of {psnr:g} dB is below {likeness[0]:.1f}, the least that was measured, and that is taken; "
+                "ask for a speedup to go farther",
+                stacklevel=3,
+            )
         return float(np.exp(np.interp(psnr, likeness, np.log(self.thresholds)[::-1])))
 
 

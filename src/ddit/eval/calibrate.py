@@ -33,7 +33,7 @@ from ddit.teacache import relative_change
 
 DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""
-THRESHOLDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
+THRESHOLDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
 """For which a `Dial` is measured."""
 
 

@@ -119,7 +119,7 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
     save_grid(config.out.with_suffix(".png"), drawn.methods, drawn.results, drawn.first(8))
     for method, result in zip(drawn.methods, drawn.results, strict=True):
         if method.config is not None and method.config.quality:
-            path = config.out.with_name(f"{config.out.name}-quality-{method.config.quality:g}.png")
+            path = config.out.with_name(f"{config.out.name}-{method.config.quality:g}dB.png")
             extremes = fewest_and_most(result, drawn.asked)
             save_grid(path, [drawn.methods[0], method], [drawn.results[0], result], extremes)
     return drawn.figures
