@@ -150,7 +150,8 @@ def _race(config: SuiteConfig, pipe: Any, preset: Preset) -> Drawn:
     _check_size(subject, settings)
     asked = subject.prompts(config.split, config.prompts, config.seed)
     if any(method.fitted for method in methods):
-        methods = [quality.fit(method, pipe, _others(config, subject), settings) for method in methods]
+        others = _others(config, subject)
+        methods = [quality.fit(method, pipe, others, settings) for method in methods]
     parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
     results = quality.draw_all(
         pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts
