@@ -208,19 +208,8 @@ def test_the_detail_is_that_of_finished_latents(draws):
 def test_a_calibration_that_was_killed_continues(model, tmp_path, monkeypatch, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue star\na green square\n")
-    flags = [
-        "calibrate",
-        "--model",
-        model,
-        "--prompts",
-        str(prompts),
-        "--count",
-        "3",
-        "--height",
-        "64",
-        "--width",
-        "64",
-    ]
+    size = ["--height", "64", "--width", "64"]
+    flags = ["calibrate", "--model", model, "--prompts", str(prompts), "--count", "3", *size]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*flags, "--out", str(whole)]) == 0
     assert {path.name for path in whole.iterdir()} == {"ddit.json"}

@@ -214,7 +214,8 @@ def test_batches_hold_steps_as_they_were_met(base):
     assert torch.equal(batch.target[1], velocity[0, 2]) and batch.scales == [2, 2]
     assert batch.sigma.tolist() == pytest.approx([samples.sigmas[step]] * 2)
     anchor = batch.anchor
-    assert torch.allclose(anchor.latents[0], latents[0, 1], atol=1e-6)
+    assert torch.equal(anchor.clean.value[0], latents[0, 1] - anchor.sigma[0] * velocity[0, 1])
+    assert torch.allclose(anchor.latents[0], latents[0, 1], atol=1e-6)  # which follow from these
     assert float(anchor.sigma[0]) == pytest.approx(samples.sigmas[second])
     assert torch.equal(anchor.velocity.value[0], velocity[0, 1])
     assert torch.equal(anchor.velocity.previous[0], velocity[0, 0])

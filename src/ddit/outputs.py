@@ -32,7 +32,7 @@ def save(path: Path, dynamic: np.ndarray, plain: np.ndarray | None = None, *, fp
     paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") if many else path for i in range(len(shown))]
     for target, picture in zip(paths, shown, strict=True):
         if picture.ndim == 3:
-            _save_png(target, picture)
+            save_png(target, picture)
         else:
             _save_clip(target, picture, fps)
     if dynamic.ndim == 4:
@@ -40,7 +40,7 @@ def save(path: Path, dynamic: np.ndarray, plain: np.ndarray | None = None, *, fp
     sheets = [target.with_suffix(".png") for target in paths]
     for i, sheet in enumerate(sheets):
         rows = [np.concatenate(list(clips[i]), axis=1) for clips in (plain, dynamic) if clips is not None]
-        _save_png(sheet, np.concatenate(rows))
+        save_png(sheet, np.concatenate(rows))
     return [*paths, *sheets]
 
 
@@ -66,7 +66,8 @@ def check_video_writer() -> None:
         raise ValueError("clips need the packages imageio and imageio-ffmpeg: pip install 'ddit[video]'") from None
 
 
-def _save_png(path: Path, picture: np.ndarray) -> None:
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """One picture ``[H, W, 3]`` in [0, 1]."""
     from PIL import Image
 
     Image.fromarray(eight_bits(picture)).save(path)

@@ -131,9 +131,8 @@ class Report:
         curves = [dict(step.statistics[sample]) for step in self.steps]
         measured = sorted({s for curve in curves for s in curve})
         figure = Figure(figsize=(8, 4.5 if measured else 1.8), layout="constrained")
-        axes = figure.subplots(
-            1 + bool(measured), 1, sharex=True, squeeze=False, height_ratios=(2, 1)[-1 - bool(measured) :]
-        )
+        heights = (2, 1) if measured else (1,)
+        axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
         top, bottom = axes[0, 0], axes[-1, 0]
         for scale in measured:
             points = [(i, curve[scale]) for i, curve in enumerate(curves) if scale in curve]

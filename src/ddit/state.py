@@ -171,7 +171,7 @@ class Generation:
             total: Number of steps, where known.
         """
         stats = self._look(z, sigma, patch_size, blind=getattr(policy, "blind", False))
-        self.doubtful = set()
+        self.velocities, self.passes, self.doubtful = [], 0, set()
         moment = Moment(len(self.steps), total, stats, sigma, self.run, self.costs)
         chosen, allowed = policy.choose(moment), self.config.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
@@ -183,7 +183,7 @@ class Generation:
     def _look(self, z: Tensor, sigma: float, patch_size: int, *, blind: bool) -> list[dict[int, float]]:
         """Take in the latents of a new step: per sample, scale -> statistic, which a blind policy has no use for."""
         if blind:
-            self.seen, self.sigmas, self.passes = z.clone(), [sigma], 0
+            self.seen, self.sigmas = z.clone(), [sigma]
             return [{} for _ in z]
         self._follow(z, sigma)
         plain, keep = self.config.difference == "plain", self.config.order + 1
@@ -224,8 +224,8 @@ class Generation:
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to run at scale 1 and whose latents can't be read; the path starts anew after it."""
-        self.path, self.sigmas, self.velocities, self.memories = [], [sigma], [], []
-        self.passes = 0
+        self.path, self.sigmas, self.memories = [], [sigma], []
+        self.velocities, self.passes = [], 0
         self._forget_nodes(len(tokens))
         self.seen, self.scales = tokens.clone(), [1] * len(tokens)
         self.borrowed, self.doubtful = set(), set()
@@ -282,7 +282,6 @@ class Generation:
             self._forget_nodes(len(z))
         self.path.append(here)
         self.seen = here if exact else z.clone()
-        self.velocities, self.passes = [], 0
 
     def _forget_nodes(self, batch: int) -> None:
         """Nothing is known yet of what forecasts of these samples will be off by."""

@@ -155,7 +155,6 @@ def _calibrate(args: argparse.Namespace) -> None:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
     settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
     lib.check_size(pipe, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder)
     print(f"wrote {folder / FILE}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ddit.generate import run as generate
-from ddit.outputs import frames
+from ddit.outputs import frames, save_png
 from ddit.train.distill import Draw
 
 if TYPE_CHECKING:
@@ -50,8 +50,6 @@ def validate(run: Run) -> list[dict[str, Any]]:
 
 def save_pictures(run: Run, path: Path) -> None:
     """PNG: plain above, below it each scale held for the first half of the steps."""
-    from PIL import Image
-
     count = min(run.config.pictures, run.config.validation)
     prompts = [run.samples.prompt(i) for i in range(run.records, run.records + count)]
     settings = run.samples.manifest["settings"]
@@ -62,5 +60,4 @@ def save_pictures(run: Run, path: Path) -> None:
         with run.detached():
             drawn = generate(run.pipe, prompts, seeds, settings, config=config, adapter=run.adapter)
         bands.append(drawn.pictures)
-    grid = np.concatenate([np.concatenate(list(frames(band)), axis=1) for band in bands])
-    Image.fromarray((grid * 255).round().astype(np.uint8)).save(path)
+    save_png(path, np.concatenate([np.concatenate(list(frames(band)), axis=1) for band in bands]))
