@@ -17,6 +17,7 @@ from ddit import PatchAdapter, ScheduleConfig
 from ddit.adapter import config_hash
 from ddit.config import Start
 from ddit.models import architecture_for
+from ddit.models.base import Anchor
 from ddit.patches import pack, unpack
 
 COARSE = ScheduleConfig(policy="fixed", steps=(1, 2, 4, 4, 2, 1))
@@ -138,6 +139,72 @@ def test_flops_of_the_adapter_are_counted(pipe):
         single = sum(p.numel() for k, m in parts.lora.items() if k.startswith("single") for p in m.parameters())
         expected = 2 * (tokens * (image + double) + (tokens + text) * single)
         assert learnt[scale] - free[scale] == expected
+
+
+# One that does not ask the model
+
+
+MENDED = ScheduleConfig(policy="fixed", steps=(1, 1, 2, 2, 1, 2))
+
+
+def test_a_new_path_past_the_model_changes_nothing(pipe):
+    config = ScheduleConfig(policy="fixed", steps=MENDED.steps, gain=0.0)
+    with ddit.apply(pipe, config=config):
+        free = tiny.sample(pipe)
+    with ddit.apply(pipe, adapter=PatchAdapter.for_model(pipe.transformer, asks=False), config=MENDED):
+        assert torch.equal(tiny.sample(pipe), free)
+
+
+def test_mended_forecasts_ask_nothing_and_leave_nothing(pipe):
+    """Of the model: no calls and no hooks. The path speaks once there are two steps at scale 1 to forecast from."""
+    plain = tiny.sample(pipe)
+    adapter = adapter_for(pipe.transformer, asks=False)
+    config = ScheduleConfig(policy="fixed", steps=(1, 2, 2, 2, 2, 2), gain=0.0)
+    with ddit.apply(pipe, config=config):
+        once = tiny.sample(pipe)
+    with ddit.apply(pipe, adapter=adapter, config=config):
+        assert torch.equal(tiny.sample(pipe), once)
+    with ddit.apply(pipe, adapter=adapter, config=MENDED) as handle:
+        assert not any(m._forward_hooks for m in pipe.transformer.modules())
+        mended = tiny.sample(pipe)
+        report = handle.report
+    assert report.strip() == "1 1 - - 1 - - -" and not torch.allclose(mended, plain)
+    latents = torch.zeros(1, 4, 16, 16)
+    expected = 2 * 64 * (adapter.path.first.weight.numel() + adapter.path.mix.weight.numel())
+    expected += 2 * 64 * adapter.path.last.weight.numel() + 2 * sum(
+        adapter.path.levels[i].weight.numel() for i in (0, 2)
+    )
+    assert report.forecast == expected == architecture_for(pipe.transformer).count_forecast(latents, adapter)
+    assert report.flops_fraction == pytest.approx((3 + 5 * expected / report.flops[1]) / 8)
+    assert torch.equal(tiny.sample(pipe), plain)
+
+
+def test_a_path_past_the_model_is_saved_and_loaded(pipe, tmp_path):
+    adapter = adapter_for(pipe.transformer, asks=False)
+    adapter.save_pretrained(tmp_path)
+    with ddit.apply(pipe, adapter=adapter, config=MENDED):
+        expected = tiny.sample(pipe)
+    with ddit.apply(pipe, adapter=tmp_path, config=MENDED):
+        assert torch.equal(tiny.sample(pipe), expected)
+    half = PatchAdapter.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with ddit.apply(pipe, adapter=half, config=MENDED):
+        torch.testing.assert_close(tiny.sample(pipe), expected, rtol=0.1, atol=0.1)
+
+
+def test_each_sample_of_a_batch_is_mended_by_itself(pipe):
+    """Frames, sizes and anchors of their own: as if it were alone."""
+    adapter = adapter_for(pipe.transformer, asks=False)
+    architecture = architecture_for(pipe.transformer)
+    torch.manual_seed(0)
+    for shape in ((2, 4, 8, 12), (2, 4, 3, 8, 12)):
+        z, sigma = torch.randn(shape), torch.tensor([0.4, 0.2])
+        before = Anchor.after(torch.randn(shape), torch.tensor([0.9, 0.8]), torch.randn(shape))
+        anchor = Anchor.after(torch.randn(shape), torch.tensor([0.6, 0.5]), torch.randn(shape), before)
+        both = adapter.correction(z, sigma, anchor)
+        assert both.shape == shape and architecture.channels == 4
+        for i in range(2):
+            alone = adapter.correction(z[i : i + 1], sigma[i : i + 1], anchor.rows([i]))
+            torch.testing.assert_close(both[i : i + 1], alone)
 
 
 # Files

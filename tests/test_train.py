@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file
 
 import ddit
@@ -23,10 +24,11 @@ from ddit.cli import main
 from ddit.models import architecture_for
 from ddit.patches import half_log_snr
 from ddit.preset import Preset
+from ddit.train import rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Draw, draw, make_batch
 from ddit.train.distill import weights as noise_weights
-from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
+from ddit.train.samples import Samples, by_euler, draw_samples, read_prompts, shard_path
 from ddit.train.trainer import checkpoints, train
 
 PROMPTS = [
@@ -48,7 +50,8 @@ def base(tmp_path_factory) -> Path:
     pipe.save_pretrained(folder / "model")
     Preset(call=CALL).save(folder / "model")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    draw_samples(folder / "samples", pipe, CALL, PROMPTS, speedups=SPEEDUPS, batch=4, shard=5, seed=0)
+    for name, speedups in (("samples", SPEEDUPS), ("plain", None)):
+        draw_samples(folder / name, pipe, CALL, PROMPTS, speedups=speedups, batch=4, shard=5, seed=0)
     return folder
 
 
@@ -59,6 +62,7 @@ def settings(base: Path, out: Path, **changes) -> TrainConfig:
         samples=str(base / "samples"),
         speedups=SPEEDUPS,
         out=str(out),
+        asks=True,
         shard=5,
         rank=2,
         steps=6,
@@ -72,6 +76,11 @@ def settings(base: Path, out: Path, **changes) -> TrainConfig:
         cpu=True,
     )
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def mending(base: Path, out: Path, **changes) -> TrainConfig:
+    """The same for an adapter that mends forecasts."""
+    return settings(base, out, **{"asks": False, "rank": 32, "samples": str(base / "plain"), **changes})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -243,25 +252,85 @@ def test_it_learns(base, tmp_path, start, anchored):
         assert torch.isfinite(tiny.sample(pipe)).all()
 
 
-def test_prodigy_checkpointing_and_pictures(base, tmp_path):
-    config = settings(
+def test_mended_forecasts_end_nearer_to_plain(base, tmp_path):
+    train(mending(base, tmp_path, steps=80, lr=3e-3, ema=0.0, batch=6, validate_every=80, speedups=(2.0, 4.0)))
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [r["speedup"] for r in rows] == [2.0, 2.83, 4.0] and [r["steps_at_scale_1"] for r in rows] == [4, 3, 2]
+    assert all(r["error"] < r["training_free"] for r in rows[1:])
+    assert np.mean([r["error"] - r["training_free"] for r in rows]) < -1  # dB
+    adapter = PatchAdapter.from_pretrained(tmp_path / "adapter")
+    assert not adapter.asks and set(adapter.detail_variance) == {2, 4} and not len(adapter.parts)
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe, adapter=adapter, config=ScheduleConfig(policy="fixed", steps=(1, 1, 2, 2))) as run:
+        assert torch.isfinite(tiny.sample(pipe)).all() and run.report.strip().startswith("1 1 - -")
+
+
+def test_courses_depend_on_seed_and_step_alone(base):
+    config, sigmas = mending(base, base, speedups=(1.3, 4.0)), stored(base).sigmas
+    courses = [rollout.draw_course(config, sigmas, step) for step in range(60)]
+    assert courses == [rollout.draw_course(config, sigmas, step) for step in range(60)]
+    assert {c.scale for c in courses} == {2, 4} and len({c.fine for c in courses}) >= 4
+    for course in courses:
+        gaps = list(zip(course.fine, course.ends(8), strict=True))[1:]
+        counted = gaps[max(0, course.last - rollout.LEARNT) : course.last]
+        assert any(end - step > 1 for step, end in counted), "there is a forecast to learn"
+    runs = rollout.draw_runs(config, 7, 3, range(50))
+    assert set(runs) == set(range(7)) and runs[10:20] == rollout.draw_runs(config, 7, 3, range(10, 20))
+    with pytest.raises(ValueError, match="higher --speedups"):
+        rollout.draw_course(replace(config, speedups=(1.01, 1.01)), sigmas, 0)
+
+
+def test_runs_anew_need_a_path_of_fixed_guidance(base, tmp_path):
+    """Weights of guidance passes are read off a run; one that moved by something else is refused."""
+    pipe = tiny.pipeline()
+    call = {**CALL, "true_cfg_scale": 2.5, "negative_prompt": "a red circle"}
+    samples = draw_samples(tmp_path / "cfg", pipe, call, PROMPTS[:2], speedups=None, batch=2, shard=2, seed=0)
+    torch.testing.assert_close(samples.guidance, torch.tensor([2.5, -1.5]), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="--asks"):
+        _ = stored(base).guidance  # runs under a speedup: forecasts moved them
+
+
+def test_plain_runs_are_by_euler_whatever_the_sampler(base, tmp_path):
+    pipe = tiny.pipeline()
+    pipe.scheduler = own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with by_euler(pipe):
+        assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert pipe.scheduler is own
+
+
+def test_settings_of_adapters_that_ask_are_refused_for_one_that_does_not(base):
+    assert TrainConfig().asks is False and TrainConfig(start="bilinear").asks is True
+    assert TrainConfig(anchored=False).asks is True
+    with pytest.raises(ValueError, match=r"rank, weighting belong.*--asks"):
+        TrainConfig(rank=8, weighting="none")
+    with pytest.raises(ValueError, match="anchored=True"):
+        PatchAdapter.for_model(tiny.transformer(), asks=False, anchored=False)
+    with pytest.raises(ValueError, match="anchored"):
+        TrainConfig(asks=False, anchored=False)
+
+
+@pytest.mark.parametrize("made", [settings, mending])
+def test_prodigy_checkpointing_and_pictures(base, tmp_path, made):
+    config = made(
         base, tmp_path, optimizer="prodigy", lr=None, gradient_checkpointing=True, pictures=2, steps=3, tracker=None
     )
     train(config)
     assert (tmp_path / "pictures" / "step-000003.png").is_file()
 
 
-def test_gradient_checkpointing_changes_nothing(base, tmp_path):
+@pytest.mark.parametrize("made", [settings, mending])
+def test_gradient_checkpointing_changes_nothing(base, tmp_path, made):
     for name, checkpointing in (("a", False), ("b", True)):
-        train(settings(base, tmp_path / name, gradient_checkpointing=checkpointing))
+        train(made(base, tmp_path / name, gradient_checkpointing=checkpointing))
     a, b = weights(tmp_path / "a" / "adapter"), weights(tmp_path / "b" / "adapter")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
-def test_a_killed_run_ends_bit_equal(base, tmp_path):
+@pytest.mark.parametrize("made", [settings, mending])
+def test_a_killed_run_ends_bit_equal(base, tmp_path, made):
     """kill -9 in the middle, then the same command."""
-    whole = settings(base, tmp_path / "whole", steps=40, optimizer="prodigy", lr=1.0)
+    whole = made(base, tmp_path / "whole", steps=40, optimizer="prodigy", lr=1.0)
     train(whole)
     config = replace(whole, out=str(tmp_path / "killed"))
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
@@ -402,10 +471,11 @@ def test_prompts_of_the_grammar(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(base, tmp_path):
+@pytest.mark.parametrize("made", [settings, mending])
+def test_two_processes_learn_what_one_learns(base, tmp_path, made):
     """`accelerate launch` with gloo: the same global batch, the same losses and weights."""
-    one = settings(base, tmp_path / "one", batch=4)
-    two = settings(base, tmp_path / "two", batch=2)
+    one = made(base, tmp_path / "one", batch=4)
+    two = made(base, tmp_path / "two", batch=2)
     for config, processes in ((one, 1), (two, 2)):
         path = tmp_path / f"{processes}.json"
         path.write_text(json.dumps(config.to_dict()))
@@ -425,18 +495,20 @@ def test_two_processes_learn_what_one_learns(base, tmp_path):
         torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4)
 
 
-def test_tensorboard(base, tmp_path):
+@pytest.mark.parametrize("made", [settings, mending])
+def test_tensorboard(base, tmp_path, made):
     pytest.importorskip("tensorboard")
-    train(settings(base, tmp_path, steps=2, validate_every=2, tracker="tensorboard"))
+    train(made(base, tmp_path, steps=2, validate_every=2, tracker="tensorboard"))
     assert list((tmp_path / "ddit").glob("**/events*"))
 
 
-def test_dry_run_counts_what_training_holds(base, tmp_path, capsys):
+@pytest.mark.parametrize("made", [settings, mending])
+def test_dry_run_counts_what_training_holds(base, tmp_path, capsys, made):
     """Against the real thing: parameters, optimizer state and average of a run on this base."""
-    command = ["train", "--dry-run", "--model", str(base / "model"), "--rank", "2", "--json", str(tmp_path / "p.json")]
-    assert main(command) == 0
+    command = ["train", "--dry-run", "--model", str(base / "model"), "--json", str(tmp_path / "p.json")]
+    assert main([*command, *(["--asks", "--rank", "2"] if made is settings else [])]) == 0
     figures = json.loads((tmp_path / "p.json").read_text())
-    train(settings(base, tmp_path / "run", steps=1, optimizer="prodigy", lr=None))
+    train(made(base, tmp_path / "run", steps=1, optimizer="prodigy", lr=None))
     count = sum(t.numel() for t in weights(tmp_path / "run" / "adapter").values())
     assert figures["adapter_parameters"] == count
     state = torch.load(checkpoints(tmp_path / "run")[0], weights_only=True)

@@ -4,6 +4,9 @@ Per scale s: a patch embedding, a de-embedding, a residual path, a patch-size ve
 layers of every block. All of them start at zero and are added to what the model computes without training, so a new
 adapter changes nothing and the frozen weights, with whatever LoRA their user put on them, stay in use at every scale.
 Adding ``delta`` to the model's own projection of pooled patches is the paper's extra projection ``w_s = W M + delta``.
+
+An adapter may also leave the model alone (``asks=False``): of all parts it then has the path past the transformer only,
+in a form that mends forecasts (`ddit.forecaster`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddit.config import Positions, Start
+from ddit.forecaster import Forecaster
 from ddit.models import architecture_for
+from ddit.models.base import Anchor
 
 
 class LowRank(nn.Module):
@@ -138,6 +143,8 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         anchored: See `ddit.ScheduleConfig.anchored`; the adapter then sees what the last step at scale 1 predicted.
         residual: Whether there is a residual path from the latents to the output.
         size_vector: Whether there is a patch-size vector.
+        asks: Whether large patches ask the model. ``False``: a path past it mends forecasts alone.
+        patch: The model's own patch size in latent pixels.
         detail_variance: Scale -> variance per channel of what pooling loses, measured on the base's samples; used where
             `ddit.apply` gets none.
         steps_trained: Number of optimiser steps so far.
@@ -161,12 +168,16 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         anchored: bool = True,
         residual: bool = True,
         size_vector: bool = True,
+        asks: bool = True,
+        patch: int = 2,
         detail_variance: dict[str, list[float]] | None = None,
         steps_trained: int = 0,
         ddit_version: str = "",
     ) -> None:
         super().__init__()
         self.anchored = anchored
+        self.asks = asks
+        self.path = None if asks else Forecaster(features // patch**2, patch)
         self.inputs = {s: features * s * s * (2 if anchored else 1) for s in scales}
         self.parts = nn.ModuleDict(
             {
@@ -180,6 +191,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
                     size_vector=size_vector,
                 )
                 for s in scales
+                if asks
             }
         )
         self._state = AdapterState()
@@ -197,6 +209,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         anchored: bool | None = None,
         residual: bool = True,
         size_vector: bool = True,
+        asks: bool = True,
         detail_variance: Mapping[int, Sequence[float]] | None = None,
     ) -> PatchAdapter:
         """A new adapter for a transformer, which computes exactly what the model does without one.
@@ -204,9 +217,11 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         Args:
             positions: By default ``grid`` for ``noise-consistent`` and ``interpolated`` (the paper's) for ``bilinear``.
             anchored: By default yes for ``noise-consistent`` and no (the paper's) for ``bilinear``.
+            asks: ``False`` leaves out all parts but a path past the model, which mends forecasts.
 
         Raises:
-            ValueError: For an unsupported model, scales that are no powers of two above 1, or a negative rank.
+            ValueError: For an unsupported model, scales that are no powers of two above 1, a negative rank, or no
+                anchors for an adapter that does not ask.
         """
         from ddit import __version__
 
@@ -215,6 +230,9 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"scales of an adapter are {tuple(scales)}; they must be distinct powers of two above 1")
         if rank < 0:
             raise ValueError(f"rank is {rank}; it must be at least 0, and 0 leaves LoRA out")
+        anchored = start == "noise-consistent" if anchored is None else anchored
+        if not (asks or anchored):
+            raise ValueError("an adapter that does not ask the model mends forecasts: it needs anchored=True")
         return cls(
             base=type(transformer).__name__,
             base_hash=config_hash(transformer),
@@ -225,9 +243,11 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             rank=rank,
             start=start,
             positions=positions or ("grid" if start == "noise-consistent" else "interpolated"),
-            anchored=start == "noise-consistent" if anchored is None else anchored,
+            anchored=anchored,
             residual=residual,
             size_vector=size_vector,
+            asks=asks,
+            patch=architecture.patch_size,
             detail_variance={str(s): list(v) for s, v in (detail_variance or {}).items()},
             ddit_version=__version__,
         )
@@ -294,6 +314,8 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             ValueError: See `check`; also for a transformer with an adapter on it.
         """
         self.check(transformer)
+        if not self.asks:
+            return Attachment([], [])
         architecture = architecture_for(transformer)
         layers = architecture.feed_forward() if self.config["rank"] else []
         if any(_LOW_RANK in vars(layer) for _, layer in layers):
@@ -321,8 +343,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         Returns:
             The call, of which ``correction`` is to be added to the velocity afterwards.
         """
-        if self.device != patches.device:
-            nn.Module.to(self, patches.device)
+        self._join(patches.device)
         call = AdapterCall(patches.to(self.dtype))
         with self.low_rank_at(scale):
             self._call = call
@@ -330,6 +351,16 @@ class PatchAdapter(ModelMixin, ConfigMixin):
                 yield call
             finally:
                 self._call = None
+
+    def correction(self, latents: Tensor, sigma: Tensor, anchor: Anchor) -> Tensor:
+        """What to add to a forecast without asking the model, see `ddit.forecaster.Forecaster`."""
+        assert self.path is not None, "an adapter that asks has no path past the model"
+        self._join(latents.device)
+        return self.path(latents, sigma, anchor)
+
+    def _join(self, device: torch.device) -> None:
+        if self.device != device:
+            nn.Module.to(self, device)
 
     @contextmanager
     def low_rank_at(self, scale: int) -> Iterator[None]:

@@ -85,7 +85,7 @@ def apply(
             )
         adapter = adapter if isinstance(adapter, PatchAdapter) else PatchAdapter.from_pretrained(adapter)
         adapter.check(architectures[0].transformer)
-        if _parallel(architectures[0].transformer) is not None:
+        if adapter.asks and _parallel(architectures[0].transformer) is not None:
             raise ValueError(
                 "an adapter does not work on a transformer whose tokens are spread over several devices; "
                 "leave it out (--adapter none), or draw a picture on each device with accelerate launch"
@@ -264,8 +264,8 @@ class Handle:
         architecture = self._seats[0].architecture
         tokens = {s: architecture.tokens(generation.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(generation.examples[s], s, self.adapter) for s in scales}
-        asked = self.config.speedup or None
-        return Report(tuple(generation.steps), tokens, flops, generation.forced, self._share, asked)
+        asked, forecast = self.config.speedup or None, generation.forecast
+        return Report(tuple(generation.steps), tokens, flops, generation.forced, self._share, asked, forecast)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -395,6 +395,8 @@ class Handle:
         if len(self._generation.examples) < len(self.config.scales):  # none, or those of a forced step
             self._generation.examples = self._examples(arch, inputs)
             self._generation.run = self._levels()
+            if self.adapter is not None and not self.adapter.asks and arch.obstacle(inputs) is None:
+                self._generation.forecast = arch.count_forecast(arch.latents(inputs), self.adapter)
             if self.config.speedup:
                 self._generation.costs = self._costs(arch)
 
@@ -409,7 +411,7 @@ class Handle:
         """Scale -> work of a step after an anchor, in steps at scale 1."""
         examples, asks = self._generation.examples, arch.asks(self.config, self.adapter)
         flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-        return {s: n / flops[1] if s == 1 or asks else 0.0 for s, n in flops.items()}
+        return {s: (n if s == 1 or asks else self._generation.forecast) / flops[1] for s, n in flops.items()}
 
     def _plain_step(
         self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -86,10 +86,10 @@ class Budget:
                 "apply ddit to the pipeline, or give a threshold"
             )
         if moment.step == 0:
-            self.scales = self._plan(moment.sigmas, moment.costs)
+            self.scales = self.plan(moment.sigmas, moment.costs)
         return [self.scales[moment.step]] * len(moment.stats)
 
-    def _plan(self, sigmas: Sequence[float], costs: Mapping[int, float]) -> list[int]:
+    def plan(self, sigmas: Sequence[float], costs: Mapping[int, float]) -> list[int]:
         """Scales of a run, whose work comes as near to the budget as whole steps can."""
         config, total = self.config, len(sigmas)
         warmup = min(config.warmup, total)

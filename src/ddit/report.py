@@ -48,6 +48,8 @@ class Report:
     """What a call costs in which a cache answers, as a fraction of the whole call."""
     asked: float | None = None
     """The speedup that was asked for; what was got is ``1 / flops_fraction``."""
+    forecast: int = 0
+    """Floating-point operations of a step in which the model was not asked: those of an adapter's path."""
 
     @property
     def scales(self) -> list[list[int]]:
@@ -62,23 +64,27 @@ class Report:
     @property
     def flops_fraction(self) -> float:
         """Floating-point operations, as a fraction of those of a run at scale 1."""
-        return self._fraction(self.flops)
+        return self._fraction(self.flops, forecast=self.forecast)
 
     @property
     def flops_fractions(self) -> list[float]:
         """`flops_fraction` of each sample."""
-        return [self._fraction(self.flops, [i]) for i in range(len(self.steps[0].scales))]
+        return [self._fraction(self.flops, [i], self.forecast) for i in range(len(self.steps[0].scales))]
 
     @property
     def seconds(self) -> float:
         """Host time inside the transformer's calls."""
         return sum(step.seconds for step in self.steps)
 
-    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None) -> float:
+    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None, forecast: int = 0) -> float:
         share = self.reused_share
         chosen = range(len(self.steps[0].scales)) if samples is None else samples
-        calls = [(step.scales[i], step.calls(i, share)) for step in self.steps for i in chosen]
-        return sum(costs[s] * count for s, count in calls) / (len(calls) * costs[1])
+        spent = [
+            costs[step.scales[i]] * step.calls(i, share) + forecast * (i in step.skipped)
+            for step in self.steps
+            for i in chosen
+        ]
+        return sum(spent) / (len(spent) * costs[1])
 
     def strip(self, sample: int = 0) -> str:
         """The schedule of one sample on a line, such as ``1 1 1 4 (4) 2 - 1``.
@@ -98,6 +104,7 @@ class Report:
             "step_seconds": [step.seconds for step in self.steps],
             "tokens": dict(self.tokens),
             "flops": dict(self.flops),
+            "forecast_flops": self.forecast,
             "tokens_fraction": self.tokens_fraction,
             "flops_fraction": self.flops_fraction,
             "seconds": self.seconds,

@@ -141,12 +141,15 @@ class Generation:
     """Noise levels of all steps; empty where nobody knows."""
     costs: dict[int, float] = field(default_factory=dict)
     """Scale -> work of a step after an anchor, in steps at scale 1; only where a budget needs it."""
+    forecast: int = 0
+    """FLOPs of one sample's step in which the model is not asked."""
     forced: str | None = None
     """Why some steps had to stay at scale 1, or ``None``."""
 
     def finished(self) -> Generation:
         """The same record without the latents."""
-        return Generation(self.config, steps=self.steps, examples=self.examples, forced=self.forced)
+        kept = {name: getattr(self, name) for name in ("steps", "examples", "forecast", "forced")}
+        return Generation(self.config, **kept)
 
     def repeats(self, z: Tensor, sigma: float) -> bool:
         """Whether a call is a further guidance pass of the current step: same noise level, same latents."""

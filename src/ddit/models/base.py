@@ -45,6 +45,7 @@ class Adapter(Protocol):
 
     config: Any
     anchored: bool
+    asks: bool
     inputs: dict[int, int]
 
     @classmethod
@@ -53,6 +54,8 @@ class Adapter(Protocol):
     def attach(self, transformer: nn.Module) -> Any: ...
 
     def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
+
+    def correction(self, latents: Tensor, sigma: Tensor, anchor: Anchor) -> Tensor: ...
 
 
 @dataclass
@@ -315,8 +318,8 @@ class Architecture(ABC):
                 ``[B]`` (`ddit.patches.half_log_snr`) and the answer of this step, unless the gain is 0.
             variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples; used
                 without an anchor.
-            adapter: Attached to the transformer; adds what it learnt to the step. One that was trained on steps with an
-                anchor stays silent in a step without.
+            adapter: Adds what it learnt to the step; attached to the transformer, if it asks it. One that was trained
+                on steps with an anchor stays silent in a step without.
 
         Returns:
             Velocity ``[B, C, ..., H, W]``, float32.
@@ -336,9 +339,11 @@ class Architecture(ABC):
             return crop(velocity, *z.shape[-2:])
         level, correction = half_log_snr(sigma), 0.0
         expected, clean = (pad_to_multiple(line.at(level), multiple) for line in (anchor.velocity, anchor.clean))
-        if adapter is not None:
+        if adapter is not None and adapter.asks:
             _, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, clean)
             correction = learnt * expand(anchor.distance(level), learnt)
+        elif adapter is not None:
+            correction = pad_to_multiple(adapter.correction(z.float(), sigma, anchor), multiple)
         if config.gain > 0:
             assert low is not None, "an anchor comes with what the coarse grid said there"
             answer = self.low_velocity(forward, inputs, scale, config)
@@ -349,7 +354,7 @@ class Architecture(ABC):
     @staticmethod
     def asks(config: ScheduleConfig, adapter: Adapter | None) -> bool:
         """Whether a step with large patches calls the model at all, once there was one at scale 1."""
-        return not config.anchored or adapter is not None or config.gain > 0
+        return not config.anchored or config.gain > 0 or (adapter is not None and adapter.asks)
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
         """Floating-point operations of one call, counted by PyTorch on the meta device.
@@ -359,7 +364,7 @@ class Architecture(ABC):
             adapter: Counted along at scales above 1.
         """
         model: Any = self.transformer
-        adapter = adapter if scale > 1 else None
+        adapter = adapter if adapter is not None and adapter.asks and scale > 1 else None
         shapes = tuple((name, tuple(v.shape)) for name, v in inputs.items() if isinstance(v, Tensor))
         key = (type(model), str(model.config), shapes, scale, str(adapter and adapter.config))
         if key not in _COUNTED:
@@ -376,6 +381,20 @@ class Architecture(ABC):
                     learnt.attach(twin)
                     with learnt.at(scale, patches):
                         twin(**call)
+            _COUNTED[key] = counter.get_total_flops()
+        return _COUNTED[key]
+
+    @staticmethod
+    def count_forecast(latents: Tensor, adapter: Adapter) -> int:
+        """Floating-point operations of one sample's step in which the model is not asked: those of an adapter's path.
+
+        Those of the forecast itself, some additions per latent pixel, are not counted.
+        """
+        key = (type(adapter), str(adapter.config), tuple(latents.shape[1:]))
+        if key not in _COUNTED:
+            with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+                z, sigma = torch.empty(1, *latents.shape[1:]), torch.empty(1)
+                type(adapter).from_config(adapter.config).correction(z, sigma, Anchor.after(z, sigma, z))
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
 

@@ -25,6 +25,8 @@ CHOICES: dict[str, Any] = {
     "start": Start,
     "positions": Positions,
 }
+OF_ASKING = ("rank", "residual", "size_vector", "weighting")
+"""Fields that mean nothing to an adapter which does not ask the model."""
 LIVE = ("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out")
 """Fields that may change when a run is resumed."""
 
@@ -55,13 +57,16 @@ class TrainConfig:
     shard: int = 64
     """Samples per file."""
     speedups: tuple[float, float] = (2.0, 6.0)
-    """Lowest and highest speedup of the samples' own runs, without asking large patches; each draws one between. Take
-    those of later use."""
+    """Lowest and highest speedup of the runs that are learnt from, without asking large patches; each draws one
+    between. Take those of later use."""
     height: int | None = None
     width: int | None = None
 
     scales: tuple[int, ...] = (2, 4)
     """Scales above 1 to train."""
+    asks: bool | None = None
+    """Whether large patches ask the model, as in the paper. By default they don't where steps are anchored, since the
+    work is better spent on steps at scale 1: a path past the model then mends forecasts."""
     rank: int = 32
     """Rank of LoRA; 0 leaves it out."""
     start: Start = "noise-consistent"
@@ -123,6 +128,19 @@ class TrainConfig:
             if name != "positions" or self.positions is not None:
                 check_choice(name, getattr(self, name), options)
         object.__setattr__(self, "scales", tuple(self.scales))
+        anchored = self.start == "noise-consistent" if self.anchored is None else self.anchored
+        if self.asks is None:
+            object.__setattr__(self, "asks", not anchored)
+        if not self.asks:
+            if not anchored:
+                raise ValueError("an adapter that does not ask the model mends forecasts: it needs anchored=True")
+            default = {f.name: f.default for f in fields(self)}
+            idle = [name for name in OF_ASKING if getattr(self, name) != default[name]]
+            if idle:
+                raise ValueError(
+                    f"{', '.join(idle)} belong to an adapter that asks the model at large patches; "
+                    "set asks too (--asks), or leave them out"
+                )
         counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):
             _at_least(name, getattr(self, name), 1)
@@ -148,7 +166,7 @@ class TrainConfig:
     @property
     def adapter_settings(self) -> dict[str, Any]:
         """Arguments of `ddit.PatchAdapter.for_model`."""
-        names = ("scales", "rank", "start", "positions", "anchored", "residual", "size_vector")
+        names = ("scales", "rank", "start", "positions", "anchored", "residual", "size_vector", "asks")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -59,7 +59,7 @@ def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Dra
     records = [d.record for d in draws]
     steps = [[*samples.anchors(d.record, d.step), d.step] for d in draws]
     latents, velocities, call = samples.load(records, steps)
-    call = {k: _placed(v, device, dtype if k in architecture.batched else None) for k, v in call.items()}
+    call = {k: placed(v, device, dtype if k in architecture.batched else None) for k, v in call.items()}
     table = torch.tensor([[samples.sigmas[i] for i in chosen] for chosen in steps], device=device)
     (z0, z1, z), (v0, v1, v) = (list(x.to(device).float().unbind(1)) for x in (latents, velocities))
     sigma0, sigma1, sigma = table.unbind(1)
@@ -68,7 +68,7 @@ def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Dra
     return Batch(inputs, [d.scale for d in draws], sigma, v, anchor)
 
 
-def _placed(value: Any, device: Any, dtype: Any) -> Any:
+def placed(value: Any, device: Any, dtype: Any) -> Any:
     """A tensor on the device, in the dtype where it is floating-point."""
     if not isinstance(value, Tensor):
         return value

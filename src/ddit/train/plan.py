@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         adapter = PatchAdapter.for_model(transformer, **config.adapter_settings)
     parts: dict[str, int] = {}
     for name, p in adapter.named_parameters():
-        part = name.split(".")[2]
+        part = name.split(".")[2] if adapter.asks else "path"
         parts[part] = parts.get(part, 0) + p.numel()
     trained = sum(parts.values())
-    started = sum(p.numel() for name, p in adapter.named_parameters() if name.endswith("down.weight"))
+    started = sum(p.numel() for name, p in adapter.named_parameters() if _STARTED.search(name))
     # Prodigy keeps the first weights, but for those that are all zero.
     state = started * _state_per_parameter(config, 1.0) + (trained - started) * _state_per_parameter(config, 0.0)
     base = sum(p.numel() for p in transformer.parameters())
@@ -47,6 +48,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "adapter_file_bytes": {"float32": 4 * trained, "bfloat16": 2 * trained},
         "bytes": {**bytes_used, "total": sum(bytes_used.values())},
     }
+
+
+_STARTED = re.compile(r"down\.weight|path\.(first|mix|levels\.0)\.")
+"""Names of parameters that are not zero at first."""
 
 
 def _state_per_parameter(config: TrainConfig, value: float) -> float:

@@ -1,14 +1,17 @@
-"""What an adapter is distilled on: training-free runs of the base, and what the base says at each of their steps.
+"""What an adapter is distilled on: runs of the base, and what the base says at each of their steps.
 
-Runs with large patches leave the plain path a little. Their latents are those that an adapter meets in use, and the
-base's velocity there is what it should have answered (DAgger, arXiv 1011.0686). Sharded safetensors, resumable.
+An adapter that asks the model learns from training-free runs. They leave the plain path a little. Their latents are
+those that it meets in use, and the base's velocity there is what it should have answered (DAgger, arXiv 1011.0686). One
+that mends forecasts runs anew in training and needs plain runs, which it should not leave. Sharded safetensors,
+resumable.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -83,6 +87,28 @@ class Samples:
         scales = self.scales[index // self.passes]
         return [i for i in range(step) if scales[i] == 1][-2:]
 
+    @cached_property
+    def guidance(self) -> Tensor:
+        """Weight of each guidance pass in the velocity of the path ``[passes]``, read off the first plain run.
+
+        Raises:
+            ValueError: Where the latents did not move by a fixed mix of the passes' velocities.
+        """
+        steps = range(len(self.sigmas))
+        latents, velocity, _ = self.load(range(self.passes), [steps] * self.passes)
+        path = torch.cat([latents[0], self.clean(0)]).double()
+        moved = path.diff(dim=0).flatten()
+        sizes = torch.tensor([*self.sigmas, 0.0], dtype=torch.float64).diff().reshape(-1, *[1] * (path.ndim - 1))
+        basis = torch.stack([(sizes * v).flatten() for v in velocity.double()], 1)
+        weights = torch.linalg.lstsq(basis, moved[:, None]).solution[:, 0]
+        off = float((basis @ weights - moved).norm() / moved.norm())
+        if off > 0.01:
+            raise ValueError(
+                f"the runs in {self.folder} move by no fixed mix of their guidance passes ({off:.0%} off), "
+                "which mending forecasts needs; train with --asks"
+            )
+        return weights.float()
+
     def clean(self, index: int) -> Tensor:
         """Where a record's run ended, ``[1, C, ..., H, W]``."""
         shard, row = divmod(index // self.passes, self.manifest["shard"])
@@ -133,6 +159,18 @@ class Samples:
             ) from error
 
 
+@contextmanager
+def by_euler(pipe: Any) -> Iterator[None]:
+    """The pipeline samples by Euler's method inside the block, at the noise levels of its own sampler's shift."""
+    own = pipe.scheduler
+    if not isinstance(own, FlowMatchEulerDiscreteScheduler):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=own.config.get("flow_shift", 1.0))
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
 class Varied:
     """A speedup of its own for each sample of the batch."""
 
@@ -180,7 +218,7 @@ def draw_samples(
     settings: dict[str, Any],
     prompts: list[str] | None,
     *,
-    speedups: tuple[float, float],
+    speedups: tuple[float, float] | None,
     batch: int,
     shard: int,
     seed: int,
@@ -194,7 +232,8 @@ def draw_samples(
     Args:
         settings: Arguments of the pipeline's call.
         prompts: ``None`` takes those of the samples already begun in the folder.
-        speedups: Each run draws its own between these, evenly in their logarithm.
+        speedups: Each run draws its own between these, evenly in their logarithm. ``None``: plain runs, by Euler's
+            method whatever the pipeline's sampler is, so that they can be run anew from any step.
         wait: Returns when all processes have called it.
 
     Raises:
@@ -205,7 +244,7 @@ def draw_samples(
         "base": type(pipe.transformer).__name__,
         "base_hash": config_hash(pipe.transformer),
         "settings": settings,
-        "speedups": list(speedups),
+        "speedups": speedups and list(speedups),
         "seed": seed,
         "shard": shard,
         "version": VERSION,
@@ -244,7 +283,7 @@ class _Runs:
 
     pipe: Any
     settings: dict[str, Any]
-    speedups: tuple[float, float]
+    speedups: tuple[float, float] | None
     preset: Preset | None
     batch: int
 
@@ -270,12 +309,20 @@ class _Runs:
         self, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """Tensors with an axis of samples, those without, and facts."""
-        pipe, config = self.pipe, ScheduleConfig(speedup=self.speedups[1])
+        pipe, policy, variance = self.pipe, None, None
         architecture = architecture_for(pipe.transformer)
-        low, high = (np.log(s) for s in self.speedups)
-        policy = Varied([float(np.exp(np.random.default_rng(seed).uniform(low, high))) for seed in seeds])
-        variance = self.preset.detail_variance if self.preset else None
-        with apply(pipe, config=config, policy=policy, detail_variance=variance) as handle, recorded(pipe) as calls:
+        if self.speedups is None:
+            config = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
+        else:
+            config = ScheduleConfig(speedup=self.speedups[1])
+            low, high = (np.log(s) for s in self.speedups)
+            policy = Varied([float(np.exp(np.random.default_rng(seed).uniform(low, high))) for seed in seeds])
+            variance = self.preset.detail_variance if self.preset else None
+        with (
+            nullcontext() if self.speedups else by_euler(pipe),
+            apply(pipe, config=config, policy=policy, detail_variance=variance) as handle,
+            recorded(pipe) as calls,
+        ):
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(self.settings, len(seeds))
             latents = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
 from ddit.progress import progress
+from ddit.train import rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
+from ddit.train.rollout import Course
 from ddit.train.samples import Samples, draw_samples, read_prompts
-from ddit.train.validation import save_pictures, validate
+from ddit.train.validation import save_pictures, validate, validate_runs
 
 
 def train(config: TrainConfig) -> Path:
@@ -117,7 +119,7 @@ class Run:
             pipe,
             settings,
             prompts,
-            speedups=config.speedups,
+            speedups=config.speedups if config.asks else None,
             batch=config.sample_batch,
             shard=config.shard,
             seed=config.seed,
@@ -126,10 +128,10 @@ class Run:
             processes=accelerator.num_processes,
             wait=accelerator.wait_for_everyone,
         )
-        if len(samples) <= config.validation:
+        if len(samples) // (1 if config.asks else samples.passes) <= config.validation:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
-        first_kept = len(samples) - config.validation
-        if not samples.usable or not samples.usable[0] < first_kept <= samples.usable[-1]:
+        first_kept, usable = len(samples) - config.validation, samples.usable if config.asks else []
+        if config.asks and not (usable and usable[0] < first_kept <= usable[-1]):
             raise ValueError(
                 f"too few runs in {samples.folder} took large patches, to train on or to validate; "
                 "draw others with higher --speedups, in another folder"
@@ -171,6 +173,11 @@ class Run:
         """Number of records to train on; those behind are for validation."""
         return len(self.samples) - self.config.validation
 
+    @property
+    def whole_runs(self) -> int:
+        """The same in runs, for an adapter that is judged by whole runs."""
+        return len(self.samples) // self.samples.passes - self.config.validation
+
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over the global batch."""
         started = time.perf_counter()
@@ -181,7 +188,7 @@ class Run:
         loss = torch.zeros((), device=accelerator.device)
         for begin in range(first, first + config.batch * config.accumulation, config.batch):
             numbers = range(begin, begin + config.batch)
-            loss += self._backward([draw(config, self.samples, self.records, self.step, n) for n in numbers], total)
+            loss += self._backward(numbers, total) if self.adapter.asks else self._backward_runs(numbers, total)
         self._reduce(loss)
         value = loss.item()
         norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), config.clip or math.inf)
@@ -208,10 +215,28 @@ class Run:
         with self.accelerator.autocast():
             return errors(transformer, self.architecture, form, adapter, self.variance, batch, scale, rows)
 
-    def _backward(self, draws: list[Draw], total: int) -> Tensor:
-        """Gradients of this batch's part of the loss; scales one after another, to hold one graph at a time."""
+    def run_errors(
+        self, numbers: list[int], course: Course, adapter: PatchAdapter | None, *, whole: bool = False
+    ) -> Tensor:
+        """See `rollout.errors`; ``whole`` runs begin where the plain ones do."""
+        transformer, before = self.pipe.transformer, None if whole else rollout.BEFORE
+        runs = rollout.Runs(self.samples, numbers, self.accelerator.device, transformer.dtype)
+        with self.accelerator.autocast():
+            return rollout.errors(transformer, self.architecture, self.form, adapter, runs, course, before=before)
+
+    def _backward_runs(self, numbers: Sequence[int], total: int) -> Tensor:
+        """Gradients of this batch's part of the loss, for an adapter that does not ask the model."""
+        course = rollout.draw_course(self.config, self.samples.sigmas, self.step)
+        chosen = rollout.draw_runs(self.config, self.whole_runs, self.step, numbers)
+        error = self.run_errors(chosen, course, self.adapter)
+        loss = rollout.decibels(error).mean(1).sum() / total
+        loss.backward()
+        return loss.detach()
+
+    def _backward(self, numbers: Sequence[int], total: int) -> Tensor:
+        """The same for one that asks; scales one after another, to hold one graph at a time."""
         share = torch.zeros((), device=self.accelerator.device)
-        batch = self.load(draws)
+        batch = self.load([draw(self.config, self.samples, self.records, self.step, n) for n in numbers])
         for scale, rows in groups(batch.scales).items():
             error = self.errors(batch, scale, rows, self.adapter)
             loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
@@ -267,14 +292,15 @@ class Run:
             return
         out = Path(self.config.out)
         with self.averaged():
-            rows = validate(self)
+            rows = validate(self) if self.adapter.asks else validate_runs(self)
             if self.config.pictures:
                 (out / "pictures").mkdir(exist_ok=True)
                 save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
         with (out / "validation.jsonl").open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.config.tracker:
-            named = {f"error/scale{r['scale']}/sigma{r['sigma']}": r["error"] for r in rows}
+            kinds = ("scale", "sigma", "speedup")
+            named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
             self.accelerator.log(named, step=self.step)
 
     def save(self) -> None:

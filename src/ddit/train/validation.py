@@ -1,4 +1,4 @@
-"""How good an adapter is: velocity errors on samples kept apart, and a grid of pictures."""
+"""How good an adapter is: errors on samples kept apart, and a grid of pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from ddit.generate import run as generate
 from ddit.outputs import frames, save_png
+from ddit.train import rollout
 from ddit.train.distill import Draw
 
 if TYPE_CHECKING:
@@ -48,15 +49,41 @@ def validate(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.no_grad()
+def validate_runs(run: Run) -> list[dict[str, Any]]:
+    """Per speedup, distance of whole runs from the plain one at their end in dB, with the adapter and without.
+
+    Below zero, the lower the nearer: a PSNR of latents with its sign turned.
+    """
+    low, high = run.config.speedups
+    numbers = list(range(run.whole_runs, run.whole_runs + run.config.validation))
+    scale, rows = min(run.config.scales), []
+    for speedup in sorted({low, round((low * high) ** 0.5, 2), high}):
+        fine = rollout.plan(speedup, scale, run.samples.sigmas)
+        course = rollout.Course(scale, fine, len(fine) - 1)
+        learnt, free = [], []
+        for begin in range(0, len(numbers), run.config.batch):
+            part = numbers[begin : begin + run.config.batch]
+            for values, adapter in ((learnt, run.adapter), (free, None)):
+                values += rollout.decibels(run.run_errors(part, course, adapter, whole=True)[:, -1]).tolist()
+        errors = {"error": float(np.mean(learnt)), "training_free": float(np.mean(free))}
+        rows.append({"step": run.step, "speedup": speedup, "steps_at_scale_1": len(fine), **errors})
+    return rows
+
+
 def save_pictures(run: Run, path: Path) -> None:
-    """PNG: plain above, below it each scale held for the first half of the steps."""
+    """PNG: plain above, below it each scale held for the first half of the steps, or the validated speedups."""
     count = min(run.config.pictures, run.config.validation)
-    prompts = [run.samples.prompt(i) for i in range(run.records, run.records + count)]
+    begin = len(run.samples) - run.config.validation * (1 if run.adapter.asks else run.samples.passes)
+    prompts = [run.samples.prompt(begin + i) for i in range(count)]
     settings = run.samples.manifest["settings"]
     seeds = list(range(count))
     bands = [generate(run.pipe, prompts, seeds, settings).pictures]
-    for scale in run.config.scales:
-        config = replace(run.form, policy="first", scales=(1, scale))
+    if run.adapter.asks:
+        configs = [replace(run.form, policy="first", scales=(1, scale)) for scale in run.config.scales]
+    else:
+        configs = [replace(run.form, speedup=speedup, warmup=2) for speedup in run.config.speedups]
+    for config in configs:
         with run.detached():
             drawn = generate(run.pipe, prompts, seeds, settings, config=config, adapter=run.adapter)
         bands.append(drawn.pictures)
