@@ -197,13 +197,13 @@ def test_each_sample_of_a_batch_is_mended_by_itself(pipe):
     architecture = architecture_for(pipe.transformer)
     torch.manual_seed(0)
     for shape in ((2, 4, 8, 12), (2, 4, 3, 8, 12)):
-        z, sigma = torch.randn(shape), torch.tensor([0.4, 0.2])
+        sigma = torch.tensor([0.4, 0.2])
         before = Anchor.after(torch.randn(shape), torch.tensor([0.9, 0.8]), torch.randn(shape))
         anchor = Anchor.after(torch.randn(shape), torch.tensor([0.6, 0.5]), torch.randn(shape), before)
-        both = adapter.correction(z, sigma, anchor)
+        both = adapter.correction(sigma, anchor)
         assert both.shape == shape and architecture.channels == 4
         for i in range(2):
-            alone = adapter.correction(z[i : i + 1], sigma[i : i + 1], anchor.rows([i]))
+            alone = adapter.correction(sigma[i : i + 1], anchor.rows([i]))
             torch.testing.assert_close(both[i : i + 1], alone)
 
 

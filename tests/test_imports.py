@@ -22,6 +22,7 @@ GROUPS = (
     ("ddit",),
     ("ddit.api",),
     ("ddit.adapter", "ddit.state", "ddit.caches"),
+    ("ddit.forecaster",),
     ("ddit.models",),
     ("ddit.models.*",),
     ("ddit.models.base",),

@@ -95,11 +95,12 @@ def test_a_clip_from_the_command_line(wan, tmp_path, capsys):
     assert "must end in .mp4" in capsys.readouterr().err
 
 
-def test_an_adapter_for_wan_from_the_command_line(wan, tmp_path):
+@pytest.mark.parametrize("kind", [["--asks", "--rank", "2"], []])
+def test_an_adapter_for_wan_from_the_command_line(wan, tmp_path, kind):
     """Train, use, and its pictures: the frames of each clip in a row."""
     (tmp_path / "p.txt").write_text("".join(f"{clip.prompt}\n" for clip in islice(clips(0, "train"), 6)))
     run = tmp_path / "run"
-    flags = ["--prompts", str(tmp_path / "p.txt"), "--out", str(run), "--steps", "2", "--batch", "2", "--rank", "2"]
+    flags = ["--prompts", str(tmp_path / "p.txt"), "--out", str(run), "--steps", "2", "--batch", "2", *kind]
     flags += ["--optimizer", "adamw", "--validation", "2", "--pictures", "1", "--cpu", "--speedups", "2", "4"]
     assert main(["train", "--model", wan, *flags]) == 0
     assert np.asarray(Image.open(run / "pictures" / "step-000002.png")).shape == (3 * 64, 9 * 64, 3)

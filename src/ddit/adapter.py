@@ -25,7 +25,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ddit.config import Positions, Start
+from ddit.config import Positions, ScheduleConfig, Start
 from ddit.forecaster import Forecaster
 from ddit.models import architecture_for
 from ddit.models.base import Anchor
@@ -283,6 +283,11 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         form = {name: self.config[name] for name in ("start", "positions", "anchored")}
         return {**form, "gain": 0.0} if self.anchored else form
 
+    def fits(self, config: ScheduleConfig) -> bool:
+        """Whether a schedule asks for no other form of a step, and no scale that the adapter lacks."""
+        same = all(getattr(config, name) == value for name, value in self.form.items())
+        return same and set(config.scales) <= {1, *self.scales}
+
     @property
     def detail_variance(self) -> dict[int, list[float]]:
         return {int(s): v for s, v in (self.config["detail_variance"] or {}).items()}
@@ -352,11 +357,11 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             finally:
                 self._call = None
 
-    def correction(self, latents: Tensor, sigma: Tensor, anchor: Anchor) -> Tensor:
+    def correction(self, sigma: Tensor, anchor: Anchor) -> Tensor:
         """What to add to a forecast without asking the model, see `ddit.forecaster.Forecaster`."""
         assert self.path is not None, "an adapter that asks has no path past the model"
-        self._join(latents.device)
-        return self.path(latents, sigma, anchor)
+        self._join(sigma.device)
+        return self.path(sigma, anchor)
 
     def _join(self, device: torch.device) -> None:
         if self.device != device:

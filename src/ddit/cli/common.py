@@ -19,12 +19,12 @@ def add_command(commands: Any, name: str, run: Callable[..., None] | None, text:
     return command
 
 
-def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> None:
-    """Which model, what it needs beside, and how it is called."""
+def model_options(command: argparse.ArgumentParser, *, adapter: str | None = "none") -> None:
+    """Which model, what it needs beside, and how it is called; ``adapter`` names the default in words."""
     command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    if adapter:
+    if adapter is not None:
         command.add_argument(
-            "--adapter", help="folder or hub id of an adapter; embedded is the embedded model's (default: none)"
+            "--adapter", help=f"folder or hub id of an adapter; embedded is the embedded model's (default: {adapter})"
         )
     command.add_argument(
         "--preset",

@@ -29,7 +29,7 @@ def add_draw(commands: Any) -> None:
     generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
     generate.add_argument("prompt", nargs="?")
     generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
-    model_options(generate)
+    model_options(generate, adapter="that of an embedded model, where it fits the schedule; none leaves it out")
     _schedule_options(generate)
     generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
     generate.add_argument("--seed", type=int, default=0)
@@ -161,6 +161,8 @@ class Drawing:
     config: ScheduleConfig
     settings: dict[str, Any]
     """Arguments of the pipeline's call."""
+    adapter: str
+    """Name of the adapter, or none."""
     same: dict[str, Any]
     """Arguments of `ddit.generate.run` that are those of every run."""
     suffix: str
@@ -182,13 +184,16 @@ class Drawing:
         suffix = ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
-        named = args.adapter not in (None, "none")
-        adapter = lib.load_adapter(args.adapter, dtype=args.dtype, device=device) if named else None
         config = _schedule(args, dict(preset.schedule))
+        name = args.adapter or (args.model if args.model in lib.EMBEDDED else "none")
+        adapter = None if name == "none" else lib.load_adapter(name, dtype=args.dtype, device=device)
+        if adapter is not None and args.adapter is None and not adapter.fits(config):
+            name, adapter = "none", None
         sizes = {"height": args.height, "width": args.width, "num_frames": args.frames}
         settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes)
         lib.check_size(pipe, settings)
-        return cls(args, pipe, config, settings, {"preset": preset, "adapter": adapter, "cache": cache}, suffix)
+        same = {"preset": preset, "adapter": adapter, "cache": cache}
+        return cls(args, pipe, config, settings, name, same, suffix)
 
     @property
     def seeds(self) -> list[int]:
@@ -201,7 +206,7 @@ class Drawing:
             "prompt": prompt,
             "seeds": self.seeds,
             "model": args.model,
-            "adapter": args.adapter or "none",
+            "adapter": self.adapter,
             "cache": args.cache or "none",
             "call": self.settings,
             "schedule": self.config.to_dict(),

@@ -72,7 +72,7 @@ def add_measure(commands: Any) -> None:
     bench.add_argument("--out", "--json", type=Path, help="stem of .json and .md")
 
     calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
-    model_options(calibrate, adapter=False)
+    model_options(calibrate, adapter=None)
     calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
     calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
     calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")

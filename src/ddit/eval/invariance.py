@@ -17,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from ddit.adapter import PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.eval.metrics import decibels
 from ddit.generate import run
@@ -62,7 +63,9 @@ def variations(height: int, width: int) -> list[Setting]:
     ]
 
 
-def speedups_held(pipe: Any, preset: Preset, prompts: Sequence[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def speedups_held(
+    pipe: Any, preset: Preset, prompts: Sequence[str], settings: dict[str, Any], adapter: PatchAdapter | None = None
+) -> list[dict[str, Any]]:
     """Every one of `SPEEDUPS` under each of `variations`.
 
     Returns:
@@ -74,13 +77,18 @@ def speedups_held(pipe: Any, preset: Preset, prompts: Sequence[str], settings: d
     chosen = variations(settings["height"], settings["width"])
     with progress("invariance", len(chosen)) as advance:
         for setting in chosen:
-            rows += _held(pipe, preset, list(prompts), settings, setting)
+            rows += _held(pipe, preset, list(prompts), settings, setting, adapter)
             advance()
     return rows
 
 
 def _held(
-    pipe: Any, preset: Preset, prompts: list[str], settings: dict[str, Any], setting: Setting
+    pipe: Any,
+    preset: Preset,
+    prompts: list[str],
+    settings: dict[str, Any],
+    setting: Setting,
+    adapter: PatchAdapter | None,
 ) -> list[dict[str, Any]]:
     """The rows of one of `variations`."""
     varied = copy.deepcopy(pipe).to(dtype=getattr(torch, setting.dtype)) if setting.dtype else copy.copy(pipe)
@@ -97,7 +105,7 @@ def _held(
         return [{"setting": setting.name, "refused": (str(error) or repr(error)).splitlines()[0]}]
     rows = []
     for asked in SPEEDUPS:
-        outcome = draw(config=ScheduleConfig(speedup=asked))
+        outcome = draw(config=ScheduleConfig(speedup=asked), adapter=adapter)
         assert outcome.report is not None
         got = 1 / np.array(outcome.report.flops_fractions)
         rows.append(

@@ -301,6 +301,7 @@ def _invariance(config: SuiteConfig) -> dict[str, Any]:
     settings = call_settings(preset, **config.settings)
     if "height" not in settings or "width" not in settings:
         raise ValueError("the model's preset names no size; give --height and --width")
-    rows = invariance.speedups_held(pipe, preset, [s.prompt for s in asked], settings)
+    prompts, adapter = [s.prompt for s in asked], _adapter_loader(config)(None)
+    rows = invariance.speedups_held(pipe, preset, prompts, settings, adapter)
     _show(config, invariance.table(rows))
     return {"prompts": len(asked), "split": config.split, "rows": rows}

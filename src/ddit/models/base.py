@@ -55,7 +55,7 @@ class Adapter(Protocol):
 
     def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
 
-    def correction(self, latents: Tensor, sigma: Tensor, anchor: Anchor) -> Tensor: ...
+    def correction(self, sigma: Tensor, anchor: Anchor) -> Tensor: ...
 
 
 @dataclass
@@ -343,7 +343,7 @@ class Architecture(ABC):
             _, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, clean)
             correction = learnt * expand(anchor.distance(level), learnt)
         elif adapter is not None:
-            correction = pad_to_multiple(adapter.correction(z.float(), sigma, anchor), multiple)
+            correction = pad_to_multiple(adapter.correction(sigma, anchor), multiple)
         if config.gain > 0:
             assert low is not None, "an anchor comes with what the coarse grid said there"
             answer = self.low_velocity(forward, inputs, scale, config)
@@ -394,7 +394,7 @@ class Architecture(ABC):
         if key not in _COUNTED:
             with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
                 z, sigma = torch.empty(1, *latents.shape[1:]), torch.empty(1)
-                type(adapter).from_config(adapter.config).correction(z, sigma, Anchor.after(z, sigma, z))
+                type(adapter).from_config(adapter.config).correction(sigma, Anchor.after(z, sigma, z))
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
 

@@ -138,8 +138,8 @@ class TrainConfig:
             idle = [name for name in OF_ASKING if getattr(self, name) != default[name]]
             if idle:
                 raise ValueError(
-                    f"{', '.join(idle)} belong to an adapter that asks the model at large patches; "
-                    "set asks too (--asks), or leave them out"
+                    f"an adapter that does not ask the model at large patches has no {', '.join(idle)}; "
+                    "set asks too (--asks), or leave that out"
                 )
         counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):

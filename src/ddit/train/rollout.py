@@ -27,13 +27,17 @@ LEARNT = 2
 """Gaps between steps at scale 1 through which gradients flow."""
 BEFORE = 2
 """Gaps before these, from the plain path on, that a run goes through to be off it as in use."""
+COMPANY = 4
+"""Samples of a global batch that share a course, so that they are called together."""
+ALONE = 0.7
+"""Share of the optimiser steps, the first ones, that look at single gaps, which takes no calls of the model."""
 TO_THE_END = 0.3
 """Share of the courses that end where the picture is done."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """What chance decides for all runs of one optimiser step."""
+    """What chance decides for some runs of one optimiser step."""
 
     scale: int
     fine: tuple[int, ...]
@@ -52,19 +56,20 @@ def plan(speedup: float, scale: int, sigmas: Sequence[float]) -> tuple[int, ...]
     return tuple(i for i, s in enumerate(budget.plan(sigmas, {1: 1.0, scale: 0.0})) if s == 1)
 
 
-def draw_course(config: TrainConfig, sigmas: Sequence[float], step: int) -> Course:
-    """The same for the same seed and step, on any number of processes.
+def draw_course(config: TrainConfig, sigmas: Sequence[float], step: int, number: int, *, alone: bool = False) -> Course:
+    """The same for the same seed, step and company within the step's global batch, on any number of processes.
 
     Raises:
         ValueError: Where a speedup leaves no step to forecasts.
     """
-    rng = np.random.default_rng([config.seed, step])
+    rng = np.random.default_rng([config.seed, step, number // COMPANY])
     low, high = np.log(config.speedups)
     scale = int(rng.choice(config.scales))
     fine = plan(float(np.exp(rng.uniform(low, high))), scale, sigmas)
     course = Course(scale, fine, len(fine) - 1)
     gaps = np.subtract(course.ends(len(sigmas)), fine) > 1
-    able = [j for j in range(1, len(fine)) if gaps[max(1, j + 1 - LEARNT) : j + 1].any()]
+    learnt = 1 if alone else LEARNT
+    able = [j for j in range(1, len(fine)) if gaps[max(1, j + 1 - learnt) : j + 1].any()]
     if not able:
         raise ValueError(
             f"speedups {config.speedups} leave no step of {len(sigmas)} to forecasts; give higher --speedups"
@@ -73,9 +78,9 @@ def draw_course(config: TrainConfig, sigmas: Sequence[float], step: int) -> Cour
     return Course(scale, fine, last)
 
 
-def draw_runs(config: TrainConfig, count: int, step: int, numbers: Sequence[int]) -> list[int]:
-    """Runs of the global batch's samples ``numbers``, among the first ``count``."""
-    return [int(np.random.default_rng([config.seed, step, n]).integers(count)) for n in numbers]
+def draw_run(config: TrainConfig, count: int, step: int, number: int) -> int:
+    """The run of one sample of the global batch, among the first ``count``."""
+    return int(np.random.default_rng([config.seed, step, number, 1]).integers(count))
 
 
 @dataclass
@@ -102,6 +107,54 @@ class Runs:
         return torch.cat(parts).to(self.device).float()
 
 
+@dataclass
+class Walk:
+    """Some runs drawn anew from stored ones, by Euler's method."""
+
+    transformer: Any
+    architecture: Architecture
+    runs: Runs
+    call: Inputs
+    """Of all guidance passes, one after another."""
+
+    @property
+    def sigmas(self) -> list[float]:
+        return [*self.runs.samples.sigmas, 0.0]
+
+    def mixed(self, velocity: Tensor) -> Tensor:
+        """Velocity of the path ``[B, C, ..., H, W]``, of all passes' ``[passes B, C, ..., H, W]``."""
+        guidance = self.runs.samples.guidance.to(velocity)
+        return torch.einsum("p,p...->...", guidance, velocity.unflatten(0, (len(guidance), -1)))
+
+    def each(self, z: Tensor) -> Tensor:
+        """The same latents for all passes."""
+        return z.repeat(self.runs.samples.passes, *[1] * (z.ndim - 1))
+
+    def anchor(self, z: Tensor, velocity: Tensor, step: int, before: Anchor | None) -> Anchor:
+        """The step at scale 1 that the passes answered so."""
+        sigma = torch.full((len(velocity),), self.sigmas[step], device=z.device)
+        return Anchor.after(self.each(z), sigma, velocity, before)
+
+    def inputs(self, z: Tensor, step: int) -> Inputs:
+        """Calls of all passes at a step."""
+        wide = self.each(z).to(self.runs.dtype)
+        return self.architecture.renoised(self.call, wide, torch.full((len(wide),), self.sigmas[step], device=z.device))
+
+    def asked(self, z: Tensor, step: int) -> Tensor:
+        """What the model answers at scale 1, all passes."""
+        height, width = z.shape[-2:]
+        output = first(self.transformer.forward(**self.inputs(z, step)))
+        return self.architecture.velocity(output, (height, width)).float()
+
+    def moved(self, z: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """Latents at the next step."""
+        return z + (self.sigmas[step + 1] - self.sigmas[step]) * self.mixed(velocity)
+
+    def clean(self, z: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """Clean latents that the model sees."""
+        return z - self.sigmas[step] * self.mixed(velocity)
+
+
 def errors(
     transformer: Any,
     architecture: Architecture,
@@ -111,6 +164,7 @@ def errors(
     course: Course,
     *,
     before: int | None = BEFORE,
+    alone: bool = False,
 ) -> Tensor:
     """Mean squared distance of each run to the plain one where the last gaps end, ``[B, gaps]``, after some forecast.
 
@@ -118,68 +172,44 @@ def errors(
 
     Args:
         before: Gaps to go through before those that count; ``None`` starts with the run itself.
+        alone: Only the last gap, from the plain path on, and by its latents: the model is not asked.
     """
-    samples, sigmas = runs.samples, runs.samples.sigmas
-    total, guidance = len(sigmas), samples.guidance.to(runs.device)
+    total = len(runs.samples.sigmas)
     fine, ends = course.fine, course.ends(total)
-    counted = range(max(0, course.last + 1 - LEARNT), course.last + 1)
-    begin = 0 if before is None else max(0, counted[0] - before)
-    # The anchor before the first step that is run anew lies on the plain path.
+    counted = range(max(0, course.last + 1 - (1 if alone else LEARNT)), course.last + 1)
+    begin = 0 if before is None else max(0, counted[0] - (0 if alone else before))
+    # Two steps at scale 1 of the plain path to start from, then what to compare with.
     stored = [fine[max(0, begin - 1)], fine[begin], *(ends[j] for j in counted if ends[j] < total)]
     latents, velocities, call = runs.at(architecture, stored)
-    passes, n = velocities.shape[:2]
-
-    def level(step: int) -> Tensor:
-        return torch.full((passes * n,), sigmas[step], device=runs.device)
-
-    def mixed(velocity: Tensor) -> Tensor:
-        return torch.einsum("p,p...->...", guidance, velocity.unflatten(0, (passes, n)))
-
-    def each(z: Tensor) -> Tensor:
-        return z.repeat(passes, *[1] * (z.ndim - 1))
-
-    def call_at(z: Tensor, step: int) -> Inputs:
-        return architecture.renoised(call, each(z).to(runs.dtype), level(step))
-
-    def asked(z: Tensor, step: int) -> Tensor:
-        height, width = z.shape[-2:]
-        return architecture.velocity(first(transformer.forward(**call_at(z, step))), (height, width)).float()
-
-    def seen(z: Tensor, velocity: Tensor, step: int) -> Tensor:
-        return z - sigmas[step] * mixed(velocity)
-
-    def stored_at(column: int) -> tuple[Tensor, Tensor]:
-        return latents[:, column], velocities[:, :, column].flatten(0, 1)
-
-    anchor: Anchor | None = None
-    if begin > 0:
-        z, velocity = stored_at(0)
-        anchor = Anchor.after(each(z), level(stored[0]), velocity)
-    z, velocity = stored_at(1)
+    plain = [(latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(len(stored))]
+    walk = Walk(transformer, architecture, runs, call)
+    anchor = walk.anchor(*plain[0], stored[0], None) if begin > 0 else None
+    z, velocity = plain[1]
     distances: list[Tensor] = []
     forecasts = 0
-    columns = iter(range(2, len(stored)))
     for j in range(begin, course.last + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and j in counted):
             step, end = fine[j], ends[j]
-            anchor = Anchor.after(each(z), level(step), velocity, anchor)
-            for k in range(step, end):
-                if k > step:
-                    forecasts += 1
-                    inputs = call_at(z, k)
-                    velocity = architecture.coarse_step(
-                        transformer.forward, inputs, course.scale, form, anchor=anchor, adapter=adapter
-                    )
-                z = z + ([*sigmas, 0.0][k + 1] - sigmas[k]) * mixed(velocity)
-            if end < total:
-                velocity = asked(z, end)
-            if j in counted and end < total:
-                there = seen(*stored_at(next(columns)), end)
-                if forecasts:
-                    distances.append((seen(z, velocity, end) - there).square().flatten(1).mean(1))
-    if ends[course.last] == total:
-        distances.append((z - runs.clean()).square().flatten(1).mean(1))
-    return torch.stack(distances, 1)
+            anchor = walk.anchor(z, velocity, step, anchor)
+            z = walk.moved(z, velocity, step)
+            for k in range(step + 1, end):
+                forecasts += 1
+                velocity = architecture.coarse_step(
+                    transformer.forward, walk.inputs(z, k), course.scale, form, anchor=anchor, adapter=adapter
+                )
+                z = walk.moved(z, velocity, k)
+            if end == total:
+                distances.append(z - runs.clean())
+                continue
+            there = plain[2 + counted.index(j)] if j in counted else None
+            if alone:
+                assert there is not None, "the one gap counts"
+                distances.append(z - there[0])
+                continue
+            velocity = walk.asked(z, end)
+            if there is not None and forecasts:
+                distances.append(walk.clean(z, velocity, end) - walk.clean(*there, end))
+    return torch.stack(distances, 1).square().flatten(2).mean(2)
 
 
 def decibels(error: Tensor) -> Tensor:

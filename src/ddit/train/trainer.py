@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,23 +216,27 @@ class Run:
         with self.accelerator.autocast():
             return errors(transformer, self.architecture, form, adapter, self.variance, batch, scale, rows)
 
-    def run_errors(
-        self, numbers: list[int], course: Course, adapter: PatchAdapter | None, *, whole: bool = False
-    ) -> Tensor:
-        """See `rollout.errors`; ``whole`` runs begin where the plain ones do."""
-        transformer, before = self.pipe.transformer, None if whole else rollout.BEFORE
+    def run_errors(self, numbers: list[int], course: Course, adapter: PatchAdapter | None, **how: Any) -> Tensor:
+        """See `rollout.errors`."""
+        transformer = self.pipe.transformer
         runs = rollout.Runs(self.samples, numbers, self.accelerator.device, transformer.dtype)
         with self.accelerator.autocast():
-            return rollout.errors(transformer, self.architecture, self.form, adapter, runs, course, before=before)
+            return rollout.errors(transformer, self.architecture, self.form, adapter, runs, course, **how)
 
     def _backward_runs(self, numbers: Sequence[int], total: int) -> Tensor:
         """Gradients of this batch's part of the loss, for an adapter that does not ask the model."""
-        course = rollout.draw_course(self.config, self.samples.sigmas, self.step)
-        chosen = rollout.draw_runs(self.config, self.whole_runs, self.step, numbers)
-        error = self.run_errors(chosen, course, self.adapter)
-        loss = rollout.decibels(error).mean(1).sum() / total
-        loss.backward()
-        return loss.detach()
+        share = torch.zeros((), device=self.accelerator.device)
+        alone = self.step < rollout.ALONE * self.config.steps
+        companies: dict[Course, list[int]] = defaultdict(list)
+        for number in numbers:
+            course = rollout.draw_course(self.config, self.samples.sigmas, self.step, number, alone=alone)
+            companies[course].append(rollout.draw_run(self.config, self.whole_runs, self.step, number))
+        for course, runs in companies.items():
+            error = self.run_errors(runs, course, self.adapter, alone=alone)
+            loss = rollout.decibels(error).mean(1).sum() / total
+            loss.backward()
+            share += loss.detach()
+        return share
 
     def _backward(self, numbers: Sequence[int], total: int) -> Tensor:
         """The same for one that asks; scales one after another, to hold one graph at a time."""

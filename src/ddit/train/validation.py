@@ -65,7 +65,7 @@ def validate_runs(run: Run) -> list[dict[str, Any]]:
         for begin in range(0, len(numbers), run.config.batch):
             part = numbers[begin : begin + run.config.batch]
             for values, adapter in ((learnt, run.adapter), (free, None)):
-                values += rollout.decibels(run.run_errors(part, course, adapter, whole=True)[:, -1]).tolist()
+                values += rollout.decibels(run.run_errors(part, course, adapter, before=None)[:, -1]).tolist()
         errors = {"error": float(np.mean(learnt)), "training_free": float(np.mean(free))}
         rows.append({"step": run.step, "speedup": speedup, "steps_at_scale_1": len(fine), **errors})
     return rows
