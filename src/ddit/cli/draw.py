@@ -29,7 +29,7 @@ def add_draw(commands: Any) -> None:
     generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
     generate.add_argument("prompt", nargs="?")
     generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
-    model_options(generate, adapter="that of an embedded model, where it fits the schedule; none leaves it out")
+    model_options(generate, adapter="that of the embedded model, where it fits the schedule; none leaves it out")
     _schedule_options(generate)
     generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
     generate.add_argument("--seed", type=int, default=0)
@@ -185,7 +185,8 @@ class Drawing:
         if suffix == ".mp4":
             outputs.check_video_writer()
         config = _schedule(args, dict(preset.schedule))
-        name = args.adapter or (args.model if args.model in lib.EMBEDDED else "none")
+        # The clips' own does not gain (docs/embedded.md).
+        name = args.adapter or ("embedded" if args.model == "embedded" else "none")
         adapter = None if name == "none" else lib.load_adapter(name, dtype=args.dtype, device=device)
         if adapter is not None and args.adapter is None and not adapter.fits(config):
             name, adapter = "none", None
