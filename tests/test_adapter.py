@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers import UniPCMultistepScheduler
 from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -177,6 +178,15 @@ def test_mended_forecasts_ask_nothing_and_leave_nothing(pipe):
     assert report.forecast == expected == architecture_for(pipe.transformer).count_forecast(latents, adapter)
     assert report.flops_fraction == pytest.approx((3 + 5 * expected / report.flops[1]) / 8)
     assert torch.equal(tiny.sample(pipe), plain)
+
+
+def test_another_sampler_than_eulers_is_warned_about(pipe, recwarn):
+    adapter = PatchAdapter.for_model(pipe.transformer, asks=False)
+    ddit.apply(pipe, adapter=adapter, config=MENDED).remove()
+    assert not any("Euler" in str(w.message) for w in recwarn)
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.warns(UserWarning, match=r"Euler's method.*UniPCMultistepScheduler.*--adapter none"):
+        ddit.apply(pipe, adapter=adapter, config=MENDED).remove()
 
 
 def test_a_path_past_the_model_is_saved_and_loaded(pipe, tmp_path):

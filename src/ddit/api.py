@@ -90,6 +90,13 @@ def apply(
                 "an adapter does not work on a transformer whose tokens are spread over several devices; "
                 "leave it out (--adapter none), or draw a picture on each device with accelerate launch"
             )
+        sampler = type(getattr(pipe, "scheduler", None)).__name__
+        if not adapter.asks and pipe is not None and sampler != "FlowMatchEulerDiscreteScheduler":
+            warnings.warn(
+                f"the adapter mends forecasts for Euler's method and this pipeline samples by {sampler}, under which it "
+                "may lose (docs/embedded.md, the video model); compare with adapter=None (--adapter none)",
+                stacklevel=2,
+            )
         config = _adapted(config, adapter)
         detail_variance = detail_variance or adapter.detail_variance
     if not detail_variance and set(config.scales) <= {1, *known.detail_variance}:
