@@ -93,8 +93,8 @@ def apply(
         sampler = type(getattr(pipe, "scheduler", None)).__name__
         if not adapter.asks and pipe is not None and sampler != "FlowMatchEulerDiscreteScheduler":
             warnings.warn(
-                f"the adapter mends forecasts for Euler's method and this pipeline samples by {sampler}, under which it "
-                "may lose (docs/embedded.md, the video model); compare with adapter=None (--adapter none)",
+                f"the adapter mends forecasts for Euler's method and this pipeline samples by {sampler}, under which "
+                "it may lose (docs/embedded.md, the video model); compare with adapter=None (--adapter none)",
                 stacklevel=2,
             )
         config = _adapted(config, adapter)
