@@ -290,7 +290,7 @@ def test_runs_anew_need_a_path_of_fixed_guidance(base, tmp_path):
         _ = stored(base).guidance  # runs under a speedup: forecasts moved them
 
 
-def test_plain_runs_are_by_euler_whatever_the_sampler(base, tmp_path):
+def test_plain_runs_are_by_euler_whatever_the_sampler():
     pipe = tiny.pipeline()
     pipe.scheduler = own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with by_euler(pipe):
@@ -298,7 +298,7 @@ def test_plain_runs_are_by_euler_whatever_the_sampler(base, tmp_path):
     assert pipe.scheduler is own
 
 
-def test_settings_of_adapters_that_ask_are_refused_for_one_that_does_not(base):
+def test_settings_of_adapters_that_ask_are_refused_for_one_that_does_not():
     assert TrainConfig().asks is False and TrainConfig(start="bilinear").asks is True
     assert TrainConfig(anchored=False).asks is True
     with pytest.raises(ValueError, match=r"has no rank, weighting; .*--asks"):

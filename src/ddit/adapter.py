@@ -25,7 +25,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ddit.config import Positions, ScheduleConfig, Start
+from ddit.config import Positions, ScheduleConfig, Start, form_of_adapter
 from ddit.forecaster import Forecaster
 from ddit.models import architecture_for
 from ddit.models.base import Anchor
@@ -230,9 +230,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"scales of an adapter are {tuple(scales)}; they must be distinct powers of two above 1")
         if rank < 0:
             raise ValueError(f"rank is {rank}; it must be at least 0, and 0 leaves LoRA out")
-        anchored = start == "noise-consistent" if anchored is None else anchored
-        if not (asks or anchored):
-            raise ValueError("an adapter that does not ask the model mends forecasts: it needs anchored=True")
+        anchored, asks = form_of_adapter(start, anchored, asks)
         return cls(
             base=type(transformer).__name__,
             base_hash=config_hash(transformer),

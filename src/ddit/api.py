@@ -87,7 +87,7 @@ def apply(
         adapter.check(architectures[0].transformer)
         if adapter.asks and _parallel(architectures[0].transformer) is not None:
             raise ValueError(
-                "an adapter does not work on a transformer whose tokens are spread over several devices; "
+                "an adapter that asks the model does not work where tokens are spread over several devices; "
                 "leave it out (--adapter none), or draw a picture on each device with accelerate launch"
             )
         sampler = type(getattr(pipe, "scheduler", None)).__name__

@@ -139,6 +139,19 @@ class ScheduleConfig:
         return cls(**values)
 
 
+def form_of_adapter(start: Start, anchored: bool | None, asks: bool | None) -> tuple[bool, bool]:
+    """Whether an adapter's steps are anchored, and whether they ask the model, where ``None`` leaves it open.
+
+    Raises:
+        ValueError: For one that neither asks nor has anchors to forecast from.
+    """
+    anchored = start == "noise-consistent" if anchored is None else anchored
+    asks = not anchored if asks is None else asks
+    if not (asks or anchored):
+        raise ValueError("an adapter that does not ask the model mends forecasts: it needs anchored=True")
+    return anchored, asks
+
+
 def check_choice(name: str, value: object, options: Any) -> None:
     """Refuse what the ``Literal`` does not hold."""
     allowed = get_args(options)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ddit.config import Positions, Start, check_choice
+from ddit.config import Positions, Start, check_choice, form_of_adapter
 
 OptimizerName = Literal["prodigy", "adamw"]
 Weighting = Literal["relative", "bounded", "none", "sigma_sqrt", "cosmap"]
@@ -128,12 +128,8 @@ class TrainConfig:
             if name != "positions" or self.positions is not None:
                 check_choice(name, getattr(self, name), options)
         object.__setattr__(self, "scales", tuple(self.scales))
-        anchored = self.start == "noise-consistent" if self.anchored is None else self.anchored
-        if self.asks is None:
-            object.__setattr__(self, "asks", not anchored)
+        object.__setattr__(self, "asks", form_of_adapter(self.start, self.anchored, self.asks)[1])
         if not self.asks:
-            if not anchored:
-                raise ValueError("an adapter that does not ask the model mends forecasts: it needs anchored=True")
             default = {f.name: f.default for f in fields(self)}
             idle = [name for name in OF_ASKING if getattr(self, name) != default[name]]
             if idle:

@@ -44,6 +44,13 @@ class Course:
     """Numbers of the steps at scale 1 of a plan."""
     last: int
     """Index into these of the gap that ends the runs."""
+    alone: bool = False
+    """Whether that gap is all, from the plain path on, and judged by its latents: the model is not asked."""
+
+    @property
+    def counted(self) -> range:
+        """Gaps that gradients flow through, and where errors are taken."""
+        return range(max(0, self.last + 1 - (1 if self.alone else LEARNT)), self.last + 1)
 
     def ends(self, total: int) -> list[int]:
         """Where the gaps after each step at scale 1 end: at the next, the last at the number of steps."""
@@ -66,16 +73,14 @@ def draw_course(config: TrainConfig, sigmas: Sequence[float], step: int, number:
     low, high = np.log(config.speedups)
     scale = int(rng.choice(config.scales))
     fine = plan(float(np.exp(rng.uniform(low, high))), scale, sigmas)
-    course = Course(scale, fine, len(fine) - 1)
-    gaps = np.subtract(course.ends(len(sigmas)), fine) > 1
-    learnt = 1 if alone else LEARNT
-    able = [j for j in range(1, len(fine)) if gaps[max(1, j + 1 - learnt) : j + 1].any()]
+    courses = [Course(scale, fine, last, alone) for last in range(1, len(fine))]
+    # The gap after the first step has a single one to forecast from, and nothing is learnt there.
+    able = [c for c in courses if any(c.ends(len(sigmas))[j] - fine[j] > 1 for j in c.counted if j > 0)]
     if not able:
         raise ValueError(
             f"speedups {config.speedups} leave no step of {len(sigmas)} to forecasts; give higher --speedups"
         )
-    last = able[-1] if rng.random() < TO_THE_END else int(rng.choice(able))
-    return Course(scale, fine, last)
+    return able[-1] if rng.random() < TO_THE_END else able[int(rng.choice(len(able)))]
 
 
 def draw_run(config: TrainConfig, count: int, step: int, number: int) -> int:
@@ -164,7 +169,6 @@ def errors(
     course: Course,
     *,
     before: int | None = BEFORE,
-    alone: bool = False,
 ) -> Tensor:
     """Mean squared distance of each run to the plain one where the last gaps end, ``[B, gaps]``, after some forecast.
 
@@ -172,12 +176,11 @@ def errors(
 
     Args:
         before: Gaps to go through before those that count; ``None`` starts with the run itself.
-        alone: Only the last gap, from the plain path on, and by its latents: the model is not asked.
     """
     total = len(runs.samples.sigmas)
     fine, ends = course.fine, course.ends(total)
-    counted = range(max(0, course.last + 1 - (1 if alone else LEARNT)), course.last + 1)
-    begin = 0 if before is None else max(0, counted[0] - (0 if alone else before))
+    counted = course.counted
+    begin = 0 if before is None else max(0, counted[0] - (0 if course.alone else before))
     # Two steps at scale 1 of the plain path to start from, then what to compare with.
     stored = [fine[max(0, begin - 1)], fine[begin], *(ends[j] for j in counted if ends[j] < total)]
     latents, velocities, call = runs.at(architecture, stored)
@@ -202,7 +205,7 @@ def errors(
                 distances.append(z - runs.clean())
                 continue
             there = plain[2 + counted.index(j)] if j in counted else None
-            if alone:
+            if course.alone:
                 assert there is not None, "the one gap counts"
                 distances.append(z - there[0])
                 continue

@@ -129,10 +129,10 @@ class Run:
             processes=accelerator.num_processes,
             wait=accelerator.wait_for_everyone,
         )
-        if len(samples) // (1 if config.asks else samples.passes) <= config.validation:
+        first_kept = trained_records(config, samples)
+        if first_kept <= 0:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
-        first_kept, usable = len(samples) - config.validation, samples.usable if config.asks else []
-        if config.asks and not (usable and usable[0] < first_kept <= usable[-1]):
+        if config.asks and not (samples.usable and samples.usable[0] < first_kept <= samples.usable[-1]):
             raise ValueError(
                 f"too few runs in {samples.folder} took large patches, to train on or to validate; "
                 "draw others with higher --speedups, in another folder"
@@ -172,12 +172,12 @@ class Run:
     @property
     def records(self) -> int:
         """Number of records to train on; those behind are for validation."""
-        return len(self.samples) - self.config.validation
+        return trained_records(self.config, self.samples)
 
     @property
     def whole_runs(self) -> int:
         """The same in runs, for an adapter that is judged by whole runs."""
-        return len(self.samples) // self.samples.passes - self.config.validation
+        return self.records // self.samples.passes
 
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over the global batch."""
@@ -232,7 +232,7 @@ class Run:
             course = rollout.draw_course(self.config, self.samples.sigmas, self.step, number, alone=alone)
             companies[course].append(rollout.draw_run(self.config, self.whole_runs, self.step, number))
         for course, runs in companies.items():
-            error = self.run_errors(runs, course, self.adapter, alone=alone)
+            error = self.run_errors(runs, course, self.adapter)
             loss = rollout.decibels(error).mean(1).sum() / total
             loss.backward()
             share += loss.detach()
@@ -360,6 +360,11 @@ class Run:
                 file.write(json.dumps(figures) + "\n")
         if self.config.tracker:
             self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
+
+
+def trained_records(config: TrainConfig, samples: Samples) -> int:
+    """Number of records to train on: all but ``validation`` of them, of whole runs for an adapter judged by these."""
+    return len(samples) - config.validation * (1 if config.asks else samples.passes)
 
 
 def make_optimizer(adapter: PatchAdapter, config: TrainConfig) -> torch.optim.Optimizer:

@@ -74,8 +74,7 @@ def validate_runs(run: Run) -> list[dict[str, Any]]:
 def save_pictures(run: Run, path: Path) -> None:
     """PNG: plain above, below it each scale held for the first half of the steps, or the validated speedups."""
     count = min(run.config.pictures, run.config.validation)
-    begin = len(run.samples) - run.config.validation * (1 if run.adapter.asks else run.samples.passes)
-    prompts = [run.samples.prompt(begin + i) for i in range(count)]
+    prompts = [run.samples.prompt(i) for i in range(run.records, run.records + count)]
     settings = run.samples.manifest["settings"]
     seeds = list(range(count))
     bands = [generate(run.pipe, prompts, seeds, settings).pictures]
