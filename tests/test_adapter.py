@@ -19,7 +19,7 @@ from ddit.adapter import config_hash
 from ddit.config import Start
 from ddit.models import architecture_for
 from ddit.models.base import Anchor
-from ddit.patches import pack, unpack
+from ddit.patches import half_log_snr, pack, unpack
 
 COARSE = ScheduleConfig(policy="fixed", steps=(1, 2, 4, 4, 2, 1))
 
@@ -171,21 +171,21 @@ def test_mended_forecasts_ask_nothing_and_leave_nothing(pipe):
         report = handle.report
     assert report.strip() == "1 1 - - 1 - - -" and not torch.allclose(mended, plain)
     latents = torch.zeros(1, 4, 16, 16)
-    expected = 2 * 64 * (adapter.path.first.weight.numel() + adapter.path.mix.weight.numel())
-    expected += 2 * 64 * adapter.path.last.weight.numel() + 2 * sum(
-        adapter.path.levels[i].weight.numel() for i in (0, 2)
-    )
-    assert report.forecast == expected == architecture_for(pipe.transformer).count_forecast(latents, adapter)
-    assert report.flops_fraction == pytest.approx((3 + 5 * expected / report.flops[1]) / 8)
+    path = adapter.path
+    expected = 2 * 64 * sum(layer.weight.numel() for layer in (path.first, *path.mix, path.last))
+    expected += 2 * sum(path.levels[i].weight.numel() for i in (0, 2))
+    assert report.path_flops == expected == architecture_for(pipe.transformer).count_path(latents, adapter)
+    assert [len(step.learnt) for step in report.steps] == [0, 0, 1, 0, 0, 1, 0, 0], "once for each gap"
+    assert report.flops_fraction == pytest.approx((3 + 2 * expected / report.flops[1]) / 8)
     assert torch.equal(tiny.sample(pipe), plain)
 
 
-def test_another_sampler_than_eulers_is_warned_about(pipe, recwarn):
-    adapter = PatchAdapter.for_model(pipe.transformer, asks=False)
+def test_another_sampler_than_in_training_is_warned_about(pipe, recwarn):
+    adapter = PatchAdapter.for_model(pipe.transformer, asks=False, sampler="FlowMatchEulerDiscreteScheduler")
     ddit.apply(pipe, adapter=adapter, config=MENDED).remove()
     assert not any("Euler" in str(w.message) for w in recwarn)
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    with pytest.warns(UserWarning, match=r"Euler's method.*UniPCMultistepScheduler.*--adapter none"):
+    with pytest.warns(UserWarning, match=r"for FlowMatchEuler.*samples by UniPCMultistepScheduler.*--adapter none"):
         ddit.apply(pipe, adapter=adapter, config=MENDED).remove()
 
 
@@ -208,13 +208,45 @@ def test_each_sample_of_a_batch_is_mended_by_itself(pipe):
     torch.manual_seed(0)
     for shape in ((2, 4, 8, 12), (2, 4, 3, 8, 12)):
         sigma = torch.tensor([0.4, 0.2])
-        before = Anchor.after(torch.randn(shape), torch.tensor([0.9, 0.8]), torch.randn(shape))
-        anchor = Anchor.after(torch.randn(shape), torch.tensor([0.6, 0.5]), torch.randn(shape), before)
+        anchor = None
+        for noise in ([0.9, 0.8], [0.8, 0.7], [0.6, 0.5]):
+            here = torch.tensor(noise)
+            anchor = Anchor.after(torch.randn(shape), here, torch.randn(shape), anchor, end=here - 0.05)
+        assert anchor.bend.std() > 0.1
         both = adapter.correction(sigma, anchor)
         assert both.shape == shape and architecture.channels == 4
         for i in range(2):
             alone = adapter.correction(sigma[i : i + 1], anchor.rows([i]))
             torch.testing.assert_close(both[i : i + 1], alone)
+
+
+def test_samples_of_one_batch_are_mended_by_schedules_of_their_own(pipe):
+    """As if each were drawn alone; the path is taken once for each gap of each."""
+    adapter, config = adapter_for(pipe.transformer, asks=False), ScheduleConfig(gain=0.0)
+    schedules = [[1, 1, 2, 2, 1, 2, 2, 2], [1, 1, 1, 2, 4, 2, 1, 1]]
+    noise = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    alone = []
+    for i, own in enumerate(schedules):
+        with ddit.apply(pipe, adapter=adapter, config=config, policy=tiny.Table(own)):
+            alone.append(tiny.sample(pipe, latents=noise[i : i + 1]))
+    with ddit.apply(pipe, adapter=adapter, config=config, policy=tiny.Table(*schedules)) as run:
+        both = tiny.sample(pipe, prompt=[tiny.PROMPT] * 2, latents=noise)
+        assert [sorted(step.learnt) for step in run.report.steps] == [[], [], [0], [1], [], [0], [], []]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bend_is_what_the_line_before_was_off_by():
+    """None for a path that is straight in exp(-lambda / 4), and none where there was no line."""
+    sigmas = [torch.tensor([s]) for s in (0.9, 0.7, 0.4)]
+    for curved in (False, True):
+        anchor, bends = None, []
+        for sigma in sigmas:
+            level = half_log_snr(sigma)
+            clean = (level.square() if curved else torch.exp(-level / 4)).reshape(1, 1, 1, 1).expand(1, 4, 2, 2)
+            anchor = Anchor.after(clean, sigma, torch.zeros_like(clean), anchor, end=sigma - 0.1)
+            bends.append(anchor.bend)
+        assert not bends[0].any() and not bends[1].any()
+        assert (bends[2].abs().mean() > 1) if curved else (bends[2].abs().max() < 1e-4)
 
 
 # Files

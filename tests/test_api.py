@@ -64,16 +64,6 @@ class Record:
         return [call["hidden_states"].shape[1] for call in self.calls]
 
 
-class Table:
-    """A policy from a list of scales per sample."""
-
-    def __init__(self, *samples: list[int]):
-        self.samples = samples
-
-    def choose(self, moment):
-        return [sample[min(moment.step, len(sample) - 1)] for sample in self.samples]
-
-
 def call_inputs(batch=1, grid=(4, 4), sigma=0.5, seed=0, features=16, origin=(0, 0), **kwargs):
     """Arguments of a direct call of the tiny transformer."""
     g = torch.Generator().manual_seed(seed)
@@ -346,7 +336,7 @@ def test_the_statistic_is_that_of_steps_at_scale_one(pipe, kind: Difference):
 @pytest.mark.parametrize("known", [True, False])
 def test_the_statistic_does_not_depend_on_where_the_steps_at_scale_one_lie(known):
     """Velocities on a parabola of lambda: the sum of what lines through the last two steps at scale 1 are off by."""
-    policy = Table([1, 1, 1, 2, 1, 2, 2, 1], [1, 1, 1, 1, 2, 2, 1, 1])
+    policy = tiny.Table([1, 1, 1, 2, 1, 2, 2, 1], [1, 1, 1, 1, 2, 2, 1, 1])
     x = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     generation = Generation(fixed(1, 2, scales=(1, 2)))
     sigmas = [0.9 - 0.02 * i for i in range(10)]
@@ -627,12 +617,12 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(pipe):
     tables = [[1, 1, 2, 4], [1, 2, 1, 2], [4, 4, 1, 1], [1, 1, 2, 2]]
     prompts, z = [tiny.PROMPT, "a large red circle", tiny.PROMPT, ""], noise(4)
     record = Record(pipe.transformer)
-    handle = ddit.apply(pipe, policy=Table(*tables))
+    handle = ddit.apply(pipe, policy=tiny.Table(*tables))
     together = tiny.sample(pipe, prompt=prompts, latents=z, steps=4)
     assert handle.report.scales == tables
     assert sorted(record.tokens[:2]) == [4, 64]  # a group for each scale of the first step
     for i, table in enumerate(tables):
-        handle = ddit.apply(pipe, policy=Table(table))
+        handle = ddit.apply(pipe, policy=tiny.Table(table))
         alone = tiny.sample(pipe, prompt=prompts[i], latents=z[i : i + 1], steps=4)
         assert handle.report.scales == [table]
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
@@ -641,7 +631,7 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(pipe):
 def test_samples_at_scale_one_share_a_call(pipe):
     """Whether or not they had a step at scale 1 before."""
     record = Record(pipe.transformer)
-    ddit.apply(pipe, policy=Table([1, 1], [2, 1], [2, 2]))
+    ddit.apply(pipe, policy=tiny.Table([1, 1], [2, 1], [2, 2]))
     tiny.sample(pipe, steps=2, num_images_per_prompt=3)
     assert [(c["hidden_states"].shape[:2]) for c in record.calls] == [(1, 64), (2, 16), (2, 64), (1, 16)]
 
@@ -704,7 +694,7 @@ def test_guidance_embedding(pipe):
     plain = tiny.sample(pipe, guidance_scale=3.5, num_images_per_prompt=2)
     with ddit.apply(pipe, config=PLAIN):
         assert torch.equal(tiny.sample(pipe, guidance_scale=3.5, num_images_per_prompt=2), plain)
-    handle = ddit.apply(pipe, policy=Table([1, 2], [4, 1]))
+    handle = ddit.apply(pipe, policy=tiny.Table([1, 2], [4, 1]))
     tiny.sample(pipe, guidance_scale=3.5, num_images_per_prompt=2)
     assert handle.report.scales == [[1] + [2] * 7, [4] + [1] * 7]
 
@@ -991,7 +981,7 @@ def test_fractions_are_what_the_model_really_did(pipe, size):
 
 
 def test_fractions_of_a_mixed_batch(pipe):
-    handle = ddit.apply(pipe, config=ScheduleConfig(gain=0.5), policy=Table([1, 2], [4, 1]))
+    handle = ddit.apply(pipe, config=ScheduleConfig(gain=0.5), policy=tiny.Table([1, 2], [4, 1]))
     tiny.sample(pipe, steps=2, num_images_per_prompt=2)
     assert handle.report.tokens == {1: 64, 2: 16, 4: 4}
     assert handle.report.tokens_fraction == pytest.approx((64 + 2 * 16 + 4 + 64) / (4 * 64))

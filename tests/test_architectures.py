@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanVideoToVideoPipeline,
@@ -33,7 +34,8 @@ from ddit.models.base import first
 from ddit.schedule import Moment
 from ddit.train import rollout
 from ddit.train.distill import Draw, errors, make_batch
-from ddit.train.samples import _seed, by_euler, draw_samples
+from ddit.train.sampler import Sampler
+from ddit.train.samples import _seed, draw_samples
 
 
 @dataclass
@@ -339,12 +341,21 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
         assert used == key.startswith("parts.2"), key
 
 
-@parameters(SMALL)
+ANEW = [
+    *((name, None) for name in SMALL),
+    *((name, sampler) for name in ("wan", "wan-without-guidance") for sampler in ("euler", "unipc", "dpm++")),
+]
+"""Names of cases, and samplers other than the pipeline's own."""
+
+
+@pytest.mark.parametrize(("name", "sampler"), ANEW)
 @pytest.mark.parametrize("learnt", [False, True])
-def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, learnt, tmp_path):
+def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, sampler, learnt, tmp_path):
     """From the noise to the end, forecasts mended or not; and gradients reach all of the path past the model."""
     case = CASES[name]
     pipe = case.make()
+    if sampler is not None:
+        pipe.scheduler = SAMPLERS[sampler]()
     told = Told(pipe, case.call)
     samples = draw_samples(
         tmp_path, told, {"num_inference_steps": 8}, [tiny.PROMPT], speedups=None, batch=1, shard=1, seed=0
@@ -356,19 +367,25 @@ def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, learnt, tmp
         nn.init.normal_(parameter, std=0.05)
     form = ScheduleConfig(**adapter.form)
     fine = rollout.plan(2.0, 2, samples.sigmas)
-    runs = rollout.Runs(samples, [0], torch.device("cpu"), torch.float32)
+    runs = rollout.Runs(Sampler(pipe.scheduler, samples), [0], torch.device("cpu"), torch.float32)
     course = rollout.Course(2, fine, len(fine) - 1)
     architecture = architecture_for(pipe.transformer)
     error = rollout.errors(pipe.transformer, architecture, form, adapter, runs, course, before=None)[:, -1]
     steps = tuple(1 if i in fine else 2 for i in range(8))
     config = ScheduleConfig(policy="fixed", steps=steps, scales=(1, 2), gain=0.0)
-    with by_euler(told), ddit.apply(pipe, config=config, adapter=adapter if learnt else None):
+    with ddit.apply(pipe, config=config, adapter=adapter if learnt else None):
         generators = [torch.Generator().manual_seed(_seed(0, 0))]
         latents = told([tiny.PROMPT], generator=generators, output_type="latent", num_inference_steps=8)[0]
     clean = latents if latents.ndim > 3 else architecture.velocity(latents, tuple(runs.clean().shape[-2:]))
     # Qwen-Image's guidance keeps the norm of the first pass, which is nearly a fixed mix of the passes.
     near = 0.2 if name == "qwen-image" else 0.01
     torch.testing.assert_close(error, (clean.float() - runs.clean()).square().mean()[None], rtol=near, atol=1e-9)
+    # Taken up in the middle of the plain path, whence the sampler has to know what lay before.
+    late = rollout.Course(2, tuple(range(6)), 5)
+    whole, part = (
+        rollout.errors(pipe.transformer, architecture, form, adapter, runs, late, before=before) for before in (None, 2)
+    )
+    torch.testing.assert_close(whole, part, rtol=near, atol=1e-9)
     if learnt:
         rollout.decibels(rollout.errors(pipe.transformer, architecture, form, adapter, runs, course)).mean().backward()
         assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in adapter.parameters())
@@ -381,6 +398,20 @@ SAMPLERS = {
     "unipc": lambda: UniPCMultistepScheduler(**FLOW),
     "dpm++": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **FLOW),
 }
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("flux", "lcm"), ("wan-without-guidance", "heun")])
+def test_samplers_that_cannot_be_taken_up_are_refused(name, sampler, tmp_path):
+    """Heun's method asks the model twice a step; LCM adds noise."""
+    case = CASES[name]
+    pipe = case.make()
+    pipe.scheduler = {**SAMPLERS, "lcm": FlowMatchLCMScheduler}[sampler]()
+    call = {"num_inference_steps": 4}
+    drawn = dict(speedups=None, batch=1, shard=1, seed=0)
+    samples = draw_samples(tmp_path, Told(pipe, case.call), call, [tiny.PROMPT], **drawn)
+    named = type(pipe.scheduler).__name__
+    with pytest.raises(ValueError, match=rf"drawn by {named}, can't be drawn anew.*take another sampler"):
+        Sampler(pipe.scheduler, samples)
 
 
 @pytest.mark.parametrize(("steps", "dtype", "width"), [(12, "bfloat16", 48), (50, "float32", 32), (100, "float32", 32)])

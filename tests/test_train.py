@@ -28,7 +28,8 @@ from ddit.train import rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Draw, draw, make_batch
 from ddit.train.distill import weights as noise_weights
-from ddit.train.samples import Samples, by_euler, draw_samples, read_prompts, shard_path
+from ddit.train.sampler import Sampler
+from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
 from ddit.train.trainer import checkpoints, train
 
 PROMPTS = [
@@ -266,10 +267,10 @@ def test_mended_forecasts_end_nearer_to_plain(base, tmp_path):
 
 
 def test_courses_depend_on_seed_and_step_alone(base):
-    config, sigmas = mending(base, base, speedups=(1.3, 4.0)), stored(base).sigmas
-    courses = [rollout.draw_course(config, sigmas, step, 0) for step in range(60)]
-    assert courses == [rollout.draw_course(config, sigmas, step, 3) for step in range(60)]
-    assert courses != [rollout.draw_course(config, sigmas, step, 4) for step in range(60)]
+    config, sets = mending(base, base, speedups=(1.3, 4.0)), [stored(base).sigmas]
+    courses = [rollout.draw_course(config, sets, step, 0) for step in range(60)]
+    assert courses == [rollout.draw_course(config, sets, step, 3) for step in range(60)]
+    assert courses != [rollout.draw_course(config, sets, step, 4) for step in range(60)]
     assert {c.scale for c in courses} == {2, 4} and len({c.fine for c in courses}) >= 4
     for course in courses:
         gaps = list(zip(course.fine, course.ends(8), strict=True))[1:]
@@ -277,7 +278,9 @@ def test_courses_depend_on_seed_and_step_alone(base):
         assert any(end - step > 1 for step, end in counted), "there is a forecast to learn"
     assert {rollout.draw_run(config, 7, 3, number) for number in range(50)} == set(range(7))
     with pytest.raises(ValueError, match="higher --speedups"):
-        rollout.draw_course(replace(config, speedups=(1.01, 1.01)), sigmas, 0, 0)
+        rollout.draw_course(replace(config, speedups=(1.01, 1.01)), sets, 0, 0)
+    several = [rollout.draw_course(config, [*sets, sets[0][::2]], step, 0).which for step in range(60)]
+    assert 10 < sum(several) < 30, "a third: each is drawn as often as it has steps"
 
 
 def test_runs_anew_need_a_path_of_fixed_guidance(base, tmp_path):
@@ -285,17 +288,32 @@ def test_runs_anew_need_a_path_of_fixed_guidance(base, tmp_path):
     pipe = tiny.pipeline()
     call = {**CALL, "true_cfg_scale": 2.5, "negative_prompt": "a red circle"}
     samples = draw_samples(tmp_path / "cfg", pipe, call, PROMPTS[:2], speedups=None, batch=2, shard=2, seed=0)
-    torch.testing.assert_close(samples.guidance, torch.tensor([2.5, -1.5]), rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="--asks"):
-        _ = stored(base).guidance  # runs under a speedup: forecasts moved them
+    guidance = Sampler(pipe.scheduler, samples).guidance
+    torch.testing.assert_close(guidance, torch.tensor([2.5, -1.5]), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"no fixed mix.*--asks"):
+        Sampler(pipe.scheduler, stored(base))  # runs under a speedup: forecasts moved them
 
 
-def test_plain_runs_are_by_euler_whatever_the_sampler():
+def test_samples_of_another_sampler_are_refused(base):
     pipe = tiny.pipeline()
-    pipe.scheduler = own = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    with by_euler(pipe):
-        assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-    assert pipe.scheduler is own
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="with other sampler, sampler_hash"):
+        draw_samples(base / "plain", pipe, CALL, PROMPTS, speedups=None, batch=4, shard=5, seed=0)
+
+
+def test_several_numbers_of_steps(base, tmp_path):
+    """Each has samples of its own, and is validated."""
+    config = mending(base, tmp_path, samples=None, sample_steps=(8, 5), steps=6, validate_every=6, speedups=(2.0, 4.0))
+    train(config)
+    assert {p.parent.name for p in tmp_path.glob("samples/*/samples.json")} == {"8-steps", "5-steps"}
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [(r["run_steps"], r["speedup"]) for r in rows] == [(n, s) for n in (8, 5) for s in (2.0, 2.83, 4.0)]
+    assert PatchAdapter.from_pretrained(tmp_path / "adapter").config["sampler"] == "FlowMatchEulerDiscreteScheduler"
+    train(replace(config, steps=7))
+    with pytest.raises(ValueError, match="one number of steps"):
+        settings(base, tmp_path, sample_steps=(8, 5))
+    with pytest.raises(ValueError, match="distinct"):
+        replace(config, sample_steps=(8, 8))
 
 
 def test_settings_of_adapters_that_ask_are_refused_for_one_that_does_not():

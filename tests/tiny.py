@@ -88,6 +88,16 @@ def sample(pipe, *, seed: int = 0, steps: int = 8, size=(32, 32), prompt: str | 
     return pipe(prompt, generator=generator, **{"output_type": "latent", **settings, **kwargs}).images
 
 
+class Table:
+    """A policy from a list of scales per sample."""
+
+    def __init__(self, *samples: list[int]):
+        self.samples = samples
+
+    def choose(self, moment):
+        return [sample[min(moment.step, len(sample) - 1)] for sample in self.samples]
+
+
 def wan_transformer(seed: int = 0, **overrides) -> WanTransformer3DModel:
     """2 blocks, 2 heads of 12; the output layer is scaled as that of the FLUX above."""
     torch.manual_seed(seed)

@@ -147,6 +147,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         patch: The model's own patch size in latent pixels.
         detail_variance: Scale -> variance per channel of what pooling loses, measured on the base's samples; used where
             `ddit.apply` gets none.
+        sampler: Class of the scheduler under which an adapter that does not ask learnt.
         steps_trained: Number of optimiser steps so far.
         ddit_version: Version of ddit that made it.
     """
@@ -171,6 +172,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         asks: bool = True,
         patch: int = 2,
         detail_variance: dict[str, list[float]] | None = None,
+        sampler: str | None = None,
         steps_trained: int = 0,
         ddit_version: str = "",
     ) -> None:
@@ -211,6 +213,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         size_vector: bool = True,
         asks: bool = True,
         detail_variance: Mapping[int, Sequence[float]] | None = None,
+        sampler: str | None = None,
     ) -> PatchAdapter:
         """A new adapter for a transformer, which computes exactly what the model does without one.
 
@@ -218,6 +221,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             positions: By default ``grid`` for ``noise-consistent`` and ``interpolated`` (the paper's) for ``bilinear``.
             anchored: By default yes for ``noise-consistent`` and no (the paper's) for ``bilinear``.
             asks: ``False`` leaves out all parts but a path past the model, which mends forecasts.
+            sampler: Class of the scheduler under which it learns to.
 
         Raises:
             ValueError: For an unsupported model, scales that are no powers of two above 1, a negative rank, or no
@@ -247,6 +251,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             asks=asks,
             patch=architecture.patch_size,
             detail_variance={str(s): list(v) for s, v in (detail_variance or {}).items()},
+            sampler=sampler,
             ddit_version=__version__,
         )
 
@@ -355,11 +360,16 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             finally:
                 self._call = None
 
-    def correction(self, sigma: Tensor, anchor: Anchor) -> Tensor:
-        """What to add to a forecast without asking the model, see `ddit.forecaster.Forecaster`."""
+    def learn(self, anchor: Anchor) -> Tensor:
+        """What is known at an anchor of its forecasts' errors, see `ddit.forecaster.Forecaster`."""
         assert self.path is not None, "an adapter that asks has no path past the model"
-        self._join(sigma.device)
-        return self.path(sigma, anchor)
+        self._join(anchor.sigma.device)
+        return self.path(anchor)
+
+    def correction(self, sigma: Tensor, anchor: Anchor) -> Tensor:
+        """What to add to the forecast velocity at a noise level ``[B]`` without asking the model."""
+        anchor.learnt = self.learn(anchor) if anchor.learnt is None else anchor.learnt
+        return Forecaster.at(sigma, anchor, anchor.learnt)
 
     def _join(self, device: torch.device) -> None:
         if self.device != device:

@@ -90,11 +90,11 @@ def apply(
                 "an adapter that asks the model does not work where tokens are spread over several devices; "
                 "leave it out (--adapter none), or draw a picture on each device with accelerate launch"
             )
-        sampler = type(getattr(pipe, "scheduler", None)).__name__
-        if not adapter.asks and pipe is not None and sampler != "FlowMatchEulerDiscreteScheduler":
+        sampler, learnt = type(getattr(pipe, "scheduler", None)).__name__, adapter.config["sampler"]
+        if pipe is not None and learnt not in (None, sampler):
             warnings.warn(
-                f"the adapter mends forecasts for Euler's method and this pipeline samples by {sampler}, under which "
-                "it may lose (docs/embedded.md, the video model); compare with adapter=None (--adapter none)",
+                f"the adapter mends forecasts for {learnt} and this pipeline samples by {sampler}, under which it may "
+                "lose; compare with adapter=None (--adapter none)",
                 stacklevel=2,
             )
         config = _adapted(config, adapter)
@@ -244,7 +244,7 @@ class Handle:
         self._variance = variance
         self.adapter = adapter
         self._attachment = adapter.attach(transformers[0][1].transformer) if adapter is not None else None
-        self._generation = Generation(config)
+        self._generation = self._new_generation()
         self._finished: Generation | None = None
         self._share = 0.0
         self._timesteps: Any = None
@@ -271,8 +271,8 @@ class Handle:
         architecture = self._seats[0].architecture
         tokens = {s: architecture.tokens(generation.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(generation.examples[s], s, self.adapter) for s in scales}
-        asked, forecast = self.config.speedup or None, generation.forecast
-        return Report(tuple(generation.steps), tokens, flops, generation.forced, self._share, asked, forecast)
+        asked, path = self.config.speedup or None, generation.path_flops
+        return Report(tuple(generation.steps), tokens, flops, generation.forced, self._share, asked, path)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -317,9 +317,12 @@ class Handle:
             self._warned.add(said)
             warnings.warn(said, stacklevel=4)
 
+    def _new_generation(self) -> Generation:
+        return Generation(self.config, mended=self.adapter is not None and not self.adapter.asks)
+
     def _forget(self) -> None:
         """Forget the generation under way."""
-        self._generation = Generation(self.config)
+        self._generation = self._new_generation()
         for seat in self._seats:
             seat.cache.start_over()
 
@@ -402,8 +405,8 @@ class Handle:
         if len(self._generation.examples) < len(self.config.scales):  # none, or those of a forced step
             self._generation.examples = self._examples(arch, inputs)
             self._generation.run = self._levels()
-            if self.adapter is not None and not self.adapter.asks and arch.obstacle(inputs) is None:
-                self._generation.forecast = arch.count_forecast(arch.latents(inputs), self.adapter)
+            if self.adapter is not None and self._generation.mended and arch.obstacle(inputs) is None:
+                self._generation.path_flops = arch.count_path(arch.latents(inputs), self.adapter)
             if self.config.speedup:
                 self._generation.costs = self._costs(arch)
 
@@ -418,7 +421,8 @@ class Handle:
         """Scale -> work of a step after an anchor, in steps at scale 1."""
         examples, asks = self._generation.examples, arch.asks(self.config, self.adapter)
         flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-        return {s: (n if s == 1 or asks else self._generation.forecast) / flops[1] for s, n in flops.items()}
+        # A step at scale 1 takes the adapter's path along, if forecasts follow.
+        return {s: (n + self._generation.path_flops if s == 1 else n * asks) / flops[1] for s, n in flops.items()}
 
     def _plain_step(
         self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -461,6 +465,9 @@ class Handle:
         anchor = low = None
         if memory.known[samples[0]]:
             anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
+            if self.adapter is not None and not self.adapter.asks:
+                anchor, new = memory.mended(samples, self.adapter.learn)
+                self._generation.learnt(new)
             if not arch.asks(config, self.adapter):
                 self._generation.skipped(samples)
             for missing, earlier in memory.unasked(scale, samples) if config.gain > 0 else ():

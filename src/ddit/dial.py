@@ -104,7 +104,7 @@ class Budget:
                 f"the most is {total / least:.2f}; take fewer steps instead, or gain 0",
                 stacklevel=2,
             )
-        count = round((total / config.speedup - least) / (1 - floor)) if floor < 1 else total
+        count = round((total / config.speedup - least) / (costs[1] - floor)) if floor < costs[1] else total
         count = min(max(count, 0), total - warmup)
         fine = places(sigmas, warmup, count)
         rest = [1 if step in fine else cheapest for step in range(warmup, total)]

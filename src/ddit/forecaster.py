@@ -1,7 +1,8 @@
-"""A learnt path past the transformer: what a forecast is off by, seen from what it rests on.
+"""A learnt path past the transformer: what the forecasts after a step at scale 1 will be off by.
 
 The residual path of DDiT (arXiv 2602.16968, section 3.2) runs from the latents to the output beside the blocks. Where
-the model is not asked it is all that there is; it costs about a hundredth of a call of a small model.
+the model is not asked it is all that there is. It is taken once for all forecasts of a gap between two steps at scale
+1, and costs about a fiftieth of a call of a small model.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddit.models.base import Anchor
+from ddit.models.base import CLOSEST, Anchor
 from ddit.patches import expand, half_log_snr
 
-CLOSEST = 0.05
-"""Least distance in lambda between two steps at scale 1 that is divided by."""
 FARTHEST = 4.0
 """Growth of a forecast's error beyond which a correction grows no more."""
+ORDERS = 3
+"""Coefficients of a correction, a polynomial of how far ahead a forecast lies."""
 
 
 class Forecaster(nn.Module):
     """Convolutions on the tokens of the model's own patches, modulated by noise levels (FiLM, arXiv 1709.07871).
 
-    It sees the forecast clean latents, and how they changed per unit of lambda. Zero at first.
+    It sees the clean latents that the model predicted at an anchor, how they changed per unit of lambda since the one
+    before, and how that change bent. Zero at first.
 
     Args:
         channels: Of the latents.
@@ -32,41 +34,66 @@ class Forecaster(nn.Module):
 
     def __init__(self, channels: int, patch: int, width: int = 64) -> None:
         super().__init__()
-        self.first = nn.Conv2d(2 * channels, width, patch, stride=patch)
-        self.mix = nn.Conv2d(width, width, 3, padding=1)
-        self.last = nn.ConvTranspose2d(width, channels, patch, stride=patch)
-        self.levels = nn.Sequential(nn.Linear(5, 64), nn.SiLU(), nn.Linear(64, 4 * width + 2 * channels))
+        outputs = ORDERS * channels
+        self.first = nn.Conv2d(3 * channels, width, patch, stride=patch)
+        self.mix = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1) for _ in range(2)])
+        self.last = nn.ConvTranspose2d(width, outputs, patch, stride=patch)
+        # A scale and a shift of each hidden layer's features, then a gain of each input for each output.
+        self._sizes = [width] * 6 + [outputs] * 3
+        self.levels = nn.Sequential(nn.Linear(5, 64), nn.SiLU(), nn.Linear(64, sum(self._sizes)))
         for parameter in (*self.last.parameters(), *self.levels[2].parameters()):
             nn.init.zeros_(parameter)
-        self._sizes = [width] * 4 + [channels] * 2
 
-    def forward(self, sigma: Tensor, anchor: Anchor) -> Tensor:
-        """What to add to the forecast velocity.
+    def forward(self, anchor: Anchor) -> Tensor:
+        """Coefficients of what to add to the forecasts from an anchor, see `at`.
+
+        Args:
+            anchor: Its latents ``[B, C, ..., H, W]`` have H and W that are multiples of the patch.
+
+        Returns:
+            ``[B, ORDERS, C, ..., H, W]``, float32.
+        """
+        clean, level, apart = anchor.clean, anchor.clean.level, _apart(anchor)
+        assert anchor.step is not None and anchor.bend is not None, "the anchor was made for an adapter that mends"
+        slope = 2 * (clean.value - clean.previous) / expand(apart.clamp_min(CLOSEST), clean.value)
+        told = torch.stack([level / 3, apart, anchor.step, torch.exp(-level / 4) - 1, anchor.sigma], 1)
+        told = told.to(self.first.weight.dtype)
+        seen = [_pictures(z).to(told.dtype) for z in (clean.value, slope, anchor.bend)]
+        frames = len(seen[0]) // len(told)
+        factors = self.levels(told).repeat_interleave(frames, 0)[..., None, None].split(self._sizes, 1)
+        tokens = self.first(torch.cat(seen, 1))
+        tokens = F.silu(tokens * (1 + factors[0]) + factors[1])
+        for mix, scale, shift in zip(self.mix, factors[2::2], factors[3::2], strict=False):
+            tokens = tokens + F.silu(mix(tokens) * (1 + scale) + shift)
+        change = self.last(tokens)
+        for gain, z in zip(factors[6:], seen, strict=True):
+            change = change + (gain.unflatten(1, (ORDERS, -1)) * z[:, None]).flatten(1, 2)
+        # [B F, ORDERS C, H, W] -> [B, ORDERS, C, (F,) H, W]
+        grouped = change.float().unflatten(0, (len(told), frames)).unflatten(2, (ORDERS, -1)).movedim(1, 3)
+        return grouped.reshape(len(told), ORDERS, *clean.value.shape[1:])
+
+    @staticmethod
+    def at(sigma: Tensor, anchor: Anchor, coefficients: Tensor) -> Tensor:
+        """What to add to the forecast velocity ``[B, C, ..., H, W]``.
+
+        With a single step at scale 1 behind it, that is zero.
 
         Args:
             sigma: Noise level ``[B]`` of the step.
-            anchor: What the forecast rests on, latents ``[B, C, ..., H, W]`` whose H and W are multiples of the patch.
-                With a single step at scale 1 behind it the answer is zero.
-
-        Returns:
-            ``[B, C, ..., H, W]``, float32.
+            anchor: What the forecast rests on.
+            coefficients: What `forward` says of it.
         """
-        clean, level = anchor.clean, half_log_snr(sigma)
-        ahead, apart = level - clean.level, clean.level - clean.previous_level
-        slope = 2 * (clean.value - clean.previous) / expand(apart.clamp_min(CLOSEST), clean.value)
-        told = torch.stack([level / 3, ahead, apart, torch.exp(-level / 4) - 1, sigma], 1).to(self.first.weight.dtype)
-        forecast, slope = (_pictures(z).to(told.dtype) for z in (clean.at(level), slope))
-        frames = len(slope) // len(sigma)
-        factors = self.levels(told).repeat_interleave(frames, 0)[..., None, None].split(self._sizes, 1)
-        first_scale, first_shift, mix_scale, mix_shift, of_forecast, of_slope = factors
-        tokens = F.silu(self.first(torch.cat([forecast, slope], 1)) * (1 + first_scale) + first_shift)
-        tokens = tokens + F.silu(self.mix(tokens) * (1 + mix_scale) + mix_shift)
-        change = self.last(tokens) + of_forecast * forecast + of_slope * slope
+        apart, ahead = _apart(anchor), half_log_snr(sigma) - anchor.clean.level
         # As the error of a line through two points (`ddit.schedule.growth`), of clean latents, hence over sigma.
         growth = (ahead * (ahead + apart) / (apart + CLOSEST)).clamp(0, FARTHEST)
         size = torch.where(apart > 0, 0.1 * growth / (sigma + CLOSEST), 0)
-        grouped = change.float().unflatten(0, (len(sigma), frames)).transpose(1, 2).reshape(clean.value.shape)
-        return grouped * expand(size, grouped)
+        share = ahead / (ahead + apart + CLOSEST)
+        powers = torch.stack([size * share**k for k in range(ORDERS)], 1)
+        return torch.einsum("bk,bk...->b...", powers, coefficients)
+
+
+def _apart(anchor: Anchor) -> Tensor:
+    return anchor.clean.level - anchor.clean.previous_level
 
 
 def _pictures(z: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Step:
     """Samples for which the model was not asked at all (`ddit.ScheduleConfig.gain`)."""
     reused: frozenset[int] = frozenset()
     """Samples for which a cache answered."""
+    learnt: frozenset[int] = frozenset()
+    """Samples for which an adapter that mends forecasts looked at the last step at scale 1."""
 
     def calls(self, sample: int, reused_share: float = 0.0) -> float:
         """Calls of the model for a sample at its scale; one that a cache answers counts as a share."""
@@ -48,8 +50,8 @@ class Report:
     """What a call costs in which a cache answers, as a fraction of the whole call."""
     asked: float | None = None
     """The speedup that was asked for; what was got is ``1 / flops_fraction``."""
-    forecast: int = 0
-    """Floating-point operations of a step in which the model was not asked: those of an adapter's path."""
+    path_flops: int = 0
+    """Floating-point operations of an adapter that mends forecasts, for one sample and all forecasts of a gap."""
 
     @property
     def scales(self) -> list[list[int]]:
@@ -64,23 +66,23 @@ class Report:
     @property
     def flops_fraction(self) -> float:
         """Floating-point operations, as a fraction of those of a run at scale 1."""
-        return self._fraction(self.flops, forecast=self.forecast)
+        return self._fraction(self.flops, path=self.path_flops)
 
     @property
     def flops_fractions(self) -> list[float]:
         """`flops_fraction` of each sample."""
-        return [self._fraction(self.flops, [i], self.forecast) for i in range(len(self.steps[0].scales))]
+        return [self._fraction(self.flops, [i], self.path_flops) for i in range(len(self.steps[0].scales))]
 
     @property
     def seconds(self) -> float:
         """Host time inside the transformer's calls."""
         return sum(step.seconds for step in self.steps)
 
-    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None, forecast: int = 0) -> float:
+    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None, path: int = 0) -> float:
         share = self.reused_share
         chosen = range(len(self.steps[0].scales)) if samples is None else samples
         spent = [
-            costs[step.scales[i]] * step.calls(i, share) + forecast * (i in step.skipped)
+            costs[step.scales[i]] * step.calls(i, share) + path * (i in step.learnt)
             for step in self.steps
             for i in chosen
         ]
@@ -104,7 +106,7 @@ class Report:
             "step_seconds": [step.seconds for step in self.steps],
             "tokens": dict(self.tokens),
             "flops": dict(self.flops),
-            "forecast_flops": self.forecast,
+            "path_flops": self.path_flops,
             "tokens_fraction": self.tokens_fraction,
             "flops_fraction": self.flops_fraction,
             "seconds": self.seconds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
 
@@ -24,7 +24,8 @@ def renewed(samples: Sequence[bool], new: Values, old: Values) -> Values:
         return new
     if isinstance(new, Tensor):
         return torch.where(expand(torch.tensor(samples), new).bool(), new, cast(Tensor, old))
-    parts = (renewed(samples, getattr(new, f.name), getattr(old, f.name)) for f in fields(new))
+    pairs = ((getattr(new, f.name), getattr(old, f.name)) for f in fields(new))
+    parts: list[Any] = [None if newer is None else renewed(samples, newer, older) for newer, older in pairs]
     return cast(Values, type(new)(*parts))
 
 
@@ -48,21 +49,30 @@ class Memory:
     known: list[bool]
     """Per sample, whether there was a step at scale 1."""
     answers: dict[int, Answers] = field(default_factory=dict)
+    learnt: dict[int, Tensor] = field(default_factory=dict)
+    """Sample -> what an adapter that mends forecasts made of its anchor."""
 
     @classmethod
-    def empty(cls, latents: Tensor) -> Memory:
-        """Before the first step, for latents ``[B, C, ..., H, W]``."""
-        zero = torch.zeros_like(latents, dtype=torch.float32)
-        return cls(Anchor.after(zero, zero.new_zeros(len(zero)), zero), [False] * len(zero))
+    def empty(cls, latents: Tensor, *, mended: bool = False) -> Memory:
+        """Before the first step, for latents ``[B, C, ..., H, W]``.
 
-    def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float) -> None:
-        """A step at scale 1 is the new anchor of these samples."""
+        Args:
+            mended: Whether an adapter will mend the forecasts.
+        """
+        zero = torch.zeros_like(latents, dtype=torch.float32)
+        level = zero.new_zeros(len(zero))
+        return cls(Anchor.after(zero, level, zero, end=level if mended else None), [False] * len(zero))
+
+    def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float, end: float) -> None:
+        """A step at scale 1 from one noise level to another is the new anchor of these samples."""
         noise = torch.full_like(self.anchor.sigma, sigma)
+        until = None if self.anchor.step is None else torch.full_like(noise, end)
         before = self.anchor
         if not all(self.known):
-            before = renewed(self.known, before, Anchor.after(latents, noise, velocity))
-        self.anchor = renewed(samples, Anchor.after(latents, noise, velocity, before), self.anchor)
+            before = renewed(self.known, before, Anchor.after(latents, noise, velocity, end=until))
+        self.anchor = renewed(samples, Anchor.after(latents, noise, velocity, before, end=until), self.anchor)
         self.known = [known or now for known, now in zip(self.known, samples, strict=True)]
+        self.learnt = {i: value for i, value in self.learnt.items() if not samples[i]}
         for answers in self.answers.values():
             answers.age = {i: age + samples[i] for i, age in answers.age.items()}
 
@@ -74,6 +84,14 @@ class Memory:
         new = [i for i in samples if i not in answers.age]
         old = [i for i in samples if answers.age.get(i, 0) > 1]
         return [(rows, line) for rows, line in ((new, None), (old, answers.line.rows(old))) if rows]
+
+    def mended(self, samples: Sequence[int], learn: Callable[[Anchor], Tensor]) -> tuple[Anchor, list[int]]:
+        """The anchor of some samples with what an adapter makes of it, and for which of them that was new."""
+        new = [i for i in samples if i not in self.learnt]
+        if new:
+            self.learnt.update(zip(new, learn(self.anchor.rows(new)).split(1), strict=True))
+        known = [self.learnt[i] for i in samples]
+        return replace(self.anchor.rows(list(samples)), learnt=torch.cat(known) if len(known) > 1 else known[0]), new
 
     def asked(self, scale: int, samples: Sequence[int], line: Line) -> None:
         """The coarse grid has been asked at the anchor of some samples, ``[len(samples), ...]``."""
@@ -141,14 +159,16 @@ class Generation:
     """Noise levels of all steps; empty where nobody knows."""
     costs: dict[int, float] = field(default_factory=dict)
     """Scale -> work of a step after an anchor, in steps at scale 1; only where a budget needs it."""
-    forecast: int = 0
-    """FLOPs of one sample's step in which the model is not asked."""
+    mended: bool = False
+    """Whether an adapter mends forecasts without asking the model."""
+    path_flops: int = 0
+    """FLOPs of what it makes of one sample's step at scale 1."""
     forced: str | None = None
     """Why some steps had to stay at scale 1, or ``None``."""
 
     def finished(self) -> Generation:
         """The same record without the latents."""
-        kept = {name: getattr(self, name) for name in ("steps", "examples", "forecast", "forced")}
+        kept = {name: getattr(self, name) for name in ("steps", "examples", "path_flops", "forced")}
         return Generation(self.config, **kept)
 
     def repeats(self, z: Tensor, sigma: float) -> bool:
@@ -212,17 +232,17 @@ class Generation:
             rows = statistics(values, patch_size, self.config.scales, self.config.percentile)
             for i, row in zip(new, rows, strict=True):
                 self.measured[i], self.owed[i] = row, 0.0
-        end = self._end()
+        end = self._end(len(self.steps) + 1)
         for i, row in enumerate(self.measured):
             if row:
                 self.owed[i] += (here - end) * growth(self.levels[i], half_log_snr(here))
         owed = [amplified(end) * x for x in self.owed]
         return [{s: x * value for s, value in row.items()} for x, row in zip(owed, self.measured, strict=True)]
 
-    def _end(self) -> float:
-        """Noise level at the end of the step that begins; where nobody knows, as far away as that of the last step."""
+    def _end(self, number: int) -> float:
+        """Noise level where a step ends, counted from 1; where nobody knows, as far away as that of the step before."""
         if self.run:
-            return next(iter(self.run[len(self.steps) + 1 :]), 0.0)
+            return next(iter(self.run[number:]), 0.0)
         return max(2 * self.sigmas[-1] - self.sigmas[-2], 0.0) if len(self.sigmas) > 1 else self.sigmas[-1]
 
     def force(self, tokens: Tensor, sigma: float) -> None:
@@ -237,13 +257,18 @@ class Generation:
     def memory(self) -> Memory:
         """Of the guidance pass that is next to be answered."""
         while len(self.memories) <= self.passes:
-            self.memories.append(Memory.empty(self._seen))
+            self.memories.append(Memory.empty(self._seen, mended=self.mended))
         return self.memories[self.passes]
 
     def compared(self, samples: Sequence[int]) -> None:
         """Record a further call on the coarse grid in this step; guidance passes count once, as for all costs."""
         if self.passes == 0:
             self.steps[-1] = replace(self.steps[-1], compared=self.steps[-1].compared | set(samples))
+
+    def learnt(self, samples: Sequence[int]) -> None:
+        """Record that an adapter looked at these samples' last step at scale 1; passes count once, as for all costs."""
+        if self.passes == 0:
+            self.steps[-1] = replace(self.steps[-1], learnt=self.steps[-1].learnt | set(samples))
 
     def skipped(self, samples: Sequence[int]) -> None:
         """Record that the model was not asked for these samples in this step."""
@@ -260,7 +285,7 @@ class Generation:
         """Keep the answer ``[B, C, ..., H, W]`` to a call, from which later steps with large patches start."""
         fine = [scale == 1 and i not in self.borrowed for i, scale in enumerate(self.scales)]
         if self.config.anchored and any(fine) and max(self.config.scales) > 1:
-            self.memory().renew(fine, self._seen.float(), velocity.float(), self.sigmas[-1])
+            self.memory().renew(fine, self._seen.float(), velocity.float(), self.sigmas[-1], self._end(len(self.steps)))
         self.borrowed = set()
         if self.path and self._seen.dtype != torch.float32:
             self.velocities.append(velocity)

@@ -65,6 +65,8 @@ def _train_options(command: argparse.ArgumentParser) -> None:
         if isinstance(field.default, tuple):
             shown = " ".join(map(str, field.default))
             command.add_argument(flag, type=type(field.default[0]), nargs="+", help=f"default: {shown}")
+        elif str(field.type).startswith("tuple[int"):
+            command.add_argument(flag, type=int, nargs="+")
         elif field.name in CHOICES:
             command.add_argument(flag, choices=get_args(CHOICES[field.name]), help=default)
         elif str(field.type).startswith("bool"):

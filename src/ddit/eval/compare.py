@@ -54,24 +54,30 @@ def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: s
     first = run_steps[0]
     chosen = ["plain", *(f"plain:run_steps={max(round(first / speed), 2)}" for speed in (*SPEEDS, 8))]
     fitted = "teacache:0.1" if teacache else "first-block:0.1"
+    learnt = [""] if adapter is None else ["", f"adapter={adapter}"]
     for n in run_steps:
-        at = f",run_steps={n}" if n != first else ""
+        at = f"run_steps={n}" if n != first else ""
         caches = ["first-block:0.1", "first-block:0.2", "taylorseer:4", "taylorseer:6"]
         if teacache:
             caches += ["teacache:0.1", "teacache:0.2"]
         if find_spec("cache_dit") is not None:
             caches += ["cache-dit:0.1", "cache-dit:0.2"]
-        chosen += [f"plain:cache={cache}{at}" for cache in caches]
-        chosen += [f"dynamic{':' + at[1:] if at else ''}"]
-        chosen += [f"dynamic:speedup={s}{at}" for s in ((1.25, *SPEEDS, 6, 8) if n == first else (2, 3, 4))]
-        if adapter is not None:
-            chosen += [f"dynamic:speedup={s},adapter={adapter}{at}" for s in ((2, 3, 4) if n == first else (2,))]
+        chosen += [_named("plain", f"cache={cache}", at) for cache in caches]
+        speeds = (1.25, *SPEEDS, 6, 8) if n == first else (2, 3, 4)
+        for with_adapter in learnt:
+            asked = ["", *(f"speedup={s}" for s in speeds)]
+            chosen += [_named("dynamic", own, with_adapter, at) for own in asked]
     chosen += [f"dynamic:threshold={t:g}" for t in THRESHOLDS] + [PAPER]
     chosen += [f"dynamic:speedup={s},gain=0.5" for s in (2, 3)]
     chosen += [f"dynamic:speedup={s},cache={fitted}" for s in (2, 3)] + [f"dynamic:cache={fitted}"]
     if not video:
         chosen.append("progressive:fraction=0.3")
     return list(dict.fromkeys(chosen))
+
+
+def _named(policy: str, *fields: str) -> str:
+    """A method's name; empty fields don't count."""
+    return ":".join(filter(None, (policy, ",".join(filter(None, fields)))))
 
 
 def measures(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:

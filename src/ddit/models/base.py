@@ -55,7 +55,13 @@ class Adapter(Protocol):
 
     def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
 
+    def learn(self, anchor: Anchor) -> Tensor: ...
+
     def correction(self, sigma: Tensor, anchor: Anchor) -> Tensor: ...
+
+
+CLOSEST = 0.05
+"""Least distance in lambda between steps at scale 1 that is divided by."""
 
 
 @dataclass
@@ -68,13 +74,36 @@ class Anchor:
     """The model's own answer ``[B, C, ..., H, W]``, and that of the step at scale 1 before."""
     clean: Line
     """Clean latents that both steps predicted."""
+    bend: Tensor | None = None
+    """How much the line of the anchor before was off here, as four second divided differences over lambda, for an
+    adapter that sees it; zero where that one had no line."""
+    step: Tensor | None = None
+    """Distance in lambda to the next step ``[B]``, for the same."""
+    learnt: Tensor | None = None
+    """What an adapter that mends forecasts made of all this."""
 
     @classmethod
-    def after(cls, latents: Tensor, sigma: Tensor, velocity: Tensor, before: Anchor | None = None) -> Anchor:
-        """The anchor that a step at scale 1 makes, on lines through the one before."""
+    def after(
+        cls,
+        latents: Tensor,
+        sigma: Tensor,
+        velocity: Tensor,
+        before: Anchor | None = None,
+        *,
+        end: Tensor | None = None,
+    ) -> Anchor:
+        """The anchor that a step at scale 1 makes, on lines through the one before.
+
+        Args:
+            end: Noise level ``[B]`` where the step ends, if an adapter will mend the forecasts.
+        """
         level, clean = half_log_snr(sigma), latents - expand(sigma, latents) * velocity
         straight = Line.through(velocity, level, before.velocity if before else None)
-        return cls(sigma, straight, Line.through(clean, level, before.clean if before else None))
+        made = cls(sigma, straight, Line.through(clean, level, before.clean if before else None))
+        if end is not None:
+            made.step = half_log_snr(end) - level
+            made.bend = _bend(clean, level, before.clean) if before else torch.zeros_like(clean)
+        return made
 
     @property
     def latents(self) -> Tensor:
@@ -93,7 +122,15 @@ class Anchor:
         """The same for some samples of the batch."""
         if len(index) == len(self.sigma):
             return self
-        return Anchor(self.sigma[index], self.velocity.rows(index), self.clean.rows(index))
+        seen = (None if part is None else part[index] for part in (self.bend, self.step, self.learnt))
+        return Anchor(self.sigma[index], self.velocity.rows(index), self.clean.rows(index), *seen)
+
+
+def _bend(value: Tensor, level: Tensor, before: Line) -> Tensor:
+    """See `Anchor.bend`."""
+    ahead, apart = level - before.level, before.level - before.previous_level
+    size = torch.where(apart > 0, 4 / (ahead.clamp_min(CLOSEST) * (ahead + apart).clamp_min(CLOSEST)), 0)
+    return (value - before.at(level)) * expand(size, value)
 
 
 _COUNTED: dict[tuple[Any, ...], int] = {}
@@ -385,16 +422,16 @@ class Architecture(ABC):
         return _COUNTED[key]
 
     @staticmethod
-    def count_forecast(latents: Tensor, adapter: Adapter) -> int:
-        """Floating-point operations of one sample's step in which the model is not asked: those of an adapter's path.
+    def count_path(latents: Tensor, adapter: Adapter) -> int:
+        """Floating-point operations of what an adapter that does not ask makes of one sample's step at scale 1.
 
-        Those of the forecast itself, some additions per latent pixel, are not counted.
+        Those of the forecasts themselves, some additions per latent pixel, are not counted.
         """
         key = (type(adapter), str(adapter.config), tuple(latents.shape[1:]))
         if key not in _COUNTED:
             with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
                 z, sigma = torch.empty(1, *latents.shape[1:]), torch.empty(1)
-                type(adapter).from_config(adapter.config).correction(sigma, Anchor.after(z, sigma, z))
+                type(adapter).from_config(adapter.config).learn(Anchor.after(z, sigma, z, end=sigma))
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
 

@@ -50,8 +50,9 @@ class TrainConfig:
     """Folder of the samples; by default ``samples`` in ``out``. Runs may share one."""
     count: int | None = None
     """Number of prompts taken from the file; by default all."""
-    sample_steps: int | None = None
-    """Denoising steps of a sample; by default the model's own."""
+    sample_steps: tuple[int, ...] | None = None
+    """Denoising steps of a sample; by default the model's own. Several, for an adapter that does not ask, make it one
+    for all of them: each prompt is drawn with each, and drawn anew as often as it has steps."""
     sample_batch: int = 8
     """Samples drawn at once."""
     shard: int = 64
@@ -137,10 +138,20 @@ class TrainConfig:
                     f"an adapter that does not ask the model at large patches has no {', '.join(idle)}; "
                     "set asks too (--asks), or leave that out"
                 )
+        if self.sample_steps is not None:
+            object.__setattr__(self, "sample_steps", tuple(self.sample_steps))
+            for number in self.sample_steps:
+                _at_least("sample_steps", number, 1)
+            if len(set(self.sample_steps)) != len(self.sample_steps) or not self.sample_steps:
+                raise ValueError(f"sample_steps are {self.sample_steps}; they must be distinct, and one at least")
+            if self.asks and len(self.sample_steps) > 1:
+                raise ValueError(
+                    f"an adapter that asks learns from runs of one number of steps, not {self.sample_steps}"
+                )
         counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("count", "sample_steps", "height", "width"):
+        for name in ("count", "height", "width"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         for name in ("rank", "lr_warmup", "pictures", "seed"):
@@ -166,12 +177,16 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def samples_folder(self) -> Path:
-        return Path(self.samples) if self.samples else Path(self.out) / "samples"
+    def samples_folders(self) -> dict[Path, int | None]:
+        """Folder of samples -> their number of steps, where it was asked for."""
+        folder = Path(self.samples) if self.samples else Path(self.out) / "samples"
+        if self.sample_steps is None or len(self.sample_steps) == 1:
+            return {folder: self.sample_steps and self.sample_steps[0]}
+        return {folder / f"{number}-steps": number for number in self.sample_steps}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all fields."""
-        return {**asdict(self), "scales": list(self.scales), "speedups": list(self.speedups)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -2,7 +2,8 @@
 
 The error of single forecasts is not it. A line through the model's own answers is off along the path, which the next
 step at scale 1 mends; a smaller error in any other direction stays, and is carried on by the next forecast. So runs are
-drawn anew, forecasts and steps at scale 1 by turns, and gradients flow through the frozen model.
+drawn anew by the pipeline's own sampler, forecasts and steps at scale 1 by turns, and gradients flow through the frozen
+model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ddit.dial import Budget
 from ddit.models.base import Anchor, Architecture, Inputs, first
 from ddit.train.config import TrainConfig
 from ddit.train.distill import placed
+from ddit.train.sampler import Sampler, moved
 from ddit.train.samples import Samples
 
 LEARNT = 2
@@ -29,7 +31,7 @@ BEFORE = 2
 """Gaps before these, from the plain path on, that a run goes through to be off it as in use."""
 COMPANY = 4
 """Samples of a global batch that share a course, so that they are called together."""
-ALONE = 0.7
+ALONE = 0.6
 """Share of the optimiser steps, the first ones, that look at single gaps, which takes no calls of the model."""
 TO_THE_END = 0.3
 """Share of the courses that end where the picture is done."""
@@ -44,6 +46,8 @@ class Course:
     """Numbers of the steps at scale 1 of a plan."""
     last: int
     """Index into these of the gap that ends the runs."""
+    which: int = 0
+    """Index into the sets of samples, which differ in their number of steps."""
     alone: bool = False
     """Whether that gap is all, from the plain path on, and judged by its latents: the model is not asked."""
 
@@ -63,8 +67,13 @@ def plan(speedup: float, scale: int, sigmas: Sequence[float]) -> tuple[int, ...]
     return tuple(i for i, s in enumerate(budget.plan(sigmas, {1: 1.0, scale: 0.0})) if s == 1)
 
 
-def draw_course(config: TrainConfig, sigmas: Sequence[float], step: int, number: int, *, alone: bool = False) -> Course:
+def draw_course(
+    config: TrainConfig, sets: Sequence[Sequence[float]], step: int, number: int, *, alone: bool = False
+) -> Course:
     """The same for the same seed, step and company within the step's global batch, on any number of processes.
+
+    Args:
+        sets: Noise levels of each set of samples. Each is drawn as often as it has steps.
 
     Raises:
         ValueError: Where a speedup leaves no step to forecasts.
@@ -72,8 +81,11 @@ def draw_course(config: TrainConfig, sigmas: Sequence[float], step: int, number:
     rng = np.random.default_rng([config.seed, step, number // COMPANY])
     low, high = np.log(config.speedups)
     scale = int(rng.choice(config.scales))
+    counts = np.array([len(sigmas) for sigmas in sets])
+    which = int(rng.choice(len(sets), p=counts / counts.sum()))
+    sigmas = sets[which]
     fine = plan(float(np.exp(rng.uniform(low, high))), scale, sigmas)
-    courses = [Course(scale, fine, last, alone) for last in range(1, len(fine))]
+    courses = [Course(scale, fine, last, which, alone) for last in range(1, len(fine))]
     # The gap after the first step has a single one to forecast from, and nothing is learnt there.
     able = [c for c in courses if any(c.ends(len(sigmas))[j] - fine[j] > 1 for j in c.counted if j > 0)]
     if not able:
@@ -92,10 +104,14 @@ def draw_run(config: TrainConfig, count: int, step: int, number: int) -> int:
 class Runs:
     """Plain runs to start from and to compare with."""
 
-    samples: Samples
+    sampler: Sampler
     numbers: list[int]
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def samples(self) -> Samples:
+        return self.sampler.samples
 
     def at(self, architecture: Architecture, steps: Sequence[int]) -> tuple[Tensor, Tensor, Inputs]:
         """Latents ``[B, steps, C, ..., H, W]``, velocities ``[passes, B, steps, ...]`` and calls of all passes."""
@@ -114,13 +130,15 @@ class Runs:
 
 @dataclass
 class Walk:
-    """Some runs drawn anew from stored ones, by Euler's method."""
+    """Some runs drawn anew from stored ones."""
 
     transformer: Any
     architecture: Architecture
     runs: Runs
     call: Inputs
     """Of all guidance passes, one after another."""
+    scheduler: Any
+    """At the step where these start."""
 
     @property
     def sigmas(self) -> list[float]:
@@ -128,8 +146,7 @@ class Walk:
 
     def mixed(self, velocity: Tensor) -> Tensor:
         """Velocity of the path ``[B, C, ..., H, W]``, of all passes' ``[passes B, C, ..., H, W]``."""
-        guidance = self.runs.samples.guidance.to(velocity)
-        return torch.einsum("p,p...->...", guidance, velocity.unflatten(0, (len(guidance), -1)))
+        return self.runs.sampler.mixed(velocity.unflatten(0, (self.runs.samples.passes, -1)))
 
     def each(self, z: Tensor) -> Tensor:
         """The same latents for all passes."""
@@ -137,8 +154,8 @@ class Walk:
 
     def anchor(self, z: Tensor, velocity: Tensor, step: int, before: Anchor | None) -> Anchor:
         """The step at scale 1 that the passes answered so."""
-        sigma = torch.full((len(velocity),), self.sigmas[step], device=z.device)
-        return Anchor.after(self.each(z), sigma, velocity, before)
+        sigma, end = (torch.full((len(velocity),), self.sigmas[k], device=z.device) for k in (step, step + 1))
+        return Anchor.after(self.each(z), sigma, velocity, before, end=end)
 
     def inputs(self, z: Tensor, step: int) -> Inputs:
         """Calls of all passes at a step."""
@@ -151,9 +168,9 @@ class Walk:
         output = first(self.transformer.forward(**self.inputs(z, step)))
         return self.architecture.velocity(output, (height, width)).float()
 
-    def moved(self, z: Tensor, velocity: Tensor, step: int) -> Tensor:
+    def moved(self, z: Tensor, velocity: Tensor) -> Tensor:
         """Latents at the next step."""
-        return z + (self.sigmas[step + 1] - self.sigmas[step]) * self.mixed(velocity)
+        return moved(self.scheduler, z, self.mixed(velocity))
 
     def clean(self, z: Tensor, velocity: Tensor, step: int) -> Tensor:
         """Clean latents that the model sees."""
@@ -181,37 +198,43 @@ def errors(
     fine, ends = course.fine, course.ends(total)
     counted = course.counted
     begin = 0 if before is None else max(0, counted[0] - (0 if course.alone else before))
-    # Two steps at scale 1 of the plain path to start from, then what to compare with.
-    stored = [fine[max(0, begin - 1)], fine[begin], *(ends[j] for j in counted if ends[j] < total)]
-    latents, velocities, call = runs.at(architecture, stored)
-    plain = [(latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(len(stored))]
-    walk = Walk(transformer, architecture, runs, call)
-    anchor = walk.anchor(*plain[0], stored[0], None) if begin > 0 else None
-    z, velocity = plain[1]
+    # Of the plain path: what the sampler looks back on, steps at scale 1 before the start, it, what to compare with.
+    behind = fine[begin] if runs.sampler.looks_back else 0
+    earlier = fine[max(0, begin - 2) : begin]
+    there = [*earlier, fine[begin], *(ends[j] for j in counted if ends[j] < total)]
+    latents, velocities, call = runs.at(architecture, [*range(behind), *there])
+    plain = [(latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(behind, behind + len(there))]
+    past = runs.sampler.mixed(velocities[:, :, :behind])
+    scheduler = runs.sampler.taken_up(latents[:, :behind], past, fine[begin])
+    walk = Walk(transformer, architecture, runs, call, scheduler)
+    anchor = None
+    for (z, velocity), step in zip(plain, earlier, strict=False):
+        anchor = walk.anchor(z, velocity, step, anchor)
+    (z, velocity), *ahead = plain[len(earlier) :]
     distances: list[Tensor] = []
     forecasts = 0
     for j in range(begin, course.last + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and j in counted):
             step, end = fine[j], ends[j]
             anchor = walk.anchor(z, velocity, step, anchor)
-            z = walk.moved(z, velocity, step)
+            z = walk.moved(z, velocity)
             for k in range(step + 1, end):
                 forecasts += 1
                 velocity = architecture.coarse_step(
                     transformer.forward, walk.inputs(z, k), course.scale, form, anchor=anchor, adapter=adapter
                 )
-                z = walk.moved(z, velocity, k)
+                z = walk.moved(z, velocity)
             if end == total:
                 distances.append(z - runs.clean())
                 continue
-            there = plain[2 + counted.index(j)] if j in counted else None
+            met = ahead[counted.index(j)] if j in counted else None
             if course.alone:
-                assert there is not None, "the one gap counts"
-                distances.append(z - there[0])
+                assert met is not None, "the one gap counts"
+                distances.append(z - met[0])
                 continue
             velocity = walk.asked(z, end)
-            if there is not None and forecasts:
-                distances.append(walk.clean(z, velocity, end) - walk.clean(*there, end))
+            if met is not None and forecasts:
+                distances.append(walk.clean(z, velocity, end) - walk.clean(*met, end))
     return torch.stack(distances, 1).square().flatten(2).mean(2)
 
 

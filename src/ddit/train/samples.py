@@ -2,16 +2,15 @@
 
 An adapter that asks the model learns from training-free runs. They leave the plain path a little. Their latents are
 those that it meets in use, and the base's velocity there is what it should have answered (DAgger, arXiv 1011.0686). One
-that mends forecasts runs anew in training and needs plain runs, which it should not leave. Sharded safetensors,
-resumable.
+that mends forecasts runs anew in training (`ddit.train.sampler`) and needs plain runs, which it should not leave.
+Sharded safetensors, resumable.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,8 +35,8 @@ from ddit.progress import progress
 from ddit.schedule import Moment
 
 MANIFEST = "samples.json"
-VERSION = 3
-"""Of the files. Version 1 held clean latents alone, version 2 runs under the rule."""
+VERSION = 4
+"""Of the files. Version 1 held clean latents alone, version 2 runs under the rule, version 3 no sampler."""
 
 
 @dataclass(frozen=True)
@@ -86,28 +84,6 @@ class Samples:
         """The last two steps at scale 1 before a step, newest last."""
         scales = self.scales[index // self.passes]
         return [i for i in range(step) if scales[i] == 1][-2:]
-
-    @cached_property
-    def guidance(self) -> Tensor:
-        """Weight of each guidance pass in the velocity of the path ``[passes]``, read off the first plain run.
-
-        Raises:
-            ValueError: Where the latents did not move by a fixed mix of the passes' velocities.
-        """
-        steps = range(len(self.sigmas))
-        latents, velocity, _ = self.load(range(self.passes), [steps] * self.passes)
-        path = torch.cat([latents[0], self.clean(0)]).double()
-        moved = path.diff(dim=0).flatten()
-        sizes = torch.tensor([*self.sigmas, 0.0], dtype=torch.float64).diff().reshape(-1, *[1] * (path.ndim - 1))
-        basis = torch.stack([(sizes * v).flatten() for v in velocity.double()], 1)
-        weights = torch.linalg.lstsq(basis, moved[:, None]).solution[:, 0]
-        off = float((basis @ weights - moved).norm() / moved.norm())
-        if off > 0.01:
-            raise ValueError(
-                f"the runs in {self.folder} move by no fixed mix of their guidance passes ({off:.0%} off), "
-                "which mending forecasts needs; train with --asks"
-            )
-        return weights.float()
 
     def clean(self, index: int) -> Tensor:
         """Where a record's run ended, ``[1, C, ..., H, W]``."""
@@ -157,18 +133,6 @@ class Samples:
             raise ValueError(
                 f"{path} can't be read ({error}); delete it and run the same command to draw its samples again"
             ) from error
-
-
-@contextmanager
-def by_euler(pipe: Any) -> Iterator[None]:
-    """The pipeline samples by Euler's method inside the block, at the noise levels of its own sampler's shift."""
-    own = pipe.scheduler
-    if not isinstance(own, FlowMatchEulerDiscreteScheduler):
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=own.config.get("flow_shift", 1.0))
-    try:
-        yield
-    finally:
-        pipe.scheduler = own
 
 
 class Varied:
@@ -232,8 +196,7 @@ def draw_samples(
     Args:
         settings: Arguments of the pipeline's call.
         prompts: ``None`` takes those of the samples already begun in the folder.
-        speedups: Each run draws its own between these, evenly in their logarithm. ``None``: plain runs, by Euler's
-            method whatever the pipeline's sampler is, so that they can be run anew from any step.
+        speedups: Each run draws its own between these, evenly in their logarithm. ``None``: plain runs.
         wait: Returns when all processes have called it.
 
     Raises:
@@ -243,6 +206,8 @@ def draw_samples(
     asked = {
         "base": type(pipe.transformer).__name__,
         "base_hash": config_hash(pipe.transformer),
+        "sampler": type(pipe.scheduler).__name__,
+        "sampler_hash": config_hash(pipe.scheduler),
         "settings": settings,
         "speedups": speedups and list(speedups),
         "seed": seed,
@@ -319,7 +284,6 @@ class _Runs:
             policy = Varied([float(np.exp(np.random.default_rng(seed).uniform(low, high))) for seed in seeds])
             variance = self.preset.detail_variance if self.preset else None
         with (
-            nullcontext() if self.speedups else by_euler(pipe),
             apply(pipe, config=config, policy=policy, detail_variance=variance) as handle,
             recorded(pipe) as calls,
         ):
@@ -353,7 +317,8 @@ class _Runs:
                 else:
                     shared[f"shared/{name}"] = value
         told = {k: v for k, v in final.items() if k != "return_dict" and isinstance(v, bool | int | float | list)}
-        return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told}
+        visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
+        return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told, **visited}
 
 
 def _seed(seed: int, number: int) -> int:

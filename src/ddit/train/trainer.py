@@ -30,6 +30,7 @@ from ddit.train import rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
 from ddit.train.rollout import Course
+from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_samples, read_prompts
 from ddit.train.validation import save_pictures, validate, validate_runs
 
@@ -77,7 +78,7 @@ def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
         if changed:
             told = ", ".join(f"{k} ({there!r} then, {here!r} now)" for k, (here, there) in changed.items())
             raise ValueError(f"the run in {out} began with other settings: {told}; use the same, or another --out")
-    begun = (config.samples_folder / "samples.json").exists()
+    begun = all((folder / "samples.json").exists() for folder in config.samples_folders)
     if config.prompts is None and not begun:
         raise ValueError("name a file with prompts (--prompts); the base draws its own samples for them")
     vanished = begun and config.prompts is not None and not Path(config.prompts).is_file()
@@ -96,6 +97,9 @@ class Run:
     pipe: Any
     architecture: Architecture
     samples: Samples
+    """Those of the first number of steps."""
+    samplers: list[Sampler]
+    """For an adapter that does not ask: along the samples of each number of steps."""
     adapter: PatchAdapter
     attachment: Attachment
     """The adapter on the transformer."""
@@ -111,24 +115,27 @@ class Run:
     ) -> Run:
         """A run as the last checkpoint left it, or a new one."""
         transformer = pipe.transformer.requires_grad_(False).eval()
-        settings = call_settings(
-            preset, num_inference_steps=config.sample_steps, height=config.height, width=config.width
-        )
-        check_size(pipe, settings)
-        samples = draw_samples(
-            config.samples_folder,
-            pipe,
-            settings,
-            prompts,
-            speedups=config.speedups if config.asks else None,
-            batch=config.sample_batch,
-            shard=config.shard,
-            seed=config.seed,
-            preset=preset,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-            wait=accelerator.wait_for_everyone,
-        )
+        sets = []
+        for folder, number in config.samples_folders.items():
+            settings = call_settings(preset, num_inference_steps=number, height=config.height, width=config.width)
+            check_size(pipe, settings)
+            drawn = draw_samples(
+                folder,
+                pipe,
+                settings,
+                prompts,
+                speedups=config.speedups if config.asks else None,
+                batch=config.sample_batch,
+                shard=config.shard,
+                seed=config.seed,
+                preset=preset,
+                rank=accelerator.process_index,
+                processes=accelerator.num_processes,
+                wait=accelerator.wait_for_everyone,
+            )
+            sets.append(drawn)
+        samples = sets[0]
+        samplers = [] if config.asks else [Sampler(pipe.scheduler, drawn) for drawn in sets]
         first_kept = trained_records(config, samples)
         if first_kept <= 0:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
@@ -150,6 +157,7 @@ class Run:
             transformer,
             **config.adapter_settings,
             detail_variance=measured,
+            sampler=type(pipe.scheduler).__name__ if samplers else None,
         )
         attachment = adapter.to(accelerator.device).attach(transformer)
         optimizer = make_optimizer(adapter, config)
@@ -161,7 +169,8 @@ class Run:
         )
         ema = EMAModel(adapter.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
         variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
-        run = cls(config, accelerator, pipe, architecture, samples, adapter, attachment, variance, optimizer, lr, ema)
+        parts = (adapter, attachment, variance, optimizer, lr, ema)
+        run = cls(config, accelerator, pipe, architecture, samples, samplers, *parts)
         run._restore()
         return run
 
@@ -219,7 +228,8 @@ class Run:
     def run_errors(self, numbers: list[int], course: Course, adapter: PatchAdapter | None, **how: Any) -> Tensor:
         """See `rollout.errors`."""
         transformer = self.pipe.transformer
-        runs = rollout.Runs(self.samples, numbers, self.accelerator.device, transformer.dtype)
+        sampler = self.samplers[course.which]
+        runs = rollout.Runs(sampler, numbers, self.accelerator.device, transformer.dtype)
         with self.accelerator.autocast():
             return rollout.errors(transformer, self.architecture, self.form, adapter, runs, course, **how)
 
@@ -227,9 +237,10 @@ class Run:
         """Gradients of this batch's part of the loss, for an adapter that does not ask the model."""
         share = torch.zeros((), device=self.accelerator.device)
         alone = self.step < rollout.ALONE * self.config.steps
+        sets = [sampler.samples.sigmas for sampler in self.samplers]
         companies: dict[Course, list[int]] = defaultdict(list)
         for number in numbers:
-            course = rollout.draw_course(self.config, self.samples.sigmas, self.step, number, alone=alone)
+            course = rollout.draw_course(self.config, sets, self.step, number, alone=alone)
             companies[course].append(rollout.draw_run(self.config, self.whole_runs, self.step, number))
         for course, runs in companies.items():
             error = self.run_errors(runs, course, self.adapter)
@@ -304,7 +315,7 @@ class Run:
         with (out / "validation.jsonl").open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.config.tracker:
-            kinds = ("scale", "sigma", "speedup")
+            kinds = ("scale", "sigma", "run_steps", "speedup")
             named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
             self.accelerator.log(named, step=self.step)
 

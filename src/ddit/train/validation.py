@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,23 +52,26 @@ def validate(run: Run) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def validate_runs(run: Run) -> list[dict[str, Any]]:
-    """Per speedup, distance of whole runs from the plain one at their end in dB, with the adapter and without.
+    """Per number of steps and speedup, distance of whole runs from the plain one at their end in dB.
 
-    Below zero, the lower the nearer: a PSNR of latents with its sign turned.
+    With the adapter, and without. Below zero, the lower the nearer: a PSNR of latents with its sign turned.
     """
     low, high = run.config.speedups
     numbers = list(range(run.whole_runs, run.whole_runs + run.config.validation))
     scale, rows = min(run.config.scales), []
-    for speedup in sorted({low, round((low * high) ** 0.5, 2), high}):
-        fine = rollout.plan(speedup, scale, run.samples.sigmas)
-        course = rollout.Course(scale, fine, len(fine) - 1)
+    speedups = sorted({low, round((low * high) ** 0.5, 2), high})
+    for which, speedup in product(range(len(run.samplers)), speedups):
+        sigmas = run.samplers[which].samples.sigmas
+        fine = rollout.plan(speedup, scale, sigmas)
+        course = rollout.Course(scale, fine, len(fine) - 1, which)
         learnt, free = [], []
         for begin in range(0, len(numbers), run.config.batch):
             part = numbers[begin : begin + run.config.batch]
             for values, adapter in ((learnt, run.adapter), (free, None)):
                 values += rollout.decibels(run.run_errors(part, course, adapter, before=None)[:, -1]).tolist()
         errors = {"error": float(np.mean(learnt)), "training_free": float(np.mean(free))}
-        rows.append({"step": run.step, "speedup": speedup, "steps_at_scale_1": len(fine), **errors})
+        told = {"step": run.step, "run_steps": len(sigmas), "speedup": speedup, "steps_at_scale_1": len(fine)}
+        rows.append({**told, **errors})
     return rows
 
 

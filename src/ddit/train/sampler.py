@@ -1,0 +1,97 @@
+"""A pipeline's own sampler, taken up again at any step of stored runs; gradients flow through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit.train.samples import Samples
+
+
+class Sampler:
+    """The scheduler of a pipeline along the noise levels of some samples.
+
+    Args:
+        scheduler: Of diffusers, one that asks the model once a step, adds no noise of its own, and whose steps are
+            linear in latents and velocities: Euler's, UniPC, DPM++.
+        samples: Plain runs that it drew.
+
+    Raises:
+        ValueError: For another scheduler, and for runs that moved by no fixed mix of their guidance passes.
+    """
+
+    def __init__(self, scheduler: Any, samples: Samples) -> None:
+        self.scheduler = scheduler
+        self.samples = samples
+        self.guidance = self._guidance()
+        """Weight of each guidance pass in the velocity of the path ``[passes]``."""
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a step depends on all before (multistep methods), which then have to be taken again."""
+        return "solver_order" in self.scheduler.config
+
+    def at(self, step: int) -> Any:
+        """A scheduler that takes this step next, see `moved`; one that looks back has nothing to look at."""
+        told = self.samples.manifest
+        fresh = type(self.scheduler).from_config(self.scheduler.config)
+        fresh.timesteps, fresh.sigmas = torch.tensor(told["timesteps"]), torch.tensor(told["levels"])
+        fresh.num_inference_steps = len(told["timesteps"])
+        fresh.set_begin_index(step)
+        return fresh
+
+    def taken_up(self, latents: Tensor, velocities: Tensor, step: int) -> Any:
+        """A scheduler that takes this step next, after those of stored runs before.
+
+        Args:
+            latents, velocities: Of the path in these steps ``[B, step, C, ..., H, W]``; none for one that does not look
+                back.
+        """
+        fresh = self.at(step - latents.shape[1])
+        with torch.no_grad():
+            for z, velocity in zip(latents.unbind(1), velocities.unbind(1), strict=True):
+                moved(fresh, z, velocity)
+        return fresh
+
+    def mixed(self, velocities: Tensor) -> Tensor:
+        """Velocity of the path, of all passes' ``[passes, ...]``."""
+        return torch.einsum("p,p...->...", self.guidance.to(velocities), velocities)
+
+    def _guidance(self) -> Tensor:
+        """Read off the first run: by which mix of the passes' velocities the sampler gets to its latents."""
+        samples = self.samples
+        passes, steps = samples.passes, range(len(samples.sigmas))
+        latents, velocities, _ = samples.load(range(passes), [steps] * passes)
+        path = torch.cat([latents[:1], samples.clean(0)[None]], 1).double()
+        try:
+            # Steps are linear: without a velocity, then with each pass's.
+            ends = torch.stack([self._ends(path[:, :-1], v) for v in (torch.zeros_like(velocities[0]), *velocities)])
+        except Exception as error:  # whatever a scheduler raises that wants to be called in another way
+            raise ValueError(self._refusal(f"it can't be taken up again: {str(error).splitlines()[0]}")) from error
+        target, basis = (path[0, 1:] - ends[0]).flatten(), (ends[1:] - ends[0]).flatten(1).T
+        weights = torch.linalg.lstsq(basis, target[:, None]).solution[:, 0]
+        off = float((basis @ weights - target).norm() / target.norm())
+        if off > 0.01:
+            raise ValueError(self._refusal(f"they move by no fixed mix of their guidance passes ({off:.0%} off)"))
+        return weights.float()
+
+    def _ends(self, path: Tensor, velocities: Tensor) -> Tensor:
+        """Latents after each step of one run ``[steps, C, ..., H, W]``, of those before ``[1, steps, ...]``."""
+        scheduler = self.at(0)
+        steps = zip(path.unbind(1), velocities.double(), strict=True)
+        return torch.cat([moved(scheduler, z, velocity[None]) for z, velocity in steps])
+
+    def _refusal(self, why: str) -> str:
+        sampler = type(self.scheduler).__name__
+        return (
+            f"the runs in {self.samples.folder}, drawn by {sampler}, can't be drawn anew, which mending forecasts "
+            f"needs: {why}; take another sampler for the pipeline, or train with --asks"
+        )
+
+
+def moved(scheduler: Any, z: Tensor, velocity: Tensor) -> Tensor:
+    """Latents ``[B, C, ..., H, W]`` after the scheduler's next step."""
+    index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+    return scheduler.step(velocity, scheduler.timesteps[index], z, return_dict=False)[0]
