@@ -16,9 +16,9 @@ import ddit
 import tiny
 from ddit import PatchAdapter, ScheduleConfig
 from ddit.adapter import config_hash
+from ddit.anchor import Anchor
 from ddit.config import Start
 from ddit.models import architecture_for
-from ddit.models.base import Anchor
 from ddit.patches import half_log_snr, pack, unpack
 
 COARSE = ScheduleConfig(policy="fixed", steps=(1, 2, 4, 4, 2, 1))

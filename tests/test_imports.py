@@ -22,12 +22,11 @@ GROUPS = (
     ("ddit",),
     ("ddit.api",),
     ("ddit.adapter", "ddit.state", "ddit.caches"),
-    ("ddit.forecaster",),
     ("ddit.models",),
     ("ddit.models.*",),
     ("ddit.models.base",),
-    ("ddit.preset", "ddit.teacache"),
-    ("ddit.dial",),
+    ("ddit.preset", "ddit.teacache", "ddit.forecaster"),
+    ("ddit.dial", "ddit.anchor"),
     ("ddit.patches", "ddit.schedule", "ddit.report", "ddit.config", "ddit.progress", "ddit.files", "ddit.memory"),
 )
 OUTSIDE = {

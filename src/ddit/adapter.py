@@ -25,10 +25,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ddit.anchor import Anchor
 from ddit.config import Positions, ScheduleConfig, Start, form_of_adapter
 from ddit.forecaster import Forecaster
 from ddit.models import architecture_for
-from ddit.models.base import Anchor
 
 
 class LowRank(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddit.models.base import CLOSEST, Anchor
+from ddit.anchor import CLOSEST, Anchor
 from ddit.patches import expand, half_log_snr
 
 FARTHEST = 4.0

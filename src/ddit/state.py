@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ddit.anchor import Anchor
 from ddit.config import ScheduleConfig
-from ddit.models.base import Anchor
 from ddit.patches import Line, amplified, expand, half_log_snr
 from ddit.report import Step
 from ddit.schedule import Moment, Policy, difference, difference_per_sigma, growth, project, statistics

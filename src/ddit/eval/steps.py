@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
+from ddit.anchor import Anchor
 from ddit.config import ScheduleConfig
 from ddit.generate import recorded, run
 from ddit.models import architecture_for
-from ddit.models.base import Anchor, Inputs, held
+from ddit.models.base import Inputs, held
 from ddit.patches import detail, half_log_snr, pad_to_multiple
 from ddit.preset import Preset
 

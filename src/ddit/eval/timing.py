@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.profiler import profile, record_function
 
 from ddit.adapter import PatchAdapter
+from ddit.anchor import Anchor
 from ddit.api import apply
 from ddit.config import ScheduleConfig
 from ddit.dial import make_policy
 from ddit.memory import with_peak
-from ddit.models.base import Anchor, Architecture, Inputs, first, held, to_meta
+from ddit.models.base import Architecture, Inputs, first, held, to_meta
 from ddit.state import Generation
 
 WARM_UP = 3

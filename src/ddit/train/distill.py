@@ -14,8 +14,9 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
+from ddit.anchor import Anchor
 from ddit.config import ScheduleConfig
-from ddit.models.base import Anchor, Architecture, Inputs
+from ddit.models.base import Architecture, Inputs
 from ddit.patches import detail_variance, half_log_snr
 from ddit.train.config import TrainConfig
 from ddit.train.samples import Samples

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
+from ddit.anchor import Anchor
 from ddit.config import ScheduleConfig
 from ddit.dial import Budget
-from ddit.models.base import Anchor, Architecture, Inputs, first
+from ddit.models.base import Architecture, Inputs, first
 from ddit.train.config import TrainConfig
 from ddit.train.distill import placed
 from ddit.train.sampler import Sampler, moved
