@@ -408,7 +408,7 @@ class Handle:
             if self.adapter is not None and self._generation.mended and arch.obstacle(inputs) is None:
                 self._generation.path_flops = arch.count_path(arch.latents(inputs), self.adapter)
             if self.config.speedup:
-                self._generation.costs = self._costs(arch)
+                self._generation.costs, self._generation.gap = self._costs(arch)
 
     def _levels(self) -> list[float]:
         """Noise levels of all steps of this generation; none where nobody knows."""
@@ -417,12 +417,12 @@ class Handle:
             return []
         return [float(sigma) for sigma in sigmas[:-1][-self._total :]]  # the last one is where the run ends
 
-    def _costs(self, arch: Architecture) -> dict[int, float]:
-        """Scale -> work of a step after an anchor, in steps at scale 1."""
+    def _costs(self, arch: Architecture) -> tuple[dict[int, float], float]:
+        """Scale -> work of a step after an anchor, and an adapter's for each gap, in steps at scale 1."""
         examples, asks = self._generation.examples, arch.asks(self.config, self.adapter)
         flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-        # A step at scale 1 takes the adapter's path along, if forecasts follow.
-        return {s: (n + self._generation.path_flops if s == 1 else n * asks) / flops[1] for s, n in flops.items()}
+        costs = {s: n / flops[1] if s == 1 or asks else 0.0 for s, n in flops.items()}
+        return costs, self._generation.path_flops / flops[1]
 
     def _plain_step(
         self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -86,26 +86,35 @@ class Budget:
                 "apply ddit to the pipeline, or give a threshold"
             )
         if moment.step == 0:
-            self.scales = self.plan(moment.sigmas, moment.costs)
+            self.scales = self.plan(moment.sigmas, moment.costs, moment.gap)
         return [self.scales[moment.step]] * len(moment.stats)
 
-    def plan(self, sigmas: Sequence[float], costs: Mapping[int, float]) -> list[int]:
-        """Scales of a run, whose work comes as near to the budget as whole steps can."""
+    def plan(self, sigmas: Sequence[float], costs: Mapping[int, float], gap: float = 0.0) -> list[int]:
+        """Scales of a run, whose work comes as near to the budget as whole steps can.
+
+        Args:
+            costs, gap: See `ddit.schedule.Moment`.
+        """
         config, total = self.config, len(sigmas)
         warmup = min(config.warmup, total)
         cheapest = min(costs, key=lambda s: (costs[s], s))
         # Steps that compare look back once after the warm-up, which costs one more call.
         looks = config.anchored and config.gain > 0
         spent, floor = warmup * costs[config.warmup_scale], costs[cheapest]
-        least = spent + (total - warmup + looks) * floor
+
+        def work(count: int) -> float:
+            """Of a run with so many chosen steps at scale 1, each of which may begin a gap, as the warm-up does."""
+            rest = total - warmup - count
+            return spent + count * costs[1] + (rest + looks) * floor + min(count + 1, rest) * gap
+
+        least = work(0)
         if config.speedup > total / least + 1e-9:
             warnings.warn(
                 f"a speedup of {config.speedup:g} can't be reached with {total} steps, of which {warmup} are warm-up: "
                 f"the most is {total / least:.2f}; take fewer steps instead, or gain 0",
                 stacklevel=2,
             )
-        count = round((total / config.speedup - least) / (costs[1] - floor)) if floor < costs[1] else total
-        count = min(max(count, 0), total - warmup)
+        count = min(range(total - warmup + 1), key=lambda count: (abs(work(count) - total / config.speedup), -count))
         fine = places(sigmas, warmup, count)
         rest = [1 if step in fine else cheapest for step in range(warmup, total)]
         return [config.warmup_scale] * warmup + rest

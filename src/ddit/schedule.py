@@ -152,6 +152,8 @@ class Moment:
     """Noise levels of all steps of the run; empty where nobody knows."""
     costs: Mapping[int, float] = field(default_factory=dict)
     """Scale -> work of a step, in steps at scale 1. Only for `ddit.dial.Budget`."""
+    gap: float = 0.0
+    """Work of an adapter that mends forecasts for all that follow a step at scale 1, in the same. Likewise."""
 
 
 class Policy(Protocol):

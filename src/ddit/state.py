@@ -159,6 +159,8 @@ class Generation:
     """Noise levels of all steps; empty where nobody knows."""
     costs: dict[int, float] = field(default_factory=dict)
     """Scale -> work of a step after an anchor, in steps at scale 1; only where a budget needs it."""
+    gap: float = 0.0
+    """Work of an adapter that mends forecasts for each gap, in the same; likewise."""
     mended: bool = False
     """Whether an adapter mends forecasts without asking the model."""
     path_flops: int = 0
@@ -195,7 +197,7 @@ class Generation:
         """
         stats = self._look(z, sigma, patch_size, blind=getattr(policy, "blind", False))
         self.velocities, self.passes, self.doubtful = [], 0, set()
-        moment = Moment(len(self.steps), total, stats, sigma, self.run, self.costs)
+        moment = Moment(len(self.steps), total, stats, sigma, self.run, self.costs, self.gap)
         chosen, allowed = policy.choose(moment), self.config.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
@@ -267,7 +269,7 @@ class Generation:
 
     def learnt(self, samples: Sequence[int]) -> None:
         """Record that an adapter looked at these samples' last step at scale 1; passes count once, as for all costs."""
-        if self.passes == 0:
+        if samples and self.passes == 0:
             self.steps[-1] = replace(self.steps[-1], learnt=self.steps[-1].learnt | set(samples))
 
     def skipped(self, samples: Sequence[int]) -> None:
