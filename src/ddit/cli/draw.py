@@ -185,7 +185,7 @@ class Drawing:
         if suffix == ".mp4":
             outputs.check_video_writer()
         config = _schedule(args, dict(preset.schedule))
-        # The clips' own does not gain (docs/embedded.md).
+        # The clips' own does not gain at every speed (docs/embedded.md).
         name = args.adapter or ("embedded" if args.model == "embedded" else "none")
         adapter = None if name == "none" else lib.load_adapter(name, dtype=args.dtype, device=device)
         if adapter is not None and args.adapter is None and not adapter.fits(config):
