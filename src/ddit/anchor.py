@@ -71,7 +71,7 @@ class Anchor:
         """The same for some samples of the batch."""
         if len(index) == len(self.sigma):
             return self
-        seen = (None if part is None else part[index] for part in (self.bend, self.step, self.learnt))
+        seen = (None if part is None else part[index] for part in (self.bend, self.step))
         return Anchor(self.sigma[index], self.velocity.rows(index), self.clean.rows(index), *seen)
 
 

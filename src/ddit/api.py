@@ -317,8 +317,13 @@ class Handle:
             self._warned.add(said)
             warnings.warn(said, stacklevel=4)
 
+    @property
+    def _mender(self) -> PatchAdapter | None:
+        """The adapter, if it mends forecasts without asking the model."""
+        return None if self.adapter is None or self.adapter.asks else self.adapter
+
     def _new_generation(self) -> Generation:
-        return Generation(self.config, mended=self.adapter is not None and not self.adapter.asks)
+        return Generation(self.config, mended=self._mender is not None)
 
     def _forget(self) -> None:
         """Forget the generation under way."""
@@ -405,8 +410,8 @@ class Handle:
         if len(self._generation.examples) < len(self.config.scales):  # none, or those of a forced step
             self._generation.examples = self._examples(arch, inputs)
             self._generation.run = self._levels()
-            if self.adapter is not None and self._generation.mended and arch.obstacle(inputs) is None:
-                self._generation.path_flops = arch.count_path(arch.latents(inputs), self.adapter)
+            if self._mender is not None and arch.obstacle(inputs) is None:
+                self._generation.path_flops = arch.count_path(arch.latents(inputs), self._mender)
             if self.config.speedup:
                 self._generation.costs, self._generation.gap = self._costs(arch)
 
@@ -464,9 +469,11 @@ class Handle:
             return arch.velocity(first(self._forward(seat, 1, samples)(**rows)), size).float()
         anchor = low = None
         if memory.known[samples[0]]:
-            anchor, low = memory.anchor.rows(samples), functools.partial(memory.line, scale, samples)
-            if self.adapter is not None and not self.adapter.asks:
-                anchor, new = memory.mended(samples, self.adapter.learn)
+            low = functools.partial(memory.line, scale, samples)
+            if self._mender is None:
+                anchor = memory.anchor.rows(samples)
+            else:
+                anchor, new = memory.mended(samples, self._mender.learn)
                 self._generation.learnt(new)
             if not arch.asks(config, self.adapter):
                 self._generation.skipped(samples)

@@ -63,7 +63,7 @@ class Forecaster(nn.Module):
         factors = self.levels(told).repeat_interleave(frames, 0)[..., None, None].split(self._sizes, 1)
         tokens = self.first(torch.cat(seen, 1))
         tokens = F.silu(tokens * (1 + factors[0]) + factors[1])
-        for mix, scale, shift in zip(self.mix, factors[2::2], factors[3::2], strict=False):
+        for mix, scale, shift in zip(self.mix, factors[2:6:2], factors[3:6:2], strict=True):
             tokens = tokens + F.silu(mix(tokens) * (1 + scale) + shift)
         change = self.last(tokens)
         for gain, z in zip(factors[6:], seen, strict=True):

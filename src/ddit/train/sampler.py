@@ -51,8 +51,7 @@ class Sampler:
         """
         fresh = self.at(step - latents.shape[1])
         with torch.no_grad():
-            for z, velocity in zip(latents.unbind(1), velocities.unbind(1), strict=True):
-                moved(fresh, z, velocity)
+            retaken(fresh, latents, velocities)
         return fresh
 
     def mixed(self, velocities: Tensor) -> Tensor:
@@ -67,7 +66,8 @@ class Sampler:
         path = torch.cat([latents[:1], samples.clean(0)[None]], 1).double()
         try:
             # Steps are linear: without a velocity, then with each pass's.
-            ends = torch.stack([self._ends(path[:, :-1], v) for v in (torch.zeros_like(velocities[0]), *velocities)])
+            each = torch.cat([torch.zeros_like(velocities[:1]), velocities]).double().split(1)
+            ends = torch.stack([torch.cat(retaken(self.at(0), path[:, :-1], velocity)) for velocity in each])
         except Exception as error:  # whatever a scheduler raises that wants to be called in another way
             raise ValueError(self._refusal(f"it can't be taken up again: {str(error).splitlines()[0]}")) from error
         target, basis = (path[0, 1:] - ends[0]).flatten(), (ends[1:] - ends[0]).flatten(1).T
@@ -77,18 +77,18 @@ class Sampler:
             raise ValueError(self._refusal(f"they move by no fixed mix of their guidance passes ({off:.0%} off)"))
         return weights.float()
 
-    def _ends(self, path: Tensor, velocities: Tensor) -> Tensor:
-        """Latents after each step of one run ``[steps, C, ..., H, W]``, of those before ``[1, steps, ...]``."""
-        scheduler = self.at(0)
-        steps = zip(path.unbind(1), velocities.double(), strict=True)
-        return torch.cat([moved(scheduler, z, velocity[None]) for z, velocity in steps])
-
     def _refusal(self, why: str) -> str:
         sampler = type(self.scheduler).__name__
         return (
             f"the runs in {self.samples.folder}, drawn by {sampler}, can't be drawn anew, which mending forecasts "
             f"needs: {why}; take another sampler for the pipeline, or train with --asks"
         )
+
+
+def retaken(scheduler: Any, latents: Tensor, velocities: Tensor) -> list[Tensor]:
+    """Where each of the scheduler's next steps leads ``[B, C, ..., H, W]``, from stored runs ``[B, steps, ...]``."""
+    steps = zip(latents.unbind(1), velocities.unbind(1), strict=True)
+    return [moved(scheduler, z, velocity) for z, velocity in steps]
 
 
 def moved(scheduler: Any, z: Tensor, velocity: Tensor) -> Tensor:

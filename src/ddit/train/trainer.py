@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +240,10 @@ class Run:
         alone = self.step < rollout.ALONE * self.config.steps
         sets = [sampler.samples.sigmas for sampler in self.samplers]
         companies: dict[Course, list[int]] = defaultdict(list)
-        for number in numbers:
-            course = rollout.draw_course(self.config, sets, self.step, number, alone=alone)
-            companies[course].append(rollout.draw_run(self.config, self.whole_runs, self.step, number))
+        for _, company in groupby(numbers, lambda number: number // rollout.COMPANY):
+            members = list(company)
+            course = rollout.draw_course(self.config, sets, self.step, members[0], alone=alone)
+            companies[course] += [rollout.draw_run(self.config, self.whole_runs, self.step, n) for n in members]
         for course, runs in companies.items():
             error = self.run_errors(runs, course, self.adapter)
             loss = rollout.decibels(error).mean(1).sum() / total
