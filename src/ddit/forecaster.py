@@ -65,11 +65,11 @@ class Forecaster(nn.Module):
         tokens = F.silu(tokens * (1 + factors[0]) + factors[1])
         for mix, scale, shift in zip(self.mix, factors[2:6:2], factors[3:6:2], strict=True):
             tokens = tokens + F.silu(mix(tokens) * (1 + scale) + shift)
-        change = self.last(tokens)
+        change = self.last(tokens).unflatten(1, (ORDERS, -1))
         for gain, z in zip(factors[6:], seen, strict=True):
-            change = change + (gain.unflatten(1, (ORDERS, -1)) * z[:, None]).flatten(1, 2)
-        # [B F, ORDERS C, H, W] -> [B, ORDERS, C, (F,) H, W]
-        grouped = change.float().unflatten(0, (len(told), frames)).unflatten(2, (ORDERS, -1)).movedim(1, 3)
+            change = torch.addcmul(change, gain.unflatten(1, (ORDERS, -1)), z[:, None])
+        # [B F, ORDERS, C, H, W] -> [B, ORDERS, C, (F,) H, W]
+        grouped = change.float().unflatten(0, (len(told), frames)).movedim(1, 3)
         return grouped.reshape(len(told), ORDERS, *clean.value.shape[1:])
 
     @staticmethod

@@ -33,16 +33,15 @@ def depth_to_space(z: Tensor, scale: int) -> Tensor:
 
 def pack(z: Tensor, patch: int) -> Tensor:
     """One token for each ``patch x patch`` square: ``[B, C, ..., H, W] -> [B, N, C patch patch]``."""
-    return rearrange(z, "b c ... (h y) (w x) -> b (... h w) (c y x)", y=patch, x=patch)
+    squares = F.pixel_unshuffle(z.movedim(1, -3), patch)  # a third of the time of rearrange
+    return squares.movedim(-3, -1).flatten(1, -2).contiguous()
 
 
 def unpack(tokens: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
     """The inverse of `pack`; ``shape`` is that of the latents, of which C may differ."""
-    height, width = shape[-2:]
-    grid = rearrange(
-        tokens, "b (f h w) (c y x) -> b c f (h y) (w x)", h=height // patch, w=width // patch, y=patch, x=patch
-    )
-    return grid.reshape(len(tokens), -1, *shape[2:])
+    *frames, height, width = shape[2:]
+    squares = tokens.unflatten(1, (*frames, height // patch, width // patch)).movedim(-1, -3)
+    return F.pixel_shuffle(squares, patch).movedim(-3, 1)
 
 
 def pad_to_multiple(z: Tensor, multiple: int) -> Tensor:
@@ -116,7 +115,9 @@ def grow(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
 
 def detail(z: Tensor, scale: int) -> Tensor:
     """What average pooling by ``scale`` loses: ``z - U D z``; the grid must divide."""
-    return z - grow(shrink(z, scale, 1, "noise-consistent"), scale, 1, "noise-consistent")
+    squares = z.unflatten(-1, (-1, scale)).unflatten(-3, (-1, scale))
+    pooled = F.avg_pool2d(z.flatten(0, -4), scale).unflatten(0, z.shape[:-3])
+    return (squares - pooled[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
 
 
 def detail_variance(clean: Tensor, scale: int, patch_size: int) -> Tensor:
@@ -277,7 +278,7 @@ class Line:
         """Value on the line, ``[B, ...]``."""
         here, newest, before = (torch.exp(-BEND * x) for x in (level, self.level, self.previous_level))
         ratio = torch.where(before > newest, (newest - here) / (before - newest), 0)
-        return self.value + expand(ratio, self.value) * (self.value - self.previous)
+        return torch.lerp(self.previous, self.value, 1 + expand(ratio, self.value))
 
     def rows(self, index: Sequence[int]) -> Line:
         """The same for some samples of the batch."""

@@ -49,8 +49,10 @@ class Memory:
     known: list[bool]
     """Per sample, whether there was a step at scale 1."""
     answers: dict[int, Answers] = field(default_factory=dict)
-    learnt: dict[int, Tensor] = field(default_factory=dict)
-    """Sample -> what an adapter that mends forecasts made of its anchor."""
+    learnt: Tensor | None = None
+    """What an adapter that mends forecasts made of the anchors, for the whole batch."""
+    mendable: set[int] = field(default_factory=set)
+    """Samples whose present anchor it is about."""
 
     @classmethod
     def empty(cls, latents: Tensor, *, mended: bool = False) -> Memory:
@@ -72,7 +74,7 @@ class Memory:
             before = renewed(self.known, before, Anchor.after(latents, noise, velocity, end=until))
         self.anchor = renewed(samples, Anchor.after(latents, noise, velocity, before, end=until), self.anchor)
         self.known = [known or now for known, now in zip(self.known, samples, strict=True)]
-        self.learnt = {i: value for i, value in self.learnt.items() if not samples[i]}
+        self.mendable -= {i for i, now in enumerate(samples) if now}
         for answers in self.answers.values():
             answers.age = {i: age + samples[i] for i, age in answers.age.items()}
 
@@ -87,11 +89,17 @@ class Memory:
 
     def mended(self, samples: Sequence[int], learn: Callable[[Anchor], Tensor]) -> tuple[Anchor, list[int]]:
         """The anchor of some samples with what an adapter makes of it, and for which of them that was new."""
-        new = [i for i in samples if i not in self.learnt]
+        new = [i for i in samples if i not in self.mendable]
         if new:
-            self.learnt.update(zip(new, learn(self.anchor.rows(new)).split(1), strict=True))
-        known = [self.learnt[i] for i in samples]
-        return replace(self.anchor.rows(list(samples)), learnt=torch.cat(known) if len(known) > 1 else known[0]), new
+            made = learn(self.anchor.rows(new))
+            if len(new) < len(self.known):
+                old = made.new_zeros(len(self.known), *made.shape[1:]) if self.learnt is None else self.learnt
+                made = old.index_put((torch.tensor(new, device=old.device),), made)
+            self.learnt, self.mendable = made, self.mendable | set(new)
+        assert self.learnt is not None
+        rows = list(samples)
+        learnt = self.learnt if len(rows) == len(self.known) else self.learnt[rows]
+        return replace(self.anchor.rows(rows), learnt=learnt), new
 
     def asked(self, scale: int, samples: Sequence[int], line: Line) -> None:
         """The coarse grid has been asked at the anchor of some samples, ``[len(samples), ...]``."""

@@ -32,8 +32,6 @@ BEFORE = 2
 """Gaps before these, from the plain path on, that a run goes through to be off it as in use."""
 COMPANY = 4
 """Samples of a global batch that share a course, so that they are called together."""
-ALONE = 0.6
-"""Share of the optimiser steps, the first ones, that look at single gaps, which takes no calls of the model."""
 TO_THE_END = 0.3
 """Share of the courses that end where the picture is done."""
 
@@ -49,13 +47,11 @@ class Course:
     """Index into these of the gap that ends the runs."""
     which: int = 0
     """Index into the sets of samples, which differ in their number of steps."""
-    alone: bool = False
-    """Whether that gap is all, from the plain path on, and judged by its latents: the model is not asked."""
 
     @property
     def counted(self) -> range:
         """Gaps that gradients flow through, and where errors are taken."""
-        return range(max(0, self.last + 1 - (1 if self.alone else LEARNT)), self.last + 1)
+        return range(max(0, self.last + 1 - LEARNT), self.last + 1)
 
     def ends(self, total: int) -> list[int]:
         """Where the gaps after each step at scale 1 end: at the next, the last at the number of steps."""
@@ -68,9 +64,7 @@ def plan(speedup: float, scale: int, sigmas: Sequence[float]) -> tuple[int, ...]
     return tuple(i for i, s in enumerate(budget.plan(sigmas, {1: 1.0, scale: 0.0})) if s == 1)
 
 
-def draw_course(
-    config: TrainConfig, sets: Sequence[Sequence[float]], step: int, number: int, *, alone: bool = False
-) -> Course:
+def draw_course(config: TrainConfig, sets: Sequence[Sequence[float]], step: int, number: int) -> Course:
     """The same for the same seed, step and company within the step's global batch, on any number of processes.
 
     Args:
@@ -86,7 +80,7 @@ def draw_course(
     which = int(rng.choice(len(sets), p=counts / counts.sum()))
     sigmas = sets[which]
     fine = plan(float(np.exp(rng.uniform(low, high))), scale, sigmas)
-    courses = [Course(scale, fine, last, which, alone) for last in range(1, len(fine))]
+    courses = [Course(scale, fine, last, which) for last in range(1, len(fine))]
     # The gap after the first step has a single one to forecast from, and nothing is learnt there.
     able = [c for c in courses if any(c.ends(len(sigmas))[j] - fine[j] > 1 for j in c.counted if j > 0)]
     if not able:
@@ -198,7 +192,7 @@ def errors(
     total = len(runs.samples.sigmas)
     fine, ends = course.fine, course.ends(total)
     counted = course.counted
-    begin = 0 if before is None else max(0, counted[0] - (0 if course.alone else before))
+    begin = 0 if before is None else max(0, counted[0] - before)
     # Of the plain path: what the sampler looks back on, steps at scale 1 before the start, it, what to compare with.
     behind = fine[begin] if runs.sampler.looks_back else 0
     earlier = fine[max(0, begin - 2) : begin]
@@ -228,13 +222,9 @@ def errors(
             if end == total:
                 distances.append(z - runs.clean())
                 continue
-            met = ahead[counted.index(j)] if j in counted else None
-            if course.alone:
-                assert met is not None, "the one gap counts"
-                distances.append(z - met[0])
-                continue
             velocity = walk.asked(z, end)
-            if met is not None and forecasts:
+            if j in counted and forecasts:
+                met = ahead[counted.index(j)]
                 distances.append(walk.clean(z, velocity, end) - walk.clean(*met, end))
     return torch.stack(distances, 1).square().flatten(2).mean(2)
 

@@ -237,12 +237,11 @@ class Run:
     def _backward_runs(self, numbers: Sequence[int], total: int) -> Tensor:
         """Gradients of this batch's part of the loss, for an adapter that does not ask the model."""
         share = torch.zeros((), device=self.accelerator.device)
-        alone = self.step < rollout.ALONE * self.config.steps
         sets = [sampler.samples.sigmas for sampler in self.samplers]
         companies: dict[Course, list[int]] = defaultdict(list)
         for _, company in groupby(numbers, lambda number: number // rollout.COMPANY):
             members = list(company)
-            course = rollout.draw_course(self.config, sets, self.step, members[0], alone=alone)
+            course = rollout.draw_course(self.config, sets, self.step, members[0])
             companies[course] += [rollout.draw_run(self.config, self.whole_runs, self.step, n) for n in members]
         for course, runs in companies.items():
             error = self.run_errors(runs, course, self.adapter)
