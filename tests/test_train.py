@@ -267,7 +267,7 @@ def test_mended_forecasts_end_nearer_to_plain(base, tmp_path):
 
 
 def test_courses_depend_on_seed_and_step_alone(base):
-    config, sets = mending(base, base, speedups=(1.3, 4.0)), [stored(base).sigmas]
+    config, sets = mending(base, base, speedups=(1.3, 4.0), single_gaps=30), [stored(base).sigmas]
     courses = [rollout.draw_course(config, sets, step, 0) for step in range(60)]
     assert courses == [rollout.draw_course(config, sets, step, 3) for step in range(60)]
     assert courses != [rollout.draw_course(config, sets, step, 4) for step in range(60)]
@@ -276,6 +276,7 @@ def test_courses_depend_on_seed_and_step_alone(base):
         gaps = list(zip(course.fine, course.ends(8), strict=True))[1:]
         counted = gaps[max(0, course.last - rollout.LEARNT) : course.last]
         assert any(end - step > 1 for step, end in counted), "there is a forecast to learn"
+    assert all(c.alone == (step < 30) for step, c in enumerate(courses)), "half of the steps look at single gaps"
     assert {rollout.draw_run(config, 7, 3, number) for number in range(50)} == set(range(7))
     with pytest.raises(ValueError, match="higher --speedups"):
         rollout.draw_course(replace(config, speedups=(1.01, 1.01)), sets, 0, 0)
@@ -321,6 +322,9 @@ def test_settings_of_adapters_that_ask_are_refused_for_one_that_does_not():
     assert TrainConfig(anchored=False).asks is True
     with pytest.raises(ValueError, match=r"has no rank, weighting; .*--asks"):
         TrainConfig(rank=8, weighting="none")
+    assert TrainConfig(steps=50).single_gaps == 30 and TrainConfig(asks=True).single_gaps == 0
+    with pytest.raises(ValueError, match="leave single_gaps out"):
+        TrainConfig(asks=True, single_gaps=5)
     with pytest.raises(ValueError, match="anchored=True"):
         PatchAdapter.for_model(tiny.transformer(), asks=False, anchored=False)
     with pytest.raises(ValueError, match="anchored"):

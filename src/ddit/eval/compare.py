@@ -69,7 +69,7 @@ def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: s
             chosen += [_named("dynamic", own, with_adapter, at) for own in asked]
     chosen += [f"dynamic:threshold={t:g}" for t in THRESHOLDS] + [PAPER]
     chosen += [f"dynamic:speedup={s},gain=0.5" for s in (2, 3)]
-    chosen += [f"dynamic:speedup={s},cache={fitted}" for s in (2, 3)] + [f"dynamic:cache={fitted}"]
+    chosen += [f"dynamic:speedup={s},cache={fitted}" for s in (2, 3, 5)] + [f"dynamic:cache={fitted}"]
     if not video:
         chosen.append("progressive:fraction=0.3")
     return list(dict.fromkeys(chosen))

@@ -47,11 +47,13 @@ class Course:
     """Index into these of the gap that ends the runs."""
     which: int = 0
     """Index into the sets of samples, which differ in their number of steps."""
+    alone: bool = False
+    """Whether that gap is all, from the plain path on, and judged by its latents: the model is not asked."""
 
     @property
     def counted(self) -> range:
         """Gaps that gradients flow through, and where errors are taken."""
-        return range(max(0, self.last + 1 - LEARNT), self.last + 1)
+        return range(max(0, self.last + 1 - (1 if self.alone else LEARNT)), self.last + 1)
 
     def ends(self, total: int) -> list[int]:
         """Where the gaps after each step at scale 1 end: at the next, the last at the number of steps."""
@@ -80,7 +82,8 @@ def draw_course(config: TrainConfig, sets: Sequence[Sequence[float]], step: int,
     which = int(rng.choice(len(sets), p=counts / counts.sum()))
     sigmas = sets[which]
     fine = plan(float(np.exp(rng.uniform(low, high))), scale, sigmas)
-    courses = [Course(scale, fine, last, which) for last in range(1, len(fine))]
+    alone = step < (config.single_gaps or 0)
+    courses = [Course(scale, fine, last, which, alone) for last in range(1, len(fine))]
     # The gap after the first step has a single one to forecast from, and nothing is learnt there.
     able = [c for c in courses if any(c.ends(len(sigmas))[j] - fine[j] > 1 for j in c.counted if j > 0)]
     if not able:
@@ -192,7 +195,7 @@ def errors(
     total = len(runs.samples.sigmas)
     fine, ends = course.fine, course.ends(total)
     counted = course.counted
-    begin = 0 if before is None else max(0, counted[0] - before)
+    begin = 0 if before is None else max(0, counted[0] - (0 if course.alone else before))
     # Of the plain path: what the sampler looks back on, steps at scale 1 before the start, it, what to compare with.
     behind = fine[begin] if runs.sampler.looks_back else 0
     earlier = fine[max(0, begin - 2) : begin]
@@ -222,9 +225,13 @@ def errors(
             if end == total:
                 distances.append(z - runs.clean())
                 continue
+            met = ahead[counted.index(j)] if j in counted else None
+            if course.alone:
+                assert met is not None, "the one gap counts"
+                distances.append(z - met[0])
+                continue
             velocity = walk.asked(z, end)
-            if j in counted and forecasts:
-                met = ahead[counted.index(j)]
+            if met is not None and forecasts:
                 distances.append(walk.clean(z, velocity, end) - walk.clean(*met, end))
     return torch.stack(distances, 1).square().flatten(2).mean(2)
 

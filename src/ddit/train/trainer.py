@@ -89,6 +89,32 @@ def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
     return prompts
 
 
+def _draw_sets(
+    config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, prompts: list[str] | None
+) -> list[Samples]:
+    """The samples of each number of steps, drawn where they are missing, each process its share."""
+    sets = []
+    for folder, number in config.samples_folders.items():
+        settings = call_settings(preset, num_inference_steps=number, height=config.height, width=config.width)
+        check_size(pipe, settings)
+        drawn = draw_samples(
+            folder,
+            pipe,
+            settings,
+            prompts,
+            speedups=config.speedups if config.asks else None,
+            batch=config.sample_batch,
+            shard=config.shard,
+            seed=config.seed,
+            preset=preset,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            wait=accelerator.wait_for_everyone,
+        )
+        sets.append(drawn)
+    return sets
+
+
 @dataclass
 class Run:
     """Everything that changes, and what it is made from."""
@@ -116,25 +142,7 @@ class Run:
     ) -> Run:
         """A run as the last checkpoint left it, or a new one."""
         transformer = pipe.transformer.requires_grad_(False).eval()
-        sets = []
-        for folder, number in config.samples_folders.items():
-            settings = call_settings(preset, num_inference_steps=number, height=config.height, width=config.width)
-            check_size(pipe, settings)
-            drawn = draw_samples(
-                folder,
-                pipe,
-                settings,
-                prompts,
-                speedups=config.speedups if config.asks else None,
-                batch=config.sample_batch,
-                shard=config.shard,
-                seed=config.seed,
-                preset=preset,
-                rank=accelerator.process_index,
-                processes=accelerator.num_processes,
-                wait=accelerator.wait_for_everyone,
-            )
-            sets.append(drawn)
+        sets = _draw_sets(config, accelerator, pipe, preset, prompts)
         samples = sets[0]
         samplers = [] if config.asks else [Sampler(pipe.scheduler, drawn) for drawn in sets]
         first_kept = trained_records(config, samples)
