@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -124,6 +125,32 @@ def test_compare_reports_speed_and_likeness(tmp_path, model):
 def test_sizes_the_pipeline_would_round_are_refused(capsys, tmp_path, model):
     said = refused(capsys, tmp_path, "--model", model, "--height", "33")
     assert "multiples of 4, such as 32" in said
+
+
+def test_further_arguments_of_the_call(tmp_path, model):
+    """They reach the pipeline, and stand in the report."""
+    report, flags = tmp_path / "a.json", ["--model", model, "--out", str(tmp_path / "a.png")]
+    guided = ["--call", "true_cfg_scale=2.5", "--call", "negative_prompt=a red circle", "--call=max_sequence_length=8"]
+    assert main(["generate", PROMPT, *flags, "--json", str(report)]) == 0
+    before = (tmp_path / "a.png").read_bytes()
+    assert main(["generate", PROMPT, *flags, "--json", str(report), *guided]) == 0
+    told = json.loads(report.read_text())["call"]
+    assert told["true_cfg_scale"] == 2.5 and told["negative_prompt"] == "a red circle"
+    assert (tmp_path / "a.png").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        ("guidance=4", "takes .*guidance_scale"),
+        ("guidance_scale=much", "takes a number"),
+        ("output_type=pt", "can't be called with output_type"),
+        ("guidance_scale", "not NAME=VALUE"),
+        ("num_inference_steps=3", "set by --steps"),
+    ],
+)
+def test_arguments_that_no_call_takes_are_refused(capsys, tmp_path, model, call, word):
+    assert re.search(word, refused(capsys, tmp_path, "--model", model, "--call", call))
 
 
 def prompts_file(folder: Path) -> Path:

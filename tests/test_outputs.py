@@ -16,7 +16,7 @@ from ddit.cli import main
 from ddit.embedded.video import components
 from ddit.embedded.video.clips import clips
 from ddit.embedded.video.judge import centres, motion
-from ddit.generate import EMBEDDED, check_size, draws_video
+from ddit.generate import EMBEDDED, check_call, draws_video
 from ddit.outputs import frames, save
 from ddit.preset import Preset
 
@@ -63,9 +63,9 @@ def test_frames_of_clips_and_pictures():
 def test_sizes_that_a_video_pipeline_would_round_are_refused(settings, word):
     pipe = tiny.wan_pipeline()
     assert draws_video(pipe)
-    check_size(pipe, {"num_frames": 9, "height": 64, "width": 96})
+    check_call(pipe, {"num_frames": 9, "height": 64, "width": 96})
     with pytest.raises(ValueError, match=word):
-        check_size(pipe, settings)
+        check_call(pipe, settings)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_frames_are_refused_for_pictures():
     pipe = tiny.pipeline()
     assert not draws_video(pipe)
     with pytest.raises(ValueError, match="draws pictures"):
-        check_size(pipe, {"num_frames": 9})
+        check_call(pipe, {"num_frames": 9})
 
 
 def test_the_ending_must_fit_the_model(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import statistics
 import time
 import warnings
@@ -138,8 +139,12 @@ def check_prompt(prompt: str, model: str) -> None:
             warnings.warn(f"the model {model} doesn't know {word!r}; near are {', '.join(near)}", stacklevel=2)
 
 
-def check_size(pipe: Any, settings: dict[str, Any]) -> None:
-    """Refuse a height, width or number of frames that the pipeline would silently round, or does not take."""
+SET = {"output_type", "return_dict", "callback_on_step_end"}
+"""Arguments of a pipeline's call that `run` sets."""
+
+
+def check_call(pipe: Any, settings: dict[str, Any]) -> None:
+    """Refuse arguments that a pipeline does not take, and a height, width or number of frames that it would round."""
     multiple = 2 * getattr(pipe, "vae_scale_factor", getattr(pipe, "vae_scale_factor_spatial", 8))
     for name in ("height", "width"):
         size = settings.get(name)
@@ -152,6 +157,13 @@ def check_size(pipe: Any, settings: dict[str, Any]) -> None:
     if count is not None and group is not None and count % group != 1:
         near = count // group * group + 1
         raise ValueError(f"frames is {count}; this model takes one more than a multiple of {group}, such as {near}")
+    takes = inspect.signature(type(pipe).__call__).parameters
+    for name, value in settings.items():
+        if name not in takes or name in SET:
+            allowed = ", ".join(sorted(takes.keys() - {"self"} - SET))
+            raise ValueError(f"{type(pipe).__name__} can't be called with {name}; it takes {allowed}")
+        if isinstance(takes[name].default, int | float) and not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}; {type(pipe).__name__} takes a number there")
 
 
 def draws_video(pipe: Any) -> bool:

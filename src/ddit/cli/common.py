@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,8 +35,42 @@ def model_options(command: argparse.ArgumentParser, *, adapter: str | None = "no
     command.add_argument("--steps", type=int, help="denoising steps")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
+    command.add_argument(
+        "--call",
+        type=call_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further argument of the pipeline's call, such as guidance_scale=4; may be given several times",
+    )
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+FLAGS = {
+    "prompt": "the prompt itself",
+    "generator": "--seed",
+    "num_inference_steps": "--steps",
+    "height": "--height",
+    "width": "--width",
+    "num_frames": "--frames",
+    "num_images_per_prompt": "--num-images",
+    "num_videos_per_prompt": "--num-images",
+}
+"""Arguments of a pipeline's call -> what sets them."""
+
+
+def call_argument(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``; the value is JSON, or else text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if name in FLAGS:
+        raise argparse.ArgumentTypeError(f"{name} is set by {FLAGS[name]}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def positive(text: str) -> int:

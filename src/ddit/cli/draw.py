@@ -191,8 +191,8 @@ class Drawing:
         if adapter is not None and args.adapter is None and not adapter.fits(config):
             name, adapter = "none", None
         sizes = {"height": args.height, "width": args.width, "num_frames": args.frames}
-        settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes)
-        lib.check_size(pipe, settings)
+        settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes, **dict(args.call))
+        lib.check_call(pipe, settings)
         same = {"preset": preset, "adapter": adapter, "cache": cache}
         return cls(args, pipe, config, settings, name, same, suffix)
 

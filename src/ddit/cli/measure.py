@@ -123,7 +123,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         split=args.split,
         batch=args.batch,
         seed=args.seed,
-        settings={k: v for k, v in chosen.items() if v is not None},
+        settings={**{k: v for k, v in chosen.items() if v is not None}, **dict(args.call)},
         device=args.device,
         dtype=args.dtype,
         out=args.out,
@@ -153,8 +153,9 @@ def _calibrate(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts, args.count)
     else:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
-    settings = lib.call_settings(preset, num_inference_steps=args.steps, height=args.height, width=args.width)
-    lib.check_size(pipe, settings)
+    sizes = {"height": args.height, "width": args.width}
+    settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes, **dict(args.call))
+    lib.check_call(pipe, settings)
     calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder)
     print(f"wrote {folder / FILE}")
 

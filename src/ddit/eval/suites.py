@@ -20,7 +20,7 @@ from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json
-from ddit.generate import call_settings, draws_video, load_adapter, load_pipeline
+from ddit.generate import call_settings, check_call, draws_video, load_adapter, load_pipeline
 from ddit.models import architecture_for
 from ddit.preset import Preset
 
@@ -210,7 +210,9 @@ def _steps(settings: dict[str, Any], pipe: Any) -> int:
 
 
 def _load(config: SuiteConfig) -> tuple[Any, Preset]:
-    return load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    check_call(pipe, call_settings(preset, **config.settings))
+    return pipe, preset
 
 
 def _show(config: SuiteConfig, table: str) -> None:

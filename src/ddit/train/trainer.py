@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ddit.adapter import Attachment, PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.files import replacing, replacing_folder, write_json
-from ddit.generate import call_settings, check_size, load_pipeline
+from ddit.generate import call_settings, check_call, load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
@@ -96,7 +96,7 @@ def _draw_sets(
     sets = []
     for folder, number in config.samples_folders.items():
         settings = call_settings(preset, num_inference_steps=number, height=config.height, width=config.width)
-        check_size(pipe, settings)
+        check_call(pipe, settings)
         drawn = draw_samples(
             folder,
             pipe,
