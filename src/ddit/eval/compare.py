@@ -163,6 +163,8 @@ def plot(stem: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
         axis.minorticks_off()
         if measure == "frechet":
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
     axes[0].legend(fontsize=8)
     paths = [stem.with_name(f"{stem.name}-pareto{ending}") for ending in (".png", ".svg")]
     for path in paths:
