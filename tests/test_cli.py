@@ -14,7 +14,8 @@ from diffusers import FluxTransformer2DModel
 
 import tiny
 from ddit import PatchAdapter
-from ddit.cli import main
+from ddit.cli import main, parser
+from ddit.cli.common import call_options, check_run
 from ddit.embedded import ADAPTER_FOLDER, ASSETS
 from ddit.preset import Preset
 
@@ -147,10 +148,21 @@ def test_further_arguments_of_the_call(tmp_path, model):
         ("output_type=pt", "can't be called with output_type"),
         ("guidance_scale", "not NAME=VALUE"),
         ("num_inference_steps=3", "set by --steps"),
+        ("num_frames=9", "set by --frames"),
+        ("prompt=a blue star", "can't be called with prompt"),
+        ("generator=3", "can't be called with generator"),
+        ("num_images_per_prompt=2", "can't be called with num_images_per_prompt"),
+        ("guidance_scale=null", "says nothing"),
     ],
 )
 def test_arguments_that_no_call_takes_are_refused(capsys, tmp_path, model, call, word):
     assert re.search(word, refused(capsys, tmp_path, "--model", model, "--call", call))
+
+
+def test_commands_without_an_option_leave_it_to_call():
+    told = parser().parse_args(["evaluate", "--steps", "4", "--call", "num_frames=9", "--call", "guidance_scale=2"])
+    check_run(told, ())
+    assert call_options(told) == {"num_inference_steps": 4, "num_frames": 9, "guidance_scale": 2}
 
 
 def prompts_file(folder: Path) -> Path:

@@ -139,8 +139,16 @@ def check_prompt(prompt: str, model: str) -> None:
             warnings.warn(f"the model {model} doesn't know {word!r}; near are {', '.join(near)}", stacklevel=2)
 
 
-SET = {"output_type", "return_dict", "callback_on_step_end"}
-"""Arguments of a pipeline's call that `run` sets."""
+SET = {
+    "prompt",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "generator",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+}
+"""Arguments of a pipeline's call that `run` decides: it draws one picture for each prompt it is given."""
 
 
 def check_call(pipe: Any, settings: dict[str, Any]) -> None:

@@ -47,17 +47,8 @@ def model_options(command: argparse.ArgumentParser, *, adapter: str | None = "no
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
-FLAGS = {
-    "prompt": "the prompt itself",
-    "generator": "--seed",
-    "num_inference_steps": "--steps",
-    "height": "--height",
-    "width": "--width",
-    "num_frames": "--frames",
-    "num_images_per_prompt": "--num-images",
-    "num_videos_per_prompt": "--num-images",
-}
-"""Arguments of a pipeline's call -> what sets them."""
+CALL_FLAGS = {"num_inference_steps": "steps", "height": "height", "width": "width", "num_frames": "frames"}
+"""Arguments of a pipeline's call -> the option that sets them, in commands that have it."""
 
 
 def call_argument(text: str) -> tuple[str, Any]:
@@ -65,12 +56,18 @@ def call_argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    if name in FLAGS:
-        raise argparse.ArgumentTypeError(f"{name} is set by {FLAGS[name]}")
+    if value == "null":
+        raise argparse.ArgumentTypeError(f"{name}=null says nothing; leave it out")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call that the options give."""
+    given = {name: getattr(args, option, None) for name, option in CALL_FLAGS.items()}
+    return {**{k: v for k, v in given.items() if v is not None}, **dict(args.call)}
 
 
 def positive(text: str) -> int:
@@ -107,6 +104,9 @@ def check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
         size = getattr(args, name)
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
+    for name, _ in args.call:
+        if hasattr(args, CALL_FLAGS.get(name, "")):
+            raise ValueError(f"{name} is set by --{CALL_FLAGS[name]}; leave it out of --call")
     for path in outputs:
         if path is not None:
             check_writable(path)

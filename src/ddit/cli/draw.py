@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from ddit.cli.common import (
     add_command,
+    call_options,
     check_run,
     command_line,
     environment,
@@ -190,8 +191,7 @@ class Drawing:
         adapter = None if name == "none" else lib.load_adapter(name, dtype=args.dtype, device=device)
         if adapter is not None and args.adapter is None and not adapter.fits(config):
             name, adapter = "none", None
-        sizes = {"height": args.height, "width": args.width, "num_frames": args.frames}
-        settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes, **dict(args.call))
+        settings = lib.call_settings(preset, **call_options(args))
         lib.check_call(pipe, settings)
         same = {"preset": preset, "adapter": adapter, "cache": cache}
         return cls(args, pipe, config, settings, name, same, suffix)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ddit.cli.common import (
     add_command,
+    call_options,
     check_run,
     check_writable,
     command_line,
@@ -114,7 +115,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError(
             "--at chooses among the default methods; with --methods give each its steps: plain:run_steps=25"
         )
-    chosen = {"num_inference_steps": args.steps, "height": args.height, "width": args.width}
     config = SuiteConfig(
         model=args.model,
         methods=tuple(args.methods or ()),
@@ -123,7 +123,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         split=args.split,
         batch=args.batch,
         seed=args.seed,
-        settings={**{k: v for k, v in chosen.items() if v is not None}, **dict(args.call)},
+        settings=call_options(args),
         device=args.device,
         dtype=args.dtype,
         out=args.out,
@@ -153,8 +153,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         prompts = read_prompts(args.prompts, args.count)
     else:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
-    sizes = {"height": args.height, "width": args.width}
-    settings = lib.call_settings(preset, num_inference_steps=args.steps, **sizes, **dict(args.call))
+    settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
     calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder)
     print(f"wrote {folder / FILE}")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,12 +28,13 @@ from ddit.api import apply
 from ddit.config import ScheduleConfig
 from ddit.dial import Budget
 from ddit.files import replacing, write_json
-from ddit.generate import recorded
+from ddit.generate import call_settings, check_call, recorded
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
 from ddit.progress import progress
 from ddit.schedule import Moment
+from ddit.train.config import TrainConfig
 
 MANIFEST = "samples.json"
 VERSION = 4
@@ -240,6 +242,32 @@ def draw_samples(
                 save_file(tensors, target)
     wait()
     return Samples(folder, json.loads(path.read_text()))
+
+
+def draw_sets(
+    config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, prompts: list[str] | None
+) -> list[Samples]:
+    """The samples of each number of steps, drawn where they are missing, each process its share."""
+    sets = []
+    for folder, number in config.samples_folders.items():
+        settings = call_settings(preset, num_inference_steps=number, height=config.height, width=config.width)
+        check_call(pipe, settings)
+        drawn = draw_samples(
+            folder,
+            pipe,
+            settings,
+            prompts,
+            speedups=config.speedups if config.asks else None,
+            batch=config.sample_batch,
+            shard=config.shard,
+            seed=config.seed,
+            preset=preset,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            wait=accelerator.wait_for_everyone,
+        )
+        sets.append(drawn)
+    return sets
 
 
 @dataclass(frozen=True)

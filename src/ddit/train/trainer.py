@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ddit.adapter import Attachment, PatchAdapter
 from ddit.config import ScheduleConfig
 from ddit.files import replacing, replacing_folder, write_json
-from ddit.generate import call_settings, check_call, load_pipeline
+from ddit.generate import load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
@@ -32,7 +32,7 @@ from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
-from ddit.train.samples import Samples, draw_samples, read_prompts
+from ddit.train.samples import Samples, draw_sets, read_prompts
 from ddit.train.validation import save_pictures, validate, validate_runs
 
 
@@ -89,32 +89,6 @@ def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
     return prompts
 
 
-def _draw_sets(
-    config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, prompts: list[str] | None
-) -> list[Samples]:
-    """The samples of each number of steps, drawn where they are missing, each process its share."""
-    sets = []
-    for folder, number in config.samples_folders.items():
-        settings = call_settings(preset, num_inference_steps=number, height=config.height, width=config.width)
-        check_call(pipe, settings)
-        drawn = draw_samples(
-            folder,
-            pipe,
-            settings,
-            prompts,
-            speedups=config.speedups if config.asks else None,
-            batch=config.sample_batch,
-            shard=config.shard,
-            seed=config.seed,
-            preset=preset,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-            wait=accelerator.wait_for_everyone,
-        )
-        sets.append(drawn)
-    return sets
-
-
 @dataclass
 class Run:
     """Everything that changes, and what it is made from."""
@@ -142,7 +116,7 @@ class Run:
     ) -> Run:
         """A run as the last checkpoint left it, or a new one."""
         transformer = pipe.transformer.requires_grad_(False).eval()
-        sets = _draw_sets(config, accelerator, pipe, preset, prompts)
+        sets = draw_sets(config, accelerator, pipe, preset, prompts)
         samples = sets[0]
         samplers = [] if config.asks else [Sampler(pipe.scheduler, drawn) for drawn in sets]
         first_kept = trained_records(config, samples)
