@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -157,7 +158,7 @@ def test_a_new_path_past_the_model_changes_nothing(pipe):
 
 
 def test_mended_forecasts_ask_nothing_and_leave_nothing(pipe):
-    """Of the model: no calls and no hooks. The path speaks once there are two steps at scale 1 to forecast from."""
+    """No calls of the model. The path speaks once there are two steps at scale 1 to forecast from."""
     plain = tiny.sample(pipe)
     adapter = adapter_for(pipe.transformer, asks=False)
     config = ScheduleConfig(policy="fixed", steps=(1, 2, 2, 2, 2, 2), gain=0.0)
@@ -166,18 +167,37 @@ def test_mended_forecasts_ask_nothing_and_leave_nothing(pipe):
     with ddit.apply(pipe, adapter=adapter, config=config):
         assert torch.equal(tiny.sample(pipe), once)
     with ddit.apply(pipe, adapter=adapter, config=MENDED) as handle:
-        assert not any(m._forward_hooks for m in pipe.transformer.modules())
         mended = tiny.sample(pipe)
         report = handle.report
     assert report.strip() == "1 1 - - 1 - - -" and not torch.allclose(mended, plain)
     latents = torch.zeros(1, 4, 16, 16)
     path = adapter.path
-    expected = 2 * 64 * sum(layer.weight.numel() for layer in (path.first, *path.mix, path.last))
+    expected = 2 * 64 * sum(layer.weight.numel() for layer in (*path.latents, path.hidden, *path.mix, path.last))
     expected += 2 * sum(path.levels[i].weight.numel() for i in (0, 2))
     assert report.path_flops == expected == architecture_for(pipe.transformer).count_path(latents, adapter)
     assert [len(step.learnt) for step in report.steps] == [0, 0, 1, 0, 0, 1, 0, 0], "once for each gap"
     assert report.flops_fraction == pytest.approx((3 + 2 * expected / report.flops[1]) / 8)
     assert torch.equal(tiny.sample(pipe), plain)
+    assert not any(m._forward_pre_hooks for m in pipe.transformer.modules()) and adapter._hidden is None
+
+
+def test_what_the_last_layer_read_takes_part(pipe):
+    """It is that layer's input in the call before, and is kept no longer than needed."""
+    adapter, told = adapter_for(pipe.transformer, asks=False), []
+    listener = pipe.transformer.proj_out.register_forward_pre_hook(lambda layer, args: told.append(args[0]))
+    learn = adapter.learn
+    with ddit.apply(pipe, adapter=adapter, config=MENDED) as handle:
+        adapter.learn = lambda anchor: (told.append(anchor.hidden), learn(anchor))[1]
+        tiny.sample(pipe)
+        assert handle._generation.hidden is None
+    listener.remove()
+    # Steps at scale 1 are 0, 1 and 4; each but the first begins a gap.
+    _, second, heard, third, again = told
+    assert torch.equal(heard, second) and torch.equal(again, third) and not torch.equal(second, third)
+    z, sigma = torch.randn(1, 4, 8, 8), torch.tensor([0.9])
+    anchor = Anchor.after(z, sigma, z, end=sigma - 0.1)
+    made = [learn(replace(anchor, hidden=torch.randn(1, 16, adapter.config["width"]))) for _ in range(2)]
+    assert not torch.allclose(*made)
 
 
 def test_another_sampler_than_in_training_is_warned_about(pipe, recwarn):
@@ -206,12 +226,13 @@ def test_each_sample_of_a_batch_is_mended_by_itself(pipe):
     adapter = adapter_for(pipe.transformer, asks=False)
     architecture = architecture_for(pipe.transformer)
     torch.manual_seed(0)
-    for shape in ((2, 4, 8, 12), (2, 4, 3, 8, 12)):
+    for shape, tokens in (((2, 4, 8, 12), 24), ((2, 4, 3, 8, 12), 72)):
         sigma = torch.tensor([0.4, 0.2])
         anchor = None
         for noise in ([0.9, 0.8], [0.8, 0.7], [0.6, 0.5]):
             here = torch.tensor(noise)
-            anchor = Anchor.after(torch.randn(shape), here, torch.randn(shape), anchor, end=here - 0.05)
+            hidden = torch.randn(2, tokens, architecture.width)
+            anchor = Anchor.after(torch.randn(shape), here, torch.randn(shape), anchor, end=here - 0.05, hidden=hidden)
         assert anchor.bend.std() > 0.1
         # First, so that nothing is known yet of the batch.
         alone = [adapter.correction(sigma[i : i + 1], anchor.rows([i])) for i in range(2)]

@@ -365,6 +365,7 @@ def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, sampler, le
     torch.manual_seed(1)
     for parameter in adapter.parameters() if learnt else ():
         nn.init.normal_(parameter, std=0.05)
+    adapter.attach(pipe.transformer)
     form = ScheduleConfig(**adapter.form)
     fine = rollout.plan(2.0, 2, samples.sigmas)
     runs = rollout.Runs(Sampler(pipe.scheduler, samples), [0], torch.device("cpu"), torch.float32)

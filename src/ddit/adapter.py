@@ -179,7 +179,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         self.anchored = anchored
         self.asks = asks
-        self.path = None if asks else Forecaster(features // patch**2, patch)
+        self.path = None if asks else Forecaster(features // patch**2, patch, width)
         self.inputs = {s: features * s * s * (2 if anchored else 1) for s in scales}
         self.parts = nn.ModuleDict(
             {
@@ -198,6 +198,7 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         )
         self._state = AdapterState()
         self._call: AdapterCall | None = None
+        self._hidden: Tensor | None = None
 
     @classmethod
     def for_model(
@@ -322,16 +323,16 @@ class PatchAdapter(ModelMixin, ConfigMixin):
             ValueError: See `check`; also for a transformer with an adapter on it.
         """
         self.check(transformer)
-        if not self.asks:
-            return Attachment([], [])
         architecture = architecture_for(transformer)
-        layers = architecture.feed_forward() if self.config["rank"] else []
+        head = architecture.layer(architecture.head)
+        layers = architecture.feed_forward() if self.config["rank"] and self.asks else []
         if any(_LOW_RANK in vars(layer) for _, layer in layers):
             raise ValueError("there is an adapter on this transformer; remove it first")
-        handles = [
-            architecture.layer(architecture.embedding).register_forward_hook(self._embed),
-            architecture.layer(architecture.head).register_forward_hook(self._head),
-        ]
+        if self.asks:
+            embedding = architecture.layer(architecture.embedding)
+            handles = [embedding.register_forward_hook(self._embed), head.register_forward_hook(self._head)]
+        else:
+            handles = [head.register_forward_pre_hook(self._hear)]
         for name, layer in layers:
             # Past nn.Module's setattr: no submodule of the base, no weights in its state_dict.
             vars(layer)[_LOW_RANK] = LayerParts(self._state, {s: self._parts(s).lora[_key(name)] for s in self.scales})
@@ -359,6 +360,12 @@ class PatchAdapter(ModelMixin, ConfigMixin):
                 yield call
             finally:
                 self._call = None
+
+    def heard(self) -> Tensor:
+        """What the model's last layer read ``[B, N, width]`` in the call before, for an adapter that does not ask."""
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None, "the adapter is on the model, which was called"
+        return hidden
 
     def learn(self, anchor: Anchor) -> Tensor:
         """What is known at an anchor of its forecasts' errors, see `ddit.forecaster.Forecaster`."""
@@ -400,6 +407,9 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         added = (added if parts.size is None else added + parts.size).to(output.dtype)
         # A convolution puts channels first: [B, width, ..., h, w] where a linear layer gives [B, N, width].
         return output + (added if output.ndim == 3 else added.mT.reshape(output.shape))
+
+    def _hear(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._hidden = args[0]
 
     def _head(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """The de-embedding reads what the model's own head reads; its answer takes a path of its own (see `at`)."""

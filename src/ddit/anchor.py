@@ -28,6 +28,8 @@ class Anchor:
     adapter that sees it; zero where that one had no line."""
     step: Tensor | None = None
     """Distance in lambda to the next step ``[B]``, for the same."""
+    hidden: Tensor | None = None
+    """What the model's last layer read there ``[B, N, width]``, for the same."""
     learnt: Tensor | None = None
     """What an adapter that mends forecasts made of all this."""
 
@@ -40,15 +42,17 @@ class Anchor:
         before: Anchor | None = None,
         *,
         end: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Anchor:
         """The anchor that a step at scale 1 makes, on lines through the one before.
 
         Args:
             end: Noise level ``[B]`` where the step ends, if an adapter will mend the forecasts.
+            hidden: See `hidden`; likewise.
         """
         level, clean = half_log_snr(sigma), latents - expand(sigma, latents) * velocity
         straight = Line.through(velocity, level, before.velocity if before else None)
-        made = cls(sigma, straight, Line.through(clean, level, before.clean if before else None))
+        made = cls(sigma, straight, Line.through(clean, level, before.clean if before else None), hidden=hidden)
         if end is not None:
             made.step = half_log_snr(end) - level
             made.bend = _bend(clean, level, before.clean) if before else torch.zeros_like(clean)
@@ -71,7 +75,7 @@ class Anchor:
         """The same for some samples of the batch."""
         if len(index) == len(self.sigma):
             return self
-        seen = (None if part is None else part[index] for part in (self.bend, self.step))
+        seen = (None if part is None else part[index] for part in (self.bend, self.step, self.hidden))
         return Anchor(self.sigma[index], self.velocity.rows(index), self.clean.rows(index), *seen)
 
 

@@ -13,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from diffusers.hooks.context_parallel import ContextParallelGatherHook
+from diffusers.models._modeling_parallel import ContextParallelOutput
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
@@ -199,6 +201,15 @@ class Seat:
                 "call remove(), then ddit.apply again"
             )
 
+    def whole(self, tokens: Tensor) -> Tensor:
+        """What a layer sees of the tokens ``[B, N, width]``, of all devices among which they are spread."""
+        spread = getattr(self._parallel, "context_parallel_config", None)
+        if spread is None:
+            return tokens
+        plan: Any = [ContextParallelOutput(gather_dim=1)]
+        gathered: Any = ContextParallelGatherHook(plan, spread).post_forward(self.transformer, tokens)
+        return gathered
+
     def remove(self) -> None:
         """Give the transformer back as it was."""
         attributes = vars(self.transformer)
@@ -360,6 +371,7 @@ class Handle:
         height, width = z.shape[-2:]
         if set(scales) == {1}:
             answer = self._forward(seat, 1, range(len(z)))(*args, **kwargs)
+            self._hear(seat, range(len(z)))
             velocity = arch.velocity(first(answer), (height, width))
             self._generation.record(velocity.detach(), time.perf_counter() - started)
             return answer
@@ -386,6 +398,11 @@ class Handle:
             reused=generation.reused,
             aside=aside,
         )
+
+    def _hear(self, seat: Seat, samples: Sequence[int]) -> None:
+        """Keep what an adapter that mends forecasts heard of the model's answer to some samples at scale 1."""
+        if self._mender is not None:
+            self._generation.heard(samples, seat.whole(self._mender.heard().detach()))
 
     def _sigma(self, told: Tensor) -> float:
         """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be rounded."""
@@ -466,7 +483,9 @@ class Handle:
         arch, config = seat.architecture, self.config
         rows = inputs if len(samples) == len(memory.known) else arch.rows(inputs, samples)
         if scale == 1:
-            return arch.velocity(first(self._forward(seat, 1, samples)(**rows)), size).float()
+            answer = self._forward(seat, 1, samples)(**rows)
+            self._hear(seat, samples)
+            return arch.velocity(first(answer), size).float()
         anchor = low = None
         if memory.known[samples[0]]:
             low = functools.partial(memory.line, scale, samples)

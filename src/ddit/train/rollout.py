@@ -48,7 +48,8 @@ class Course:
     which: int = 0
     """Index into the sets of samples, which differ in their number of steps."""
     alone: bool = False
-    """Whether that gap is all, from the plain path on, and judged by its latents: the model is not asked."""
+    """Whether that gap is all, from the plain path on, and judged by its latents: the model is asked at its start only.
+    """
 
     @property
     def counted(self) -> range:
@@ -137,6 +138,9 @@ class Walk:
     """Of all guidance passes, one after another."""
     scheduler: Any
     """At the step where these start."""
+    adapter: PatchAdapter | None
+    hidden: Tensor | None = None
+    """What the adapter heard of the model's last call."""
 
     @property
     def sigmas(self) -> list[float]:
@@ -153,7 +157,7 @@ class Walk:
     def anchor(self, z: Tensor, velocity: Tensor, step: int, before: Anchor | None) -> Anchor:
         """The step at scale 1 that the passes answered so."""
         sigma, end = (torch.full((len(velocity),), self.sigmas[k], device=z.device) for k in (step, step + 1))
-        return Anchor.after(self.each(z), sigma, velocity, before, end=end)
+        return Anchor.after(self.each(z), sigma, velocity, before, end=end, hidden=self.hidden)
 
     def inputs(self, z: Tensor, step: int) -> Inputs:
         """Calls of all passes at a step."""
@@ -164,6 +168,7 @@ class Walk:
         """What the model answers at scale 1, all passes."""
         height, width = z.shape[-2:]
         output = first(self.transformer.forward(**self.inputs(z, step)))
+        self.hidden = None if self.adapter is None else self.adapter.heard()
         return self.architecture.velocity(output, (height, width)).float()
 
     def moved(self, z: Tensor, velocity: Tensor) -> Tensor:
@@ -190,6 +195,7 @@ def errors(
     What is compared are the clean latents that the model sees there: what it does not see does no harm.
 
     Args:
+        adapter: Attached to the transformer; ``None`` for forecasts without.
         before: Gaps to go through before those that count; ``None`` starts with the run itself.
     """
     total = len(runs.samples.sigmas)
@@ -204,11 +210,13 @@ def errors(
     plain = [(latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(behind, behind + len(there))]
     past = runs.sampler.mixed(velocities[:, :, :behind])
     scheduler = runs.sampler.taken_up(latents[:, :behind], past, fine[begin])
-    walk = Walk(transformer, architecture, runs, call, scheduler)
+    walk = Walk(transformer, architecture, runs, call, scheduler, adapter)
     anchor = None
     for (z, velocity), step in zip(plain, earlier, strict=False):
         anchor = walk.anchor(z, velocity, step, anchor)
-    (z, velocity), *ahead = plain[len(earlier) :]
+    (z, _), *ahead = plain[len(earlier) :]
+    with torch.no_grad():
+        velocity = walk.asked(z, fine[begin])
     distances: list[Tensor] = []
     forecasts = 0
     for j in range(begin, course.last + 1):
