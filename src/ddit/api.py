@@ -370,8 +370,7 @@ class Handle:
         scales = self._generation.scales
         height, width = z.shape[-2:]
         if set(scales) == {1}:
-            answer = self._forward(seat, 1, range(len(z)))(*args, **kwargs)
-            self._hear(seat, range(len(z)))
+            answer = self._ask(seat, range(len(z)), *args, **kwargs)
             velocity = arch.velocity(first(answer), (height, width))
             self._generation.record(velocity.detach(), time.perf_counter() - started)
             return answer
@@ -399,10 +398,12 @@ class Handle:
             aside=aside,
         )
 
-    def _hear(self, seat: Seat, samples: Sequence[int]) -> None:
-        """Keep what an adapter that mends forecasts heard of the model's answer to some samples at scale 1."""
+    def _ask(self, seat: Seat, samples: Sequence[int], /, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's answer at scale 1 for some samples, to which an adapter that mends forecasts listens."""
+        answer = self._forward(seat, 1, samples)(*args, **kwargs)
         if self._mender is not None:
             self._generation.heard(samples, seat.whole(self._mender.heard().detach()))
+        return answer
 
     def _sigma(self, told: Tensor) -> float:
         """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be rounded."""
@@ -483,9 +484,7 @@ class Handle:
         arch, config = seat.architecture, self.config
         rows = inputs if len(samples) == len(memory.known) else arch.rows(inputs, samples)
         if scale == 1:
-            answer = self._forward(seat, 1, samples)(**rows)
-            self._hear(seat, samples)
-            return arch.velocity(first(answer), size).float()
+            return arch.velocity(first(self._ask(seat, samples, **rows)), size).float()
         anchor = low = None
         if memory.known[samples[0]]:
             low = functools.partial(memory.line, scale, samples)

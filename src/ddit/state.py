@@ -31,6 +31,14 @@ def renewed(samples: Sequence[bool], new: Values, old: Values) -> Values:
     return cast(Values, type(new)(*parts))
 
 
+def spread(part: Tensor, samples: Sequence[int], batch: int, onto: Tensor | None = None) -> Tensor:
+    """What is known of some samples ``[len(samples), ...]`` at their places in the batch, on what was there or zero."""
+    if len(samples) == batch:
+        return part
+    under = part.new_zeros(batch, *part.shape[1:]) if onto is None else onto
+    return under.index_put((torch.tensor(list(samples), device=part.device),), part)
+
+
 @dataclass
 class Answers:
     """What the coarse grid of one scale answered, for a whole batch."""
@@ -102,11 +110,8 @@ class Memory:
         """The anchor of some samples with what an adapter makes of it, and for which of them that was new."""
         new = [i for i in samples if i not in self.mendable]
         if new:
-            made = learn(self.anchor.rows(new))
-            if len(new) < len(self.known):
-                old = made.new_zeros(len(self.known), *made.shape[1:]) if self.learnt is None else self.learnt
-                made = old.index_put((torch.tensor(new, device=old.device),), made)
-            self.learnt, self.mendable = made, self.mendable | set(new)
+            self.learnt = spread(learn(self.anchor.rows(new)), new, len(self.known), self.learnt)
+            self.mendable |= set(new)
         assert self.learnt is not None
         rows = list(samples)
         learnt = self.learnt if len(rows) == len(self.known) else self.learnt[rows]
@@ -290,10 +295,7 @@ class Generation:
 
     def heard(self, samples: Sequence[int], hidden: Tensor) -> None:
         """Keep what the model's last layer read in a call at scale 1 ``[len(samples), N, width]``."""
-        if len(samples) < len(self.scales):
-            rows, empty = torch.tensor(list(samples)), hidden.new_zeros(len(self.scales), *hidden.shape[1:])
-            hidden = empty.index_copy(0, rows.to(hidden.device), hidden)
-        self.hidden = hidden
+        self.hidden = spread(hidden, samples, len(self.scales))
 
     def learnt(self, samples: Sequence[int]) -> None:
         """Record that an adapter looked at these samples' last step at scale 1; passes count once, as for all costs."""
