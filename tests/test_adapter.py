@@ -172,8 +172,8 @@ def test_mended_forecasts_ask_nothing_and_leave_nothing(pipe):
     assert report.strip() == "1 1 - - 1 - - -" and not torch.allclose(mended, plain)
     latents = torch.zeros(1, 4, 16, 16)
     path = adapter.path
-    expected = 2 * 64 * sum(layer.weight.numel() for layer in (*path.latents, path.hidden, *path.mix, path.last))
-    expected += 2 * sum(path.levels[i].weight.numel() for i in (0, 2))
+    expected = 2 * 64 * sum(layer.weight.numel() for layer in (path.first, *path.mix, path.last))
+    expected += 2 * sum(path.levels[i].weight.numel() for i in (0, 2, 4)) + 2 * latents.numel() * 2 * 3
     assert report.path_flops == expected == architecture_for(pipe.transformer).count_path(latents, adapter)
     assert [len(step.learnt) for step in report.steps] == [0, 0, 1, 0, 0, 1, 0, 0], "once for each gap"
     assert report.flops_fraction == pytest.approx((3 + 2 * expected / report.flops[1]) / 8)

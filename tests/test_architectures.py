@@ -369,9 +369,10 @@ def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, sampler, le
     form = ScheduleConfig(**adapter.form)
     fine = rollout.plan(2.0, 2, samples.sigmas)
     runs = rollout.Runs(Sampler(pipe.scheduler, samples), [0], torch.device("cpu"), torch.float32)
-    course = rollout.Course(2, fine, len(fine) - 1)
+    course = rollout.Course(2, fine, range(len(fine)))
     architecture = architecture_for(pipe.transformer)
-    error = rollout.errors(pipe.transformer, architecture, form, adapter, runs, course, before=None)[:, -1]
+    *_, last = rollout.errors(pipe.transformer, architecture, form, adapter, runs, course)
+    error = last[:, -1]
     steps = tuple(1 if i in fine else 2 for i in range(8))
     config = ScheduleConfig(policy="fixed", steps=steps, scales=(1, 2), gain=0.0)
     with ddit.apply(pipe, config=config, adapter=adapter if learnt else None):
@@ -382,13 +383,16 @@ def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, sampler, le
     near = 0.2 if name == "qwen-image" else 0.01
     torch.testing.assert_close(error, (clean.float() - runs.clean()).square().mean()[None], rtol=near, atol=1e-9)
     # Taken up in the middle of the plain path: sampler and anchor have to know what lay before.
-    late = rollout.Course(2, (0, 1, 2, 3, 6), 4)
+    late = [rollout.Course(2, (0, 1, 2, 3, 6), range(begin, 5)) for begin in (0, 3)]
     whole, part = (
-        rollout.errors(pipe.transformer, architecture, form, adapter, runs, late, before=before) for before in (None, 0)
+        torch.cat([*rollout.errors(pipe.transformer, architecture, form, adapter, runs, course)], 1) for course in late
     )
-    torch.testing.assert_close(whole, part, rtol=near, atol=1e-9)
+    torch.testing.assert_close(whole[:, 3:], part, rtol=near, atol=1e-9)
     if learnt:
-        rollout.decibels(rollout.errors(pipe.transformer, architecture, form, adapter, runs, course)).mean().backward()
+        able = rollout.learnable(fine, 8)
+        course = rollout.Course(2, fine, range(able[0], able[-1] + 1))
+        for error in rollout.errors(pipe.transformer, architecture, form, adapter, runs, course):
+            rollout.decibels(error).mean().backward()
         assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in adapter.parameters())
 
 

@@ -273,9 +273,12 @@ def test_courses_depend_on_seed_and_step_alone(base):
     assert courses != [rollout.draw_course(config, sets, step, 4) for step in range(60)]
     assert {c.scale for c in courses} == {2, 4} and len({c.fine for c in courses}) >= 4
     for course in courses:
-        gaps = list(zip(course.fine, course.ends(8), strict=True))[1:]
-        counted = gaps[max(0, course.last - rollout.LEARNT) : course.last]
-        assert any(end - step > 1 for step, end in counted), "there is a forecast to learn"
+        able = rollout.learnable(course.fine, 8)
+        assert {course.gaps[0], course.gaps[-1]} <= set(able), "there are forecasts to learn"
+        assert course.alone or set(able) <= set(course.gaps), "a run is drawn to its last forecast"
+        assert not course.alone or len(course.gaps) == 1
+        counts = rollout.weights(course)
+        assert counts[-1] >= 0.5 and counts.sum() == pytest.approx(1) and len(set(counts[:-1].tolist())) <= 1
     assert all(c.alone == (step < 30) for step, c in enumerate(courses)), "half of the steps look at single gaps"
     assert {rollout.draw_run(config, 7, 3, number) for number in range(50)} == set(range(7))
     with pytest.raises(ValueError, match="higher --speedups"):

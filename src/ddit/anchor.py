@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +72,19 @@ class Anchor:
         """
         return ((level - self.velocity.level) * (level - self.velocity.previous_level)).clamp(0, 1)
 
+    def detach(self) -> Anchor:
+        """The same without gradients."""
+        return self._of_each(Tensor.detach)
+
     def rows(self, index: list[int]) -> Anchor:
         """The same for some samples of the batch."""
-        if len(index) == len(self.sigma):
-            return self
-        seen = (None if part is None else part[index] for part in (self.bend, self.step, self.hidden))
-        return Anchor(self.sigma[index], self.velocity.rows(index), self.clean.rows(index), *seen)
+        return self if len(index) == len(self.sigma) else self._of_each(lambda part: part[index])
+
+    def _of_each(self, change: Callable[[Tensor], Tensor]) -> Anchor:
+        """What becomes of all parts but what is learnt."""
+        velocity, clean = (Line(*map(change, line.parts)) for line in (self.velocity, self.clean))
+        bend, step, hidden = (None if part is None else change(part) for part in (self.bend, self.step, self.hidden))
+        return Anchor(change(self.sigma), velocity, clean, bend, step, hidden)
 
 
 def _bend(value: Tensor, level: Tensor, before: Line) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddit.anchor import CLOSEST, Anchor
-from ddit.patches import expand, half_log_snr, pack, unpack
+from ddit.patches import expand, half_log_snr, unpack
 
 FARTHEST = 4.0
 """Growth of a forecast's error beyond which a correction grows no more."""
@@ -21,12 +21,11 @@ ORDERS = 2
 
 
 class Forecaster(nn.Module):
-    """An MLP on each of the model's own tokens, modulated by noise levels (FiLM, arXiv 1709.07871).
+    """An MLP on what the model's last layer read at an anchor, modulated by noise levels (FiLM, arXiv 1709.07871).
 
-    It sees the clean latents that the model predicted at an anchor, how they changed per unit of lambda since the one
-    before, and how that change bent; and what the model's last layer read there. Of what lies around a token the model
-    has put into that what matters, as EAGLE (arXiv 2401.15077) found for words to come: convolutions add nothing to it.
-    Zero at first.
+    Into each token the model has put what matters of its surroundings, as EAGLE (arXiv 2401.15077) found for words to
+    come. To this come multiples of the clean latents that the model predicted, of how they changed per unit of lambda
+    since the anchor before, and of how that change bent. Zero at first.
 
     Args:
         channels: Of the latents.
@@ -38,15 +37,15 @@ class Forecaster(nn.Module):
     def __init__(self, channels: int, patch: int, hidden: int, width: int = 64) -> None:
         super().__init__()
         self.patch = patch
-        token, outputs = channels * patch**2, ORDERS * channels
-        self.latents = nn.ModuleList([nn.Linear(token, width, bias=False) for _ in range(3)])
-        self.hidden = nn.Linear(hidden, width)
+        self.first = nn.Linear(hidden, width)
         self.mix = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
-        self.last = nn.Linear(width, ORDERS * token)
-        # A scale and a shift of each hidden layer's features, then a gain of each input for each output.
-        self._sizes = [width] * 6 + [outputs] * 3
-        self.levels = nn.Sequential(nn.Linear(5, 64), nn.SiLU(), nn.Linear(64, sum(self._sizes)))
-        for parameter in (*self.last.parameters(), *self.levels[2].parameters()):
+        self.last = nn.Linear(width, ORDERS * channels * patch**2)
+        # A scale and a shift of each layer's features, then a gain of each input for each output.
+        self._sizes = [width] * 6 + [channels * ORDERS * 3]
+        self.levels = nn.Sequential(
+            nn.Linear(15, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, sum(self._sizes))
+        )
+        for parameter in (*self.last.parameters(), *self.levels[-1].parameters()):
             nn.init.zeros_(parameter)
 
     def forward(self, anchor: Anchor) -> Tensor:
@@ -56,29 +55,26 @@ class Forecaster(nn.Module):
             anchor: Its latents ``[B, C, ..., H, W]`` have H and W that are multiples of the patch.
 
         Returns:
-            ``[B, ORDERS, C, ..., H, W]``, float32.
+            ``[B, C, ORDERS, ..., H, W]``, float32.
         """
-        clean, level, apart = anchor.clean, anchor.clean.level, _apart(anchor)
+        clean, apart = anchor.clean, _apart(anchor).clamp_min(CLOSEST)
         assert anchor.step is not None and anchor.bend is not None, "the anchor was made for an adapter that mends"
         assert anchor.hidden is not None, "likewise"
-        slope = 2 * (clean.value - clean.previous) / expand(apart.clamp_min(CLOSEST), clean.value)
-        told = torch.stack([level / 3, apart, anchor.step, torch.exp(-level / 4) - 1, anchor.sigma], 1)
-        told = told.to(self.last.weight.dtype)
-        factors = self.levels(told)[:, None].split(self._sizes, -1)
-        seen = [pack(z, self.patch).to(told.dtype) for z in (clean.value, slope, anchor.bend)]
-        tokens = self.hidden(anchor.hidden.to(told.dtype))
-        for layer, z in zip(self.latents, seen, strict=True):
-            tokens += layer(z)
-        tokens = F.silu(torch.addcmul(factors[1], tokens, 1 + factors[0]))
-        for mix, scale, shift in zip(self.mix, factors[2:6:2], factors[3:6:2], strict=True):
+        slope = (clean.value - clean.previous) * expand(2 / apart, clean.value)
+        seen = torch.stack([clean.value, slope, anchor.bend], 2)
+        step = anchor.step.clamp_min(CLOSEST)
+        told = torch.stack([clean.level / 3, apart, step, torch.log(apart), torch.log(step)], 1)
+        # Sines, so that factors may turn within a few noise levels (Fourier features, arXiv 2006.10739).
+        told = torch.cat([told, torch.sin(told * (torch.pi / 2)), torch.sin(told * torch.pi)], 1)
+        *factors, gains = self.levels(told.to(self.last.weight.dtype))[:, None].split(self._sizes, -1)
+        tokens = F.silu(torch.addcmul(factors[1], self.first(anchor.hidden.to(gains.dtype)), 1 + factors[0]))
+        for mix, scale, shift in zip(self.mix, factors[2::2], factors[3::2], strict=True):
             tokens = tokens + F.silu(torch.addcmul(shift, mix(tokens), 1 + scale))
         batch, channels, *grid = clean.value.shape
-        change = self.last(tokens).unflatten(-1, (ORDERS, -1))
-        for gain, z in zip(factors[6:], seen, strict=True):
-            each = gain.repeat_interleave(self.patch**2, -1).unflatten(-1, (ORDERS, -1))
-            change.addcmul_(each, z[:, :, None])
-        made = unpack(change.flatten(2).float(), self.patch, (batch, ORDERS * channels, *grid))
-        return made.contiguous().unflatten(1, (ORDERS, channels))
+        made = unpack(self.last(tokens).float(), self.patch, (batch, channels * ORDERS, *grid))
+        each = gains.float().reshape(batch * channels, ORDERS, 3)
+        change = torch.baddbmm(made.reshape(*each.shape[:2], -1), each, seen.flatten(0, 1).flatten(2))
+        return change.float().reshape(batch, channels, ORDERS, *grid)
 
     @staticmethod
     def at(sigma: Tensor, anchor: Anchor, coefficients: Tensor) -> Tensor:
@@ -95,9 +91,11 @@ class Forecaster(nn.Module):
         # As the error of a line through two points (`ddit.schedule.growth`), of clean latents, hence over sigma.
         growth = (ahead * (ahead + apart) / (apart + CLOSEST)).clamp(0, FARTHEST)
         size = torch.where(apart > 0, 0.1 * growth / (sigma + CLOSEST), 0)
-        share = ahead / (ahead + apart + CLOSEST)
-        powers = torch.stack([size * share**k for k in range(ORDERS)], 1)
-        return torch.bmm(powers[:, None], coefficients.flatten(2)).reshape(anchor.clean.value.shape)
+        *lower, made = coefficients.unbind(2)
+        share = expand(ahead / (ahead + apart + CLOSEST), made)
+        for each in reversed(lower):
+            made = torch.addcmul(each, made, share)
+        return made * expand(size, made)
 
 
 def _apart(anchor: Anchor) -> Tensor:

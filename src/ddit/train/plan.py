@@ -50,7 +50,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-_STARTED = re.compile(r"down\.weight|path\.(latents|hidden|mix|levels\.0)\.")
+_STARTED = re.compile(r"down\.weight|path\.(first|mix|levels\.[02])\.")
 """Names of parameters that are not zero at first."""
 
 

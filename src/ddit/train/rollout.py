@@ -3,12 +3,13 @@
 The error of single forecasts is not it. A line through the model's own answers is off along the path, which the next
 step at scale 1 mends; a smaller error in any other direction stays, and is carried on by the next forecast. So runs are
 drawn anew by the pipeline's own sampler, forecasts and steps at scale 1 by turns, and gradients flow through the frozen
-model.
+model. They are cut every few gaps (truncated backpropagation through time), errors are not: a small one that is
+the same in every gap shows at the end of a run only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,13 @@ from ddit.dial import Budget
 from ddit.models.base import Architecture, Inputs, first
 from ddit.train.config import TrainConfig
 from ddit.train.distill import placed
-from ddit.train.sampler import Sampler, moved
+from ddit.train.sampler import Sampler, cut, moved
 from ddit.train.samples import Samples
 
 LEARNT = 2
-"""Gaps between steps at scale 1 through which gradients flow."""
-BEFORE = 2
-"""Gaps before these, from the plain path on, that a run goes through to be off it as in use."""
+"""Gaps between steps at scale 1 through which gradients flow together."""
 COMPANY = 4
 """Samples of a global batch that share a course, so that they are called together."""
-TO_THE_END = 0.3
-"""Share of the courses that end where the picture is done."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +40,22 @@ class Course:
     scale: int
     fine: tuple[int, ...]
     """Numbers of the steps at scale 1 of a plan."""
-    last: int
-    """Index into these of the gap that ends the runs."""
+    gaps: range
+    """Indices into these of the gaps that runs go through, from the plain path on."""
     which: int = 0
     """Index into the sets of samples, which differ in their number of steps."""
     alone: bool = False
-    """Whether that gap is all, from the plain path on, and judged by its latents: the model is asked at its start only.
-    """
+    """Whether it is a single gap, judged by its latents: the model is asked at its start only."""
 
-    @property
-    def counted(self) -> range:
-        """Gaps that gradients flow through, and where errors are taken."""
-        return range(max(0, self.last + 1 - (1 if self.alone else LEARNT)), self.last + 1)
 
-    def ends(self, total: int) -> list[int]:
-        """Where the gaps after each step at scale 1 end: at the next, the last at the number of steps."""
-        return [*self.fine[1:], total]
+def ends(fine: Sequence[int], total: int) -> list[int]:
+    """Where the gaps after each step at scale 1 end: at the next, the last at the number of steps."""
+    return [*fine[1:], total]
+
+
+def learnable(fine: Sequence[int], total: int) -> list[int]:
+    """Indices of the gaps that hold forecasts; the one after the first step has a single one to forecast from."""
+    return [j for j, end in enumerate(ends(fine, total)) if j > 0 and end - fine[j] > 1]
 
 
 def plan(speedup: float, scale: int, sigmas: Sequence[float]) -> tuple[int, ...]:
@@ -83,15 +80,15 @@ def draw_course(config: TrainConfig, sets: Sequence[Sequence[float]], step: int,
     which = int(rng.choice(len(sets), p=counts / counts.sum()))
     sigmas = sets[which]
     fine = plan(float(np.exp(rng.uniform(low, high))), scale, sigmas)
-    alone = step < (config.single_gaps or 0)
-    courses = [Course(scale, fine, last, which, alone) for last in range(1, len(fine))]
-    # The gap after the first step has a single one to forecast from, and nothing is learnt there.
-    able = [c for c in courses if any(c.ends(len(sigmas))[j] - fine[j] > 1 for j in c.counted if j > 0)]
+    able = learnable(fine, len(sigmas))
     if not able:
         raise ValueError(
             f"speedups {config.speedups} leave no step of {len(sigmas)} to forecasts; give higher --speedups"
         )
-    return able[-1] if rng.random() < TO_THE_END else able[int(rng.choice(len(able)))]
+    if step >= (config.single_gaps or 0):
+        return Course(scale, fine, range(able[0], able[-1] + 1), which)
+    only = able[int(rng.choice(len(able)))]
+    return Course(scale, fine, range(only, only + 1), which, alone=True)
 
 
 def draw_run(config: TrainConfig, count: int, step: int, number: int) -> int:
@@ -175,6 +172,11 @@ class Walk:
         """Latents at the next step."""
         return moved(self.scheduler, z, self.mixed(velocity))
 
+    def cut(self) -> None:
+        """What comes after has no gradients to what was before."""
+        cut(self.scheduler)
+        self.hidden = None if self.hidden is None else self.hidden.detach()
+
     def clean(self, z: Tensor, velocity: Tensor, step: int) -> Tensor:
         """Clean latents that the model sees."""
         return z - self.sigmas[step] * self.mixed(velocity)
@@ -187,29 +189,26 @@ def errors(
     adapter: PatchAdapter | None,
     runs: Runs,
     course: Course,
-    *,
-    before: int | None = BEFORE,
-) -> Tensor:
-    """Mean squared distance of each run to the plain one where the last gaps end, ``[B, gaps]``, after some forecast.
+) -> Iterator[Tensor]:
+    """Mean squared distance of each run to the plain one where its gaps end.
 
-    What is compared are the clean latents that the model sees there: what it does not see does no harm.
+    What is compared are the clean latents that the model sees there: what it does not see does no harm. Errors come
+    ``[B, gaps]``, a few gaps at a time; gradients flow through these.
 
     Args:
         adapter: Attached to the transformer; ``None`` for forecasts without.
-        before: Gaps to go through before those that count; ``None`` starts with the run itself.
     """
     total = len(runs.samples.sigmas)
-    fine, ends = course.fine, course.ends(total)
-    counted = course.counted
-    begin = 0 if before is None else max(0, counted[0] - (0 if course.alone else before))
+    fine, gaps = course.fine, course.gaps
+    at_end = ends(fine, total)
     # Of the plain path: what the sampler looks back on, steps at scale 1 before the start, it, what to compare with.
-    behind = fine[begin] if runs.sampler.looks_back else 0
-    earlier = fine[max(0, begin - 2) : begin]
-    there = [*earlier, fine[begin], *(ends[j] for j in counted if ends[j] < total)]
+    behind = fine[gaps[0]] if runs.sampler.looks_back else 0
+    earlier = fine[max(0, gaps[0] - 2) : gaps[0]]
+    there = [*earlier, fine[gaps[0]], *(at_end[j] for j in gaps if at_end[j] < total)]
     latents, velocities, call = runs.at(architecture, [*range(behind), *there])
     plain = [(latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(behind, behind + len(there))]
     past = runs.sampler.mixed(velocities[:, :, :behind])
-    scheduler = runs.sampler.taken_up(latents[:, :behind], past, fine[begin])
+    scheduler = runs.sampler.taken_up(latents[:, :behind], past, fine[gaps[0]])
     walk = Walk(transformer, architecture, runs, call, scheduler, adapter)
     anchor = None
     for (z, velocity), step in zip(plain, earlier, strict=False):
@@ -217,32 +216,37 @@ def errors(
     (z, velocity), *ahead = plain[len(earlier) :]
     if adapter is not None:  # which listens; without one the stored answer will do
         with torch.no_grad():
-            velocity = walk.asked(z, fine[begin])
+            velocity = walk.asked(z, fine[gaps[0]])
     distances: list[Tensor] = []
-    forecasts = 0
-    for j in range(begin, course.last + 1):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and j in counted):
-            step, end = fine[j], ends[j]
-            anchor = walk.anchor(z, velocity, step, anchor)
+    for j in gaps:
+        step, end = fine[j], at_end[j]
+        anchor = walk.anchor(z, velocity, step, anchor)
+        z = walk.moved(z, velocity)
+        for k in range(step + 1, end):
+            velocity = architecture.coarse_step(
+                transformer.forward, walk.inputs(z, k), course.scale, form, anchor=anchor, adapter=adapter
+            )
             z = walk.moved(z, velocity)
-            for k in range(step + 1, end):
-                forecasts += 1
-                velocity = architecture.coarse_step(
-                    transformer.forward, walk.inputs(z, k), course.scale, form, anchor=anchor, adapter=adapter
-                )
-                z = walk.moved(z, velocity)
-            if end == total:
-                distances.append(z - runs.clean())
-                continue
-            met = ahead[counted.index(j)] if j in counted else None
-            if course.alone:
-                assert met is not None, "the one gap counts"
-                distances.append(z - met[0])
-                continue
-            velocity = walk.asked(z, end)
-            if met is not None and forecasts:
-                distances.append(walk.clean(z, velocity, end) - walk.clean(*met, end))
-    return torch.stack(distances, 1).square().flatten(2).mean(2)
+        if end == total:
+            distance = z - runs.clean()
+        elif course.alone:
+            distance = z - ahead[0][0]
+        else:
+            velocity, (met, answer) = walk.asked(z, end), ahead[j - gaps[0]]
+            distance = walk.clean(z, velocity, end) - walk.clean(met, answer, end)
+        distances.append(distance)
+        if (gaps[-1] - j) % LEARNT == 0:  # counted from the end, which is what a user gets
+            yield torch.stack(distances, 1).square().flatten(2).mean(2)
+            distances = []
+            z, velocity, anchor = z.detach(), velocity.detach(), anchor.detach()
+            walk.cut()
+
+
+def weights(course: Course) -> Tensor:
+    """Of each gap's error in the loss of a run ``[gaps]``: where it ends counts as much as all gaps together."""
+    values = torch.full((len(course.gaps),), 0.5 / len(course.gaps))
+    values[-1] += 0.5
+    return values
 
 
 def decibels(error: Tensor) -> Tensor:

@@ -95,3 +95,12 @@ def moved(scheduler: Any, z: Tensor, velocity: Tensor) -> Tensor:
     """Latents ``[B, C, ..., H, W]`` after the scheduler's next step."""
     index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
     return scheduler.step(velocity, scheduler.timesteps[index], z, return_dict=False)[0]
+
+
+def cut(scheduler: Any) -> None:
+    """Detach what a multistep scheduler looks back on."""
+    for name, value in vars(scheduler).items():
+        if isinstance(value, Tensor):
+            setattr(scheduler, name, value.detach())
+        elif isinstance(value, list):
+            setattr(scheduler, name, [v.detach() if isinstance(v, Tensor) else v for v in value])

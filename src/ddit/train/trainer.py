@@ -208,13 +208,18 @@ class Run:
         with self.accelerator.autocast():
             return errors(transformer, self.architecture, form, adapter, self.variance, batch, scale, rows)
 
-    def run_errors(self, numbers: list[int], course: Course, adapter: PatchAdapter | None, **how: Any) -> Tensor:
+    def run_errors(self, numbers: list[int], course: Course, adapter: PatchAdapter | None) -> Iterator[Tensor]:
         """See `rollout.errors`."""
         transformer = self.pipe.transformer
         sampler = self.samplers[course.which]
         runs = rollout.Runs(sampler, numbers, self.accelerator.device, transformer.dtype)
-        with self.accelerator.autocast():
-            return rollout.errors(transformer, self.architecture, self.form, adapter, runs, course, **how)
+        walk = rollout.errors(transformer, self.architecture, self.form, adapter, runs, course)
+        while True:
+            with self.accelerator.autocast():
+                error = next(walk, None)
+            if error is None:
+                return
+            yield error
 
     def _backward_runs(self, numbers: Sequence[int], total: int) -> Tensor:
         """Gradients of this batch's part of the loss, for an adapter that does not ask the model."""
@@ -226,10 +231,13 @@ class Run:
             course = rollout.draw_course(self.config, sets, self.step, members[0])
             companies[course] += [rollout.draw_run(self.config, self.whole_runs, self.step, n) for n in members]
         for course, runs in companies.items():
-            error = self.run_errors(runs, course, self.adapter)
-            loss = rollout.decibels(error).mean(1).sum() / total
-            loss.backward()
-            share += loss.detach()
+            counts = rollout.weights(course).to(share.device)
+            for error in self.run_errors(runs, course, self.adapter):
+                now, counts = counts[: error.shape[1]], counts[error.shape[1] :]
+                loss = (rollout.decibels(error) * now).sum() / total
+                if loss.requires_grad:  # or nothing was forecast since gradients were cut
+                    loss.backward()
+                share += loss.detach()
         return share
 
     def _backward(self, numbers: Sequence[int], total: int) -> Tensor:

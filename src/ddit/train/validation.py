@@ -63,12 +63,13 @@ def validate_runs(run: Run) -> list[dict[str, Any]]:
     for which, speedup in product(range(len(run.samplers)), speedups):
         sigmas = run.samplers[which].samples.sigmas
         fine = rollout.plan(speedup, scale, sigmas)
-        course = rollout.Course(scale, fine, len(fine) - 1, which)
+        course = rollout.Course(scale, fine, range(len(fine)), which)
         learnt, free = [], []
         for begin in range(0, len(numbers), run.config.batch):
             part = numbers[begin : begin + run.config.batch]
             for values, adapter in ((learnt, run.adapter), (free, None)):
-                values += rollout.decibels(run.run_errors(part, course, adapter, before=None)[:, -1]).tolist()
+                *_, last = run.run_errors(part, course, adapter)
+                values += rollout.decibels(last[:, -1]).tolist()
         errors = {"error": float(np.mean(learnt)), "training_free": float(np.mean(free))}
         told = {"step": run.step, "run_steps": len(sigmas), "speedup": speedup, "steps_at_scale_1": len(fine)}
         rows.append({**told, **errors})
