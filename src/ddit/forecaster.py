@@ -40,9 +40,9 @@ class Forecaster(nn.Module):
         self.first = nn.Linear(hidden, width)
         self.mix = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
         self.last = nn.Linear(width, ORDERS * channels * patch**2)
-        # A scale and a shift of each layer's features, then a gain of each input for each output.
+        # A scale and a shift of each layer's features, then a gain for each output of each of three inputs.
         self._sizes = [width] * 6 + [channels * ORDERS * 3]
-        self.levels = nn.Sequential(
+        self.levels = nn.Sequential(  # five numbers, and two sines of each
             nn.Linear(15, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, sum(self._sizes))
         )
         for parameter in (*self.last.parameters(), *self.levels[-1].parameters()):
@@ -74,7 +74,7 @@ class Forecaster(nn.Module):
         made = unpack(self.last(tokens).float(), self.patch, (batch, channels * ORDERS, *grid))
         each = gains.float().reshape(batch * channels, ORDERS, 3)
         change = torch.baddbmm(made.reshape(*each.shape[:2], -1), each, seen.flatten(0, 1).flatten(2))
-        return change.float().reshape(batch, channels, ORDERS, *grid)
+        return change.float().reshape(batch, channels, ORDERS, *grid)  # autocast multiplies in its own dtype
 
     @staticmethod
     def at(sigma: Tensor, anchor: Anchor, coefficients: Tensor) -> Tensor:
