@@ -235,9 +235,9 @@ def test_each_sample_of_a_batch_is_mended_by_itself(pipe):
             anchor = Anchor.after(torch.randn(shape), here, torch.randn(shape), anchor, end=here - 0.05, hidden=hidden)
         assert anchor.bend.std() > 0.1
         # First, so that nothing is known yet of the batch.
-        alone = [adapter.correction(sigma[i : i + 1], anchor.rows([i])) for i in range(2)]
-        both = adapter.correction(sigma, anchor)
-        assert both.shape == shape and architecture.channels == 4
+        alone = [adapter.mend(torch.zeros(1, *shape[1:]), sigma[i : i + 1], anchor.rows([i])) for i in range(2)]
+        both = adapter.mend(torch.zeros(shape), sigma, anchor)
+        assert both.std() > 0 and architecture.channels == 4
         for i in range(2):
             torch.testing.assert_close(both[i : i + 1], alone[i])
 

@@ -267,7 +267,7 @@ def test_mended_forecasts_end_nearer_to_plain(base, tmp_path):
 
 
 def test_courses_depend_on_seed_and_step_alone(base):
-    config, sets = mending(base, base, speedups=(1.3, 4.0), single_gaps=30), [stored(base).sigmas]
+    config, sets = mending(base, base, speedups=(1.3, 4.0)), [stored(base).sigmas]
     courses = [rollout.draw_course(config, sets, step, 0) for step in range(60)]
     assert courses == [rollout.draw_course(config, sets, step, 3) for step in range(60)]
     assert courses != [rollout.draw_course(config, sets, step, 4) for step in range(60)]
@@ -275,11 +275,10 @@ def test_courses_depend_on_seed_and_step_alone(base):
     for course in courses:
         able = rollout.learnable(course.fine, 8)
         assert {course.gaps[0], course.gaps[-1]} <= set(able), "there are forecasts to learn"
-        assert course.alone or set(able) <= set(course.gaps), "a run is drawn to its last forecast"
-        assert not course.alone or len(course.gaps) == 1
+        assert set(able) <= set(course.gaps), "a run is drawn to its last forecast"
         counts = rollout.weights(course)
-        assert counts[-1] >= 0.5 and counts.sum() == pytest.approx(1) and len(set(counts[:-1].tolist())) <= 1
-    assert all(c.alone == (step < 30) for step, c in enumerate(courses)), "half of the steps look at single gaps"
+        assert counts[-1] >= 0.5 and sum(counts) == pytest.approx(1) and len(set(counts[:-1])) <= 1
+        assert course.marks[-1] == course.gaps[-1] and len(counts) == len(course.marks)
     assert {rollout.draw_run(config, 7, 3, number) for number in range(50)} == set(range(7))
     with pytest.raises(ValueError, match="higher --speedups"):
         rollout.draw_course(replace(config, speedups=(1.01, 1.01)), sets, 0, 0)
@@ -325,9 +324,6 @@ def test_settings_of_adapters_that_ask_are_refused_for_one_that_does_not():
     assert TrainConfig(anchored=False).asks is True
     with pytest.raises(ValueError, match=r"has no rank, weighting; .*--asks"):
         TrainConfig(rank=8, weighting="none")
-    assert TrainConfig(steps=50).single_gaps == 30 and TrainConfig(asks=True).single_gaps == 0
-    with pytest.raises(ValueError, match="leave single_gaps out"):
-        TrainConfig(asks=True, single_gaps=5)
     with pytest.raises(ValueError, match="anchored=True"):
         PatchAdapter.for_model(tiny.transformer(), asks=False, anchored=False)
     with pytest.raises(ValueError, match="anchored"):

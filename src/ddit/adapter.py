@@ -373,10 +373,10 @@ class PatchAdapter(ModelMixin, ConfigMixin):
         self._join(anchor.sigma.device)
         return self.path(anchor)
 
-    def correction(self, sigma: Tensor, anchor: Anchor) -> Tensor:
-        """What to add to the forecast velocity at a noise level ``[B]`` without asking the model."""
+    def mend(self, velocity: Tensor, sigma: Tensor, anchor: Anchor) -> Tensor:
+        """Add what it learnt to a forecast velocity ``[B, C, ..., H, W]`` at a noise level ``[B]``, in place."""
         anchor.learnt = self.learn(anchor) if anchor.learnt is None else anchor.learnt
-        return Forecaster.at(sigma, anchor, anchor.learnt)
+        return Forecaster.mend(velocity, sigma, anchor, anchor.learnt)
 
     def _join(self, device: torch.device) -> None:
         if self.device != device:

@@ -49,7 +49,7 @@ class Forecaster(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, anchor: Anchor) -> Tensor:
-        """Coefficients of what to add to the forecasts from an anchor, see `at`.
+        """Coefficients of what to add to the forecasts from an anchor, see `mend`.
 
         Args:
             anchor: Its latents ``[B, C, ..., H, W]`` have H and W that are multiples of the patch.
@@ -77,12 +77,13 @@ class Forecaster(nn.Module):
         return change.float().reshape(batch, channels, ORDERS, *grid)  # autocast multiplies in its own dtype
 
     @staticmethod
-    def at(sigma: Tensor, anchor: Anchor, coefficients: Tensor) -> Tensor:
-        """What to add to the forecast velocity ``[B, C, ..., H, W]``.
+    def mend(velocity: Tensor, sigma: Tensor, anchor: Anchor, coefficients: Tensor) -> Tensor:
+        """Add what is known of a forecast velocity's error to it, in place.
 
         With a single step at scale 1 behind it, that is zero.
 
         Args:
+            velocity: ``[B, C, ..., H, W]``, float32.
             sigma: Noise level ``[B]`` of the step.
             anchor: What the forecast rests on.
             coefficients: What `forward` says of it.
@@ -91,11 +92,11 @@ class Forecaster(nn.Module):
         # As the error of a line through two points (`ddit.schedule.growth`), of clean latents, hence over sigma.
         growth = (ahead * (ahead + apart) / (apart + CLOSEST)).clamp(0, FARTHEST)
         size = torch.where(apart > 0, 0.1 * growth / (sigma + CLOSEST), 0)
-        *lower, made = coefficients.unbind(2)
-        share = expand(ahead / (ahead + apart + CLOSEST), made)
-        for each in reversed(lower):
-            made = torch.addcmul(each, made, share)
-        return made * expand(size, made)
+        share = ahead / (ahead + apart + CLOSEST)
+        for each in coefficients.unbind(2):
+            velocity = velocity.addcmul_(each, expand(size, each))
+            size = size * share
+        return velocity
 
 
 def _apart(anchor: Anchor) -> Tensor:

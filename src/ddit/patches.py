@@ -56,7 +56,7 @@ def pad_to_multiple(z: Tensor, multiple: int) -> Tensor:
 
 def crop(z: Tensor, height: int, width: int) -> Tensor:
     """The first ``height`` rows and ``width`` columns."""
-    return z[..., :height, :width]
+    return z if z.shape[-2:] == (height, width) else z[..., :height, :width]
 
 
 def coarse_positions(origin: tuple[float, float], grid: tuple[int, int], scale: int, mode: Positions) -> Tensor:

@@ -58,7 +58,7 @@ class Adapter(Protocol):
 
     def learn(self, anchor: Anchor) -> Tensor: ...
 
-    def correction(self, sigma: Tensor, anchor: Anchor) -> Tensor: ...
+    def mend(self, velocity: Tensor, sigma: Tensor, anchor: Anchor) -> Tensor: ...
 
 
 _COUNTED: dict[tuple[Any, ...], int] = {}
@@ -307,15 +307,14 @@ class Architecture(ABC):
         if adapter is not None and adapter.asks:
             _, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, clean)
             correction = learnt * expand(anchor.distance(level), learnt)
-        elif adapter is not None:
-            correction = pad_to_multiple(adapter.correction(sigma, anchor), multiple)
         if config.gain > 0:
             assert low is not None, "an anchor comes with what the coarse grid said there"
             answer = self.low_velocity(forward, inputs, scale, config)
             against = answer - low(level, answer).at(level)
             believed = config.gain * grow(against, scale, self.patch_size, config.start)
             correction = believed if correction is None else correction + believed
-        return crop(anchored_velocity(padded, sigma, expected, clean, correction, scale), *z.shape[-2:])
+        velocity = crop(anchored_velocity(padded, sigma, expected, clean, correction, scale), *z.shape[-2:])
+        return velocity if adapter is None or adapter.asks else adapter.mend(velocity, sigma, anchor)
 
     @staticmethod
     def asks(config: ScheduleConfig, adapter: Adapter | None) -> bool:

@@ -83,9 +83,6 @@ class TrainConfig:
 
     steps: int = 2000
     """Optimiser steps."""
-    single_gaps: int | None = None
-    """How many of them, the first ones, look at single gaps between steps at scale 1, which takes a single call of the
-    model, without gradients, and is a start for the others. By default six tenths; an adapter that asks has none."""
     batch: int = 4
     """Samples per process and backward pass."""
     accumulation: int = 1
@@ -154,14 +151,10 @@ class TrainConfig:
         counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):
             _at_least(name, getattr(self, name), 1)
-        if self.asks and self.single_gaps:
-            raise ValueError("an adapter that asks learns from single steps; leave single_gaps out")
-        if self.single_gaps is None:
-            object.__setattr__(self, "single_gaps", 0 if self.asks else round(0.6 * self.steps))
         for name in ("count", "height", "width"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("single_gaps", "rank", "lr_warmup", "pictures", "seed"):
+        for name in ("rank", "lr_warmup", "pictures", "seed"):
             _at_least(name, getattr(self, name), 0)
         for name, high in (("ema", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
             value = getattr(self, name)

@@ -4,7 +4,8 @@ The error of single forecasts is not it. A line through the model's own answers 
 step at scale 1 mends; a smaller error in any other direction stays, and is carried on by the next forecast. So runs are
 drawn anew by the pipeline's own sampler, forecasts and steps at scale 1 by turns, and gradients flow through the frozen
 model. They are cut every few gaps (truncated backpropagation through time), errors are not: a small one that is
-the same in every gap shows at the end of a run only.
+the same in every gap shows at the end of a run only. Errors count where gradients are cut, not before: runs that end
+nearest to the plain one need not be the nearest after each gap.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ddit.train.distill import placed
 from ddit.train.sampler import Sampler, cut, moved
 from ddit.train.samples import Samples
 
-LEARNT = 2
+STRETCH = 6
 """Gaps between steps at scale 1 through which gradients flow together."""
 COMPANY = 4
 """Samples of a global batch that share a course, so that they are called together."""
@@ -44,8 +45,11 @@ class Course:
     """Indices into these of the gaps that runs go through, from the plain path on."""
     which: int = 0
     """Index into the sets of samples, which differ in their number of steps."""
-    alone: bool = False
-    """Whether it is a single gap, judged by its latents: the model is asked at its start only."""
+
+    @property
+    def marks(self) -> list[int]:
+        """The gaps where stretches end, after which gradients are cut; counted from the last, which a user gets."""
+        return [j for j in self.gaps if (self.gaps[-1] - j) % STRETCH == 0]
 
 
 def ends(fine: Sequence[int], total: int) -> list[int]:
@@ -85,10 +89,7 @@ def draw_course(config: TrainConfig, sets: Sequence[Sequence[float]], step: int,
         raise ValueError(
             f"speedups {config.speedups} leave no step of {len(sigmas)} to forecasts; give higher --speedups"
         )
-    if step >= (config.single_gaps or 0):
-        return Course(scale, fine, range(able[0], able[-1] + 1), which)
-    only = able[int(rng.choice(len(able)))]
-    return Course(scale, fine, range(only, only + 1), which, alone=True)
+    return Course(scale, fine, range(able[0], able[-1] + 1), which)
 
 
 def draw_run(config: TrainConfig, count: int, step: int, number: int) -> int:
@@ -190,10 +191,10 @@ def errors(
     runs: Runs,
     course: Course,
 ) -> Iterator[Tensor]:
-    """Mean squared distance of each run to the plain one where its gaps end.
+    """Mean squared distance ``[B]`` of each run to the plain one, where each stretch of gaps ends.
 
-    What is compared are the clean latents that the model sees there: what it does not see does no harm. Errors come
-    ``[B, gaps]``, a few gaps at a time; gradients flow through these.
+    What is compared are the clean latents that the model sees there: what it does not see does no harm. Gradients flow
+    through the stretch.
 
     Args:
         adapter: Attached to the transformer; ``None`` for forecasts without.
@@ -204,20 +205,19 @@ def errors(
     # Of the plain path: what the sampler looks back on, steps at scale 1 before the start, it, what to compare with.
     behind = fine[gaps[0]] if runs.sampler.looks_back else 0
     earlier = fine[max(0, gaps[0] - 2) : gaps[0]]
-    there = [*earlier, fine[gaps[0]], *(at_end[j] for j in gaps if at_end[j] < total)]
+    there = [*earlier, fine[gaps[0]], *(at_end[j] for j in course.marks if at_end[j] < total)]
     latents, velocities, call = runs.at(architecture, [*range(behind), *there])
-    plain = [(latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(behind, behind + len(there))]
+    plain = ((latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(behind, behind + len(there)))
     past = runs.sampler.mixed(velocities[:, :, :behind])
     scheduler = runs.sampler.taken_up(latents[:, :behind], past, fine[gaps[0]])
     walk = Walk(transformer, architecture, runs, call, scheduler, adapter)
     anchor = None
-    for (z, velocity), step in zip(plain, earlier, strict=False):
-        anchor = walk.anchor(z, velocity, step, anchor)
-    (z, velocity), *ahead = plain[len(earlier) :]
+    for step in earlier:
+        anchor = walk.anchor(*next(plain), step, anchor)
+    z, velocity = next(plain)
     if adapter is not None:  # which listens; without one the stored answer will do
         with torch.no_grad():
             velocity = walk.asked(z, fine[gaps[0]])
-    distances: list[Tensor] = []
     for j in gaps:
         step, end = fine[j], at_end[j]
         anchor = walk.anchor(z, velocity, step, anchor)
@@ -227,26 +227,22 @@ def errors(
                 transformer.forward, walk.inputs(z, k), course.scale, form, anchor=anchor, adapter=adapter
             )
             z = walk.moved(z, velocity)
-        if end == total:
-            distance = z - runs.clean()
-        elif course.alone:
-            distance = z - ahead[0][0]
-        else:
-            velocity, (met, answer) = walk.asked(z, end), ahead[j - gaps[0]]
-            distance = walk.clean(z, velocity, end) - walk.clean(met, answer, end)
-        distances.append(distance)
-        if (gaps[-1] - j) % LEARNT == 0:  # counted from the end, which is what a user gets
-            yield torch.stack(distances, 1).square().flatten(2).mean(2)
-            distances = []
+        if end < total:
+            velocity = walk.asked(z, end)
+        if j in course.marks:
+            if end < total:
+                distance = walk.clean(z, velocity, end) - walk.clean(*next(plain), end)
+            else:
+                distance = z - runs.clean()
+            yield distance.square().flatten(1).mean(1)
             z, velocity, anchor = z.detach(), velocity.detach(), anchor.detach()
             walk.cut()
 
 
-def weights(course: Course) -> Tensor:
-    """Of each gap's error in the loss of a run ``[gaps]``: where it ends counts as much as all gaps together."""
-    values = torch.full((len(course.gaps),), 0.5 / len(course.gaps))
-    values[-1] += 0.5
-    return values
+def weights(course: Course) -> list[float]:
+    """Of each stretch's error in the loss of a run: where it ends counts as much as all stretches together."""
+    count = len(course.marks)
+    return [0.5 / count] * (count - 1) + [0.5 / count + 0.5]
 
 
 def decibels(error: Tensor) -> Tensor:

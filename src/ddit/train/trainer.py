@@ -231,10 +231,8 @@ class Run:
             course = rollout.draw_course(self.config, sets, self.step, members[0])
             companies[course] += [rollout.draw_run(self.config, self.whole_runs, self.step, n) for n in members]
         for course, runs in companies.items():
-            counts = rollout.weights(course).to(share.device)
-            for error in self.run_errors(runs, course, self.adapter):
-                now, counts = counts[: error.shape[1]], counts[error.shape[1] :]
-                loss = (rollout.decibels(error) * now).sum() / total
+            for count, error in zip(rollout.weights(course), self.run_errors(runs, course, self.adapter), strict=True):
+                loss = count * rollout.decibels(error).sum() / total
                 if loss.requires_grad:  # or nothing was forecast since gradients were cut
                     loss.backward()
                 share += loss.detach()

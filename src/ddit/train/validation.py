@@ -69,7 +69,7 @@ def validate_runs(run: Run) -> list[dict[str, Any]]:
             part = numbers[begin : begin + run.config.batch]
             for values, adapter in ((learnt, run.adapter), (free, None)):
                 *_, last = run.run_errors(part, course, adapter)
-                values += rollout.decibels(last[:, -1]).tolist()
+                values += rollout.decibels(last).tolist()
         errors = {"error": float(np.mean(learnt)), "training_free": float(np.mean(free))}
         told = {"step": run.step, "run_steps": len(sigmas), "speedup": speedup, "steps_at_scale_1": len(fine)}
         rows.append({**told, **errors})
