@@ -237,7 +237,7 @@ def test_each_sample_of_a_batch_is_mended_by_itself(pipe):
         # First, so that nothing is known yet of the batch.
         alone = [adapter.mend(torch.zeros(1, *shape[1:]), sigma[i : i + 1], anchor.rows([i])) for i in range(2)]
         both = adapter.mend(torch.zeros(shape), sigma, anchor)
-        assert both.std() > 0 and architecture.channels == 4
+        assert both.shape == shape and both.std() > 0 and architecture.channels == 4
         for i in range(2):
             torch.testing.assert_close(both[i : i + 1], alone[i])
 

@@ -201,11 +201,11 @@ def errors(
     """
     total = len(runs.samples.sigmas)
     fine, gaps = course.fine, course.gaps
-    at_end = ends(fine, total)
+    at_end, marks = ends(fine, total), course.marks
     # Of the plain path: what the sampler looks back on, steps at scale 1 before the start, it, what to compare with.
     behind = fine[gaps[0]] if runs.sampler.looks_back else 0
     earlier = fine[max(0, gaps[0] - 2) : gaps[0]]
-    there = [*earlier, fine[gaps[0]], *(at_end[j] for j in course.marks if at_end[j] < total)]
+    there = [*earlier, fine[gaps[0]], *(at_end[j] for j in marks if at_end[j] < total)]
     latents, velocities, call = runs.at(architecture, [*range(behind), *there])
     plain = ((latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(behind, behind + len(there)))
     past = runs.sampler.mixed(velocities[:, :, :behind])
@@ -229,7 +229,7 @@ def errors(
             z = walk.moved(z, velocity)
         if end < total:
             velocity = walk.asked(z, end)
-        if j in course.marks:
+        if j in marks:
             if end < total:
                 distance = walk.clean(z, velocity, end) - walk.clean(*next(plain), end)
             else:
