@@ -8,36 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddit.adapter import PatchAdapter
-    from ddit.api import Handle, apply
-    from ddit.caches import CacheDitConfig
-    from ddit.config import ScheduleConfig
-    from ddit.models import supported_models
+    from ddit.api import apply
+    from ddit.config import FixedSchedule, PatchSchedule, SkipSchedule
     from ddit.report import Report
-    from ddit.teacache import TeaCacheConfig
+    from ddit.skip.corrector import ForecastCorrector
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "CacheDitConfig",
-    "Handle",
+    "FixedSchedule",
+    "ForecastCorrector",
     "PatchAdapter",
+    "PatchSchedule",
     "Report",
-    "ScheduleConfig",
-    "TeaCacheConfig",
+    "SkipSchedule",
     "__version__",
     "apply",
-    "supported_models",
 ]
 
 _HOME = {
     "apply": "ddit.api",
-    "Handle": "ddit.api",
+    "FixedSchedule": "ddit.config",
+    "ForecastCorrector": "ddit.skip.corrector",
     "PatchAdapter": "ddit.adapter",
-    "CacheDitConfig": "ddit.caches",
-    "ScheduleConfig": "ddit.config",
+    "PatchSchedule": "ddit.config",
     "Report": "ddit.report",
-    "TeaCacheConfig": "ddit.teacache",
-    "supported_models": "ddit.models",
+    "SkipSchedule": "ddit.config",
 }
 
 

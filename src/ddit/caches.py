@@ -165,7 +165,6 @@ class Cache:
         scale: int,
         samples: Sequence[int],
         reused: Callable[[Sequence[int]], None],
-        aside: bool = False,
     ) -> Callable[..., Any]:
         """The transformer's forward for some samples of a step, with states of their own.
 
@@ -174,7 +173,6 @@ class Cache:
             steps: Number of steps, where known.
             guidance: Number of the guidance pass in the step, from 0.
             reused: Called with the samples where the cache did not run the blocks.
-            aside: A call at another noise level than the step's; nothing is kept of it.
         """
         if not self.active:
             self._found = None
@@ -183,7 +181,7 @@ class Cache:
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            name = f"aside {scale} {list(samples)}" if aside else self._name(step, guidance, scale, samples)
+            name = self._name(step, guidance, scale, samples)
             with self.transformer.cache_context(name, step_index=step, num_inference_steps=steps):
                 for manager in self._managers():
                     state = manager.get_state()
@@ -191,9 +189,7 @@ class Cache:
                         state.step_index = step
                 with self._watched(), self._dit.at(name, step):
                     answer = forward(*args, **kwargs)
-            if aside:
-                self._drop({name})
-            elif not self._computed:
+            if not self._computed:
                 reused(samples)
             return answer
 

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,24 @@ import torch
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
-from ddit.api import Handle, apply
+from ddit.api import apply
 from ddit.caches import Config as CacheConfig
-from ddit.config import ScheduleConfig
-from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER, video
+from ddit.config import FixedSchedule, Patches, SkipSchedule
+from ddit.embedded import CORRECTOR_FOLDER, MODEL_FOLDER, video
+from ddit.handle import Handle
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
+from ddit.pretrained import Part
 from ddit.report import Report
 from ddit.schedule import Policy
+from ddit.skip.corrector import ForecastCorrector
 
 EMBEDDED: dict[str, tuple[Path, Path]] = {
-    "embedded": (MODEL_FOLDER, ADAPTER_FOLDER),
-    "embedded-video": (video.MODEL_FOLDER, video.ADAPTER_FOLDER),
+    "embedded": (MODEL_FOLDER, CORRECTOR_FOLDER),
+    "embedded-video": (video.MODEL_FOLDER, video.CORRECTOR_FOLDER),
 }
-"""Names of the models that ship with ddit -> folder of the model, folder of its adapter."""
+"""Names of the models that ship with ddit -> folder of the model, folder of its corrector."""
 
 OnStep = Callable[[int, int, list[int]], None]
 """Called after each step with its number from 1, the number of steps, and the scales of the step's samples."""
@@ -49,6 +52,22 @@ class Run:
     """Wall-clock time of the whole call, text encoders and decoder included."""
     report: Report | None
     """``None`` for a plain run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What makes a pipeline faster: the arguments of `ddit.apply`."""
+
+    patches: Patches | Policy | None = None
+    skip: SkipSchedule | None = None
+    adapter: PatchAdapter | None = None
+    corrector: ForecastCorrector | None = None
+    cache: CacheConfig | None = None
+    preset: Preset | None = None
+
+    def apply(self, pipe: Any) -> Handle:
+        """See `ddit.apply`."""
+        return apply(pipe, **{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 def model_folder(model: str) -> Path:
@@ -111,16 +130,28 @@ def check_device(device: str) -> None:
 
 
 def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:
-    """An adapter from a folder, a hub id, or that of the embedded model.
+    """An adapter from a folder or a hub id.
 
     Raises:
         ValueError: When there is none, or its files are damaged.
     """
-    name = str(EMBEDDED[name][1]) if name in EMBEDDED else name
+    return _load_part(PatchAdapter, name, dtype, device)
+
+
+def load_corrector(name: str, *, dtype: str = "float32", device: str = "cpu") -> ForecastCorrector:
+    """A corrector from a folder, a hub id, or that of an embedded model.
+
+    Raises:
+        ValueError: When there is none, or its files are damaged.
+    """
+    return _load_part(ForecastCorrector, str(EMBEDDED[name][1]) if name in EMBEDDED else name, dtype, device)
+
+
+def _load_part(kind: type[Part], name: str, dtype: str, device: str) -> Part:
     if not Path(name).exists() and name.count("/") != 1:
-        raise ValueError(f"there is no folder {name!r} with an adapter, and it is no hub id (owner/name) either")
-    adapter: Any = PatchAdapter.from_pretrained(name, dtype=getattr(torch, dtype))
-    return adapter.to(device)
+        raise ValueError(f"there is no folder {name!r} with {kind.noun}, and it is no hub id (owner/name) either")
+    part: Any = kind.from_pretrained(name, dtype=getattr(torch, dtype))
+    return part.to(device)
 
 
 def check_prompt(prompt: str, model: str) -> None:
@@ -190,14 +221,10 @@ def run(
     seeds: list[int],
     settings: dict[str, Any],
     *,
-    config: ScheduleConfig | None = None,
-    preset: Preset | None = None,
-    adapter: PatchAdapter | None = None,
-    cache: CacheConfig | None = None,
-    policy: Policy | None = None,
+    method: Method | None = None,
     on_step: OnStep | None = None,
 ) -> Run:
-    """Call a pipeline once, plain (``config=None``) or with dynamic patches, and with a cache under either.
+    """Call a pipeline once, plain or by a method.
 
     Args:
         prompts: One per picture.
@@ -207,19 +234,8 @@ def run(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     settings = for_batch(settings, len(prompts))
     handle: Handle | None = None
-    if cache is not None and config is None:
-        config = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
-    if config is not None:
-        variance = preset.detail_variance if preset and len(config.scales) > 1 else None
-        handle = apply(
-            pipe,
-            adapter=adapter,
-            config=config,
-            policy=policy,
-            detail_variance=variance,
-            cache=cache,
-            preset=preset,
-        )
+    if method is not None:
+        handle = method.apply(pipe)
 
     def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -275,15 +291,12 @@ def race(
     prompts: list[str],
     seeds: list[int],
     settings: dict[str, Any],
-    config: ScheduleConfig,
+    method: Method,
     *,
-    preset: Preset | None = None,
-    adapter: PatchAdapter | None = None,
-    cache: CacheConfig | None = None,
     repeats: int = 1,
     on_step: OnStep | None = None,
 ) -> tuple[Run, Run]:
-    """Plain and dynamic by turns after a short warm-up; each with the median of its times.
+    """Plain and by a method, by turns after a short warm-up; each with the median of its times.
 
     Raises:
         ValueError: For fewer than one repeat.
@@ -291,13 +304,14 @@ def race(
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it must be at least 1")
     warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
-    scales = (1, *sorted(config.scales, reverse=True))
-    run(pipe, prompts, seeds, warm, config=ScheduleConfig(policy="fixed", steps=scales, scales=config.scales))
+    scales = method.patches.scales if method.patches is not None else (1, 2, 4)
+    steps = (1, *sorted(scales, reverse=True))
+    run(pipe, prompts, seeds, warm, method=Method(patches=FixedSchedule(steps=steps), adapter=method.adapter))
     draw = partial(run, pipe, prompts, seeds, settings, on_step=on_step)
     plain, dynamic = [], []
     for _ in range(repeats):
         plain.append(draw())
-        dynamic.append(draw(config=config, preset=preset, adapter=adapter, cache=cache))
+        dynamic.append(draw(method=method))
     return _median(plain), _median(dynamic)
 
 

@@ -7,11 +7,8 @@ s the scale. A patch of size ``s p`` is a patch of size p after resizing it to `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, reduce
-from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +16,6 @@ from einops import rearrange
 from torch import Tensor
 
 from ddit.config import Positions, Start
-
-
-def space_to_depth(z: Tensor, scale: int) -> Tensor:
-    """``[B, C, ..., H, W] -> [B, s s C, ..., H/s, W/s]``, neighbours first: channel order (dy, dx, c)."""
-    return rearrange(z, "b c ... (h y) (w x) -> b (y x c) ... h w", y=scale, x=scale)
-
-
-def depth_to_space(z: Tensor, scale: int) -> Tensor:
-    """The inverse of `space_to_depth`."""
-    return rearrange(z, "b (y x c) ... h w -> b c ... (h y) (w x)", y=scale, x=scale)
 
 
 def pack(z: Tensor, patch: int) -> Tensor:
@@ -154,18 +141,13 @@ def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: S
     return small * expand(factor, z), level
 
 
-def patch_features(z: Tensor, sigma: Tensor, scale: int, start: Start, clean: Tensor | None) -> Tensor:
+def patch_features(z: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor:
     """What an adapter sees beside the pooled latents, on the fine grid: channels at the size of unit noise or below.
 
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; sigma: their noise level ``[B]``.
-        clean: Clean latents that the last step at scale 1 predicted, for an adapter that sees them.
-
-    Returns:
-        ``[B, C, ..., H, W]``, or twice the channels with ``clean``.
     """
-    seen = z if start == "bilinear" else z * expand(consistent_level(sigma, scale)[0], z)
-    return seen if clean is None else torch.cat([seen, clean], dim=1)
+    return z if start == "bilinear" else z * expand(consistent_level(sigma, scale)[0], z)
 
 
 def low_velocity(small: Tensor, output: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor:
@@ -205,100 +187,21 @@ def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | Non
     return (1 - gain) * seen / sigma
 
 
-def anchored_velocity(
-    z: Tensor, sigma: Tensor, velocity: Tensor, clean: Tensor, correction: Tensor | None, scale: int
-) -> Tensor:
-    """Two forecasts, and what the coarse grid answers against its own.
-
-    Forecasts are straight lines through the last steps at scale 1. What a model answers on the coarse grid is off
-    by much the same at neighbouring noise levels, so that what it says against its own line is nearer to the truth than
-    the answer: a Kalman filter's innovation, or the coarse-grid correction of multigrid (full approximation scheme).
-
-    What large patches pool follows the forecast velocity. The detail inside them follows forecast clean latents ``x``:
-    in ``(z - x) / sigma`` noise that an error left in ``z`` goes as sigma falls, where a velocity would carry it along.
-
-    Args:
-        z: Noisy latents ``[B, C, ..., H, W]``; H and W are multiples of the scale. sigma: their noise level ``[B]``.
-        velocity, clean: Forecasts, of the same shape.
-        correction: What is believed of it (`ddit.ScheduleConfig.gain`), grown to the same shape; ``None`` is zero.
-    """
-    # In place, on tensors of its own: memory that is new to the process costs as much as the arithmetic.
-    answer = detail((z - clean).div_(expand(sigma, z)).sub_(velocity), scale).add_(velocity)
-    return answer if correction is None else answer.add_(correction)
-
-
-BEND = 0.25
-"""Forecasts are straight in ``exp(-BEND lambda)``: velocities and clean latents change the less per unit of lambda the
-nearer they come to the picture. Chosen on tuning prompts (docs/method.md)."""
-FINEST = 1e-3
-"""Step of the noise levels that models are trained on; added to what is divided by, so that pure noise is finite."""
-
-
-@overload
-def half_log_snr(sigma: float) -> float: ...
-@overload
-def half_log_snr(sigma: Tensor) -> Tensor: ...
-def half_log_snr(sigma: float | Tensor) -> float | Tensor:
-    """``log((1 - sigma) / sigma)``, lambda of DPM-Solver (arXiv 2206.00927), in which velocities change evenly."""
-    odds = (1 - sigma + FINEST) / (sigma + FINEST)
-    return torch.log(odds) if isinstance(odds, Tensor) else math.log(odds)
-
-
-def noise_at(level: Tensor) -> Tensor:
-    """The inverse of `half_log_snr`."""
-    odds = torch.exp(level)
-    return (1 + FINEST - FINEST * odds) / (1 + odds)
-
-
-def amplified(sigma: float) -> float:
-    """By how much an error of the latents at a noise level has grown when the picture is done, about.
-
-    A part of the picture shrunk by ``1 - sigma`` shows through the latents, and what is wrong in them is taken for it.
-    Measured on the embedded model: 0.6 to 0.7 of that.
-    """
-    return 1 / (1 - sigma + FINEST)
-
-
-@dataclass
-class Line:
-    """A line through the last two values of something, straight in ``exp(-BEND lambda)``: a forecast of the next."""
-
-    value: Tensor
-    """The newest, ``[B, ...]``."""
-    level: Tensor
-    """Its lambda (`half_log_snr`), ``[B]``."""
-    previous: Tensor
-    previous_level: Tensor
-    """At or below ``level``; where they are equal, the line is flat."""
-
-    @classmethod
-    def through(cls, value: Tensor, level: Tensor, before: Line | None = None) -> Line:
-        """The line through a new value and the newest of an earlier line, or a flat one."""
-        return cls(value, level, value, level) if before is None else cls(value, level, before.value, before.level)
-
-    def at(self, level: Tensor) -> Tensor:
-        """Value on the line, ``[B, ...]``."""
-        here, newest, before = (torch.exp(-BEND * x) for x in (level, self.level, self.previous_level))
-        ratio = torch.where(before > newest, (newest - here) / (before - newest), 0)
-        return torch.lerp(self.previous, self.value, 1 + expand(ratio, self.value))
-
-    def rows(self, index: Sequence[int]) -> Line:
-        """The same for some samples of the batch."""
-        rows = list(index)
-        return self if len(rows) == len(self.value) else Line(*(part[rows] for part in self.parts))
-
-    def replaced(self, index: Sequence[int], line: Line) -> Line:
-        """The same with the lines of some samples of the batch in place of theirs."""
-        rows = torch.tensor(list(index))
-        pairs = zip(self.parts, line.parts, strict=True)
-        return Line(*(old.index_put((rows.to(old.device),), new) for old, new in pairs))
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All four."""
-        return self.value, self.level, self.previous, self.previous_level
-
-
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """``[B] -> [B, 1, ..., 1]`` with as many axes as ``like``, in its dtype."""
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def where_rows(chosen: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for the chosen samples of a batch, ``old`` for the others; both ``[B, ...]``."""
+    if all(chosen):
+        return new
+    return torch.where(expand(torch.tensor(list(chosen)), new).bool(), new, old) if any(chosen) else old
+
+
+def scatter_rows(part: Tensor, samples: Sequence[int], batch: int, onto: Tensor | None = None) -> Tensor:
+    """What is known of some samples ``[len(samples), ...]`` at their places in the batch, on what was there or zero."""
+    if len(samples) == batch:
+        return part
+    under = part.new_zeros(batch, *part.shape[1:]) if onto is None else onto
+    return under.index_put((torch.tensor(list(samples), device=part.device),), part)

@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddit.dial import Dial
+import numpy as np
+
+from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
 
 FILE = "ddit.json"
-VERSION = 2
+VERSION = 3
 SHIPPED = Path(__file__).parent / "presets"
 """Presets that go by a name: ``paper`` has the values of arXiv 2602.16968, section 4, for FLUX.1-dev and Wan 2.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityCurve:
+    """What skip thresholds made of a model's runs, measured by `ddit calibrate`.
+
+    Raises:
+        ValueError: Where lists are not of one length, or thresholds don't rise.
+    """
+
+    thresholds: tuple[float, ...]
+    """Rising."""
+    psnr: tuple[float, ...]
+    """Likeness to the plain run in dB, median over prompts, for each."""
+
+    def __post_init__(self) -> None:
+        for name in ("thresholds", "psnr"):
+            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        if not len(self.thresholds) == len(self.psnr) > 1:
+            raise ValueError("a quality curve needs as many psnr as thresholds, two at least")
+        if list(self.thresholds) != sorted(set(self.thresholds)) or self.thresholds[0] <= 0:
+            raise ValueError("a quality curve's thresholds must rise from above 0")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QualityCurve:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**values)
+
+    def threshold_of(self, psnr: float) -> float:
+        """The largest threshold whose pictures are expected to be as near to plain's as ``psnr`` dB.
+
+        Warns of a quality outside of what was measured.
+        """
+        likeness = np.minimum.accumulate(self.psnr)[::-1]
+        if psnr > likeness[-1]:
+            warnings.warn(
+                f"a quality of {psnr:g} dB is above {likeness[-1]:.1f}, the most that was measured: no step is skipped",
+                stacklevel=3,
+            )
+            return 0.0
+        if psnr < likeness[0]:
+            warnings.warn(
+                f"a quality of {psnr:g} dB is below {likeness[0]:.1f}, the least that was measured, and that is taken; "
+                "ask for a speedup to go farther",
+                stacklevel=3,
+            )
+        return float(np.exp(np.interp(psnr, likeness, np.log(self.thresholds)[::-1])))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +72,18 @@ class Preset:
 
     call: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for the pipeline's call, such as ``height`` or ``max_sequence_length``."""
-    schedule: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `ddit.ScheduleConfig` that suit the model."""
+    patches: Patches = PatchSchedule()  # noqa: RUF009 (frozen)
+    """Schedule of patches that suits the model."""
+    skip: SkipSchedule | None = None
+    """Skip schedule that suits the model, for those who ask to skip without saying more."""
     detail_variance: Mapping[int, list[float]] = field(default_factory=dict)
     """Scale -> variance per latent channel of what pooling by the scale loses (see `ddit.patches.detail`)."""
 
     teacache: tuple[float, ...] | list[float] = ()
     """Coefficients of TeaCache's polynomial, highest power first (see `ddit.eval.calibrate`)."""
 
-    dial: Dial | None = None
-    """What thresholds make of the model's runs (see `ddit.dial`)."""
+    quality: QualityCurve | None = None
+    """What skip thresholds make of the model's runs."""
 
     origin: str = ""
     """Where the values come from, if not from `ddit calibrate` on this model."""
@@ -59,14 +111,21 @@ class Preset:
         try:
             values = json.loads(path.read_text())
             version = values.pop("version")
-            values["detail_variance"] = {int(s): list(v) for s, v in values["detail_variance"].items()}
-            if values.get("dial") is not None:
-                values["dial"] = Dial.from_dict(values["dial"])
-            preset = cls(**values)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a preset of ddit ({error!r}); write it anew or delete it") from error
         if version != VERSION:
-            raise ValueError(f"{path} has version {version}, this ddit reads version {VERSION}")
+            raise ValueError(f"{path} has version {version}, this ddit reads version {VERSION}; run 'ddit calibrate'")
+        try:
+            values["detail_variance"] = {int(s): list(v) for s, v in values["detail_variance"].items()}
+            if "patches" in values:
+                kind = FixedSchedule if "steps" in values["patches"] else PatchSchedule
+                values["patches"] = kind.from_dict(values["patches"])
+            for name, kind in (("skip", SkipSchedule), ("quality", QualityCurve)):
+                if values.get(name) is not None:
+                    values[name] = kind.from_dict(values[name])
+            preset = cls(**values)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is not a preset of ddit ({error!r}); write it anew or delete it") from error
         return preset
 
     def save(self, folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +16,15 @@ class Step:
     sigma: float
     """Noise level, from 1 (noise) to 0 (picture)."""
     scales: tuple[int, ...]
-    """Scale of each sample."""
+    """Scale of each sample: 1 is a full step, more a coarse step, 0 a skipped one, in which the model is not called."""
     statistics: tuple[Mapping[int, float], ...]
     """Per sample, scale -> statistic of the rule; empty where there were too few latents."""
     seconds: float
     """Host time inside the transformer's calls of this step, all guidance passes together."""
-    compared: frozenset[int] = frozenset()
-    """Samples for which the coarse grid was also asked at the last step at scale 1, to see what has changed since."""
-    skipped: frozenset[int] = frozenset()
-    """Samples for which the model was not asked at all (`ddit.ScheduleConfig.gain`)."""
     reused: frozenset[int] = frozenset()
     """Samples for which a cache answered."""
-    learnt: frozenset[int] = frozenset()
-    """Samples for which an adapter that mends forecasts looked at the last step at scale 1."""
-
-    def calls(self, sample: int, reused_share: float = 0.0) -> float:
-        """Calls of the model for a sample at its scale; one that a cache answers counts as a share."""
-        asked = 0.0 if sample in self.skipped else reused_share if sample in self.reused else 1.0
-        return asked + (sample in self.compared)
+    corrected: frozenset[int] = frozenset()
+    """Samples for which a corrector looked at the last called step."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +42,44 @@ class Report:
     """What a call costs in which a cache answers, as a fraction of the whole call."""
     asked: float | None = None
     """The speedup that was asked for; what was got is ``1 / flops_fraction``."""
-    path_flops: int = 0
-    """Floating-point operations of an adapter that mends forecasts, for one sample and all forecasts of a gap."""
+    correction_flops: int = 0
+    """Floating-point operations of a corrector, for one sample and all forecasts of a gap."""
 
     @property
     def scales(self) -> list[list[int]]:
-        """Scales per sample: ``scales[sample][step]``."""
+        """Scales per sample: ``scales[sample][step]``; 0 where the model was not called."""
         return [list(column) for column in zip(*(step.scales for step in self.steps), strict=True)]
 
     @property
+    def counts(self) -> dict[int, int]:
+        """Scale -> number of steps of all samples together: 1 full, more coarse, 0 skipped."""
+        return dict(sorted(Counter(scale for step in self.steps for scale in step.scales).items()))
+
+    @property
     def tokens_fraction(self) -> float:
-        """Picture tokens processed, as a fraction of those of a run at scale 1."""
+        """Picture tokens processed, as a fraction of those of a plain run."""
         return self._fraction(self.tokens)
 
     @property
     def flops_fraction(self) -> float:
-        """Floating-point operations, as a fraction of those of a run at scale 1."""
-        return self._fraction(self.flops, path=self.path_flops)
+        """Floating-point operations, as a fraction of those of a plain run."""
+        return self._fraction(self.flops, correction=self.correction_flops)
 
     @property
     def flops_fractions(self) -> list[float]:
         """`flops_fraction` of each sample."""
-        return [self._fraction(self.flops, [i], self.path_flops) for i in range(len(self.steps[0].scales))]
+        return [self._fraction(self.flops, [i], self.correction_flops) for i in range(len(self.steps[0].scales))]
 
     @property
     def seconds(self) -> float:
         """Host time inside the transformer's calls."""
         return sum(step.seconds for step in self.steps)
 
-    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None, path: int = 0) -> float:
-        share = self.reused_share
+    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None, correction: int = 0) -> float:
         chosen = range(len(self.steps[0].scales)) if samples is None else samples
         spent = [
-            costs[step.scales[i]] * step.calls(i, share) + path * (i in step.learnt)
+            {0: 0, **costs}[step.scales[i]] * (self.reused_share if i in step.reused else 1)
+            + correction * (i in step.corrected)
             for step in self.steps
             for i in chosen
         ]
@@ -91,7 +88,7 @@ class Report:
     def strip(self, sample: int = 0) -> str:
         """The schedule of one sample on a line, such as ``1 1 1 4 (4) 2 - 1``.
 
-        ``-`` where the model was not asked, in brackets where a cache answered.
+        ``-`` where the step was skipped, in brackets where a cache answered.
         """
         return " ".join(_mark(step, sample) for step in self.steps)
 
@@ -99,14 +96,14 @@ class Report:
         """JSON-ready values."""
         return {
             "scales": self.scales,
-            "skipped": [sorted(step.skipped) for step in self.steps],
+            "counts": {_name(scale): count for scale, count in self.counts.items()},
             "reused": [sorted(step.reused) for step in self.steps],
             "sigmas": [step.sigma for step in self.steps],
             "statistics": [[dict(sample) for sample in step.statistics] for step in self.steps],
             "step_seconds": [step.seconds for step in self.steps],
             "tokens": dict(self.tokens),
             "flops": dict(self.flops),
-            "path_flops": self.path_flops,
+            "correction_flops": self.correction_flops,
             "tokens_fraction": self.tokens_fraction,
             "flops_fraction": self.flops_fraction,
             "seconds": self.seconds,
@@ -121,9 +118,10 @@ class Report:
             shown.append(f"  ... {len(samples) - 8} more")
         lines = [
             f"Report({len(self.steps)} steps, {len(samples)} samples, {self.seconds:.2f} s in the transformer)",
-            f"  tokens {self.tokens_fraction:.1%}, FLOPs {self.flops_fraction:.1%} of a run at scale 1",
+            f"  tokens {self.tokens_fraction:.1%}, FLOPs {self.flops_fraction:.1%} of a plain run",
+            "  " + ", ".join(f"{count} {_name(scale)}" for scale, count in self.counts.items()) + " steps",
             *([f"  asked for {self.asked:g}x less work, got {1 / self.flops_fraction:.2f}x"] if self.asked else []),
-            *([f"  held at scale 1: {self.forced}"] if self.forced else []),
+            *([f"  held at full steps: {self.forced}"] if self.forced else []),
             *shown,
         ]
         return "\n".join(lines)
@@ -145,7 +143,7 @@ class Report:
         top, bottom = axes[0, 0], axes[-1, 0]
         for scale in measured:
             points = [(i, curve[scale]) for i, curve in enumerate(curves) if scale in curve]
-            top.plot(*zip(*points, strict=True), marker=".", label=f"statistic at scale {scale}")
+            top.plot(*zip(*points, strict=True), marker=".", label=f"statistic of {scale}p")
         if measured:
             if threshold:
                 top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
@@ -153,19 +151,24 @@ class Report:
             top.set_ylabel("deviation of the difference")
             top.legend()
         scales = self.scales[sample]
-        bottom.step(range(len(scales)), scales, where="mid")
-        asked = [i for i, step in enumerate(self.steps) if sample not in step.skipped]
-        if len(asked) < len(scales):
-            bottom.plot(asked, [scales[i] for i in asked], "o", markersize=4, label="model asked")
-            bottom.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
-        bottom.set_yscale("log", base=2)
-        bottom.set_yticks(sorted({1, *scales}), [str(s) for s in sorted({1, *scales})])
-        bottom.set_ylabel("scale")
+        bottom.step(range(len(scales)), [_rung(s) for s in scales], where="mid")
+        rungs = sorted({1, *scales})
+        bottom.set_yticks([_rung(s) for s in rungs], [_name(s) for s in rungs])
         bottom.set_xlabel("step")
         figure.savefig(path, dpi=120)
 
 
 def _mark(step: Step, sample: int) -> str:
-    if sample in step.skipped:
+    scale = step.scales[sample]
+    if scale == 0:
         return "-"
-    return f"({step.scales[sample]})" if sample in step.reused else str(step.scales[sample])
+    return f"({scale})" if sample in step.reused else str(scale)
+
+
+def _name(scale: int) -> str:
+    return {0: "skipped", 1: "full"}.get(scale, f"coarse {scale}p")
+
+
+def _rung(scale: int) -> int:
+    """Height of a scale in the plot: -1 skipped, 0 full, one more for each doubling."""
+    return -1 if scale == 0 else scale.bit_length() - 1

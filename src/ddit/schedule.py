@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ddit.config import ScheduleConfig
+from ddit.config import FixedSchedule, PatchSchedule
 from ddit.patches import pad_to_multiple
 
 
@@ -37,46 +37,6 @@ def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
     for _ in range(order):
         rows = [new - old for old, new in pairwise(rows)]
     return rows[0]
-
-
-def difference_per_sigma(velocities: Sequence[Tensor], levels: Sequence[Sequence[float]]) -> Tensor:
-    """The same from velocities ``dz/dsigma`` at uneven noise levels.
-
-    A third difference of the latents is what the newest step differs from a straight line through the two before. This
-    one is that for lines in lambda: the newest velocity minus the forecast by a polynomial of degree n - 2 through the
-    other n - 1 (Lagrange's formula). At equal steps of lambda and sigma it is `difference` divided by a step of sigma.
-
-    Args:
-        velocities: n tensors ``[B, ...]``, newest last.
-        levels: Their `ddit.patches.half_log_snr`, n for each sample, rising.
-
-    Returns:
-        ``[B, ...]``, float32.
-    """
-    nodes = torch.stack(list(velocities)).float()
-    shares = [[_share(sample, node) for sample in levels] for node in range(len(nodes))]
-    weights = torch.tensor(shares).to(nodes.device)
-    return (nodes * weights.reshape(*weights.shape, *[1] * (nodes.ndim - 2))).sum(0)
-
-
-def _share(levels: Sequence[float], node: int) -> float:
-    """Weight of a node in the newest minus its forecast by the others."""
-    distance = math.prod(levels[-1] - other for other in levels[:-1])
-    return distance / math.prod(levels[node] - other for i, other in enumerate(levels) if i != node)
-
-
-def growth(levels: Sequence[float], here: float) -> float:
-    """How many times larger than at its last node a difference per sigma will be at a noise level ahead.
-
-    The error of a forecast through given nodes grows with the product of the distances to them: 1 one even step after
-    the last node, 3 two steps after, 6, 10, ... for order 3.
-
-    Args:
-        levels: `ddit.patches.half_log_snr` of the nodes of one sample, rising.
-        here: That of the step to be decided.
-    """
-    ahead = math.prod(here - node for node in levels[1:])
-    return ahead / math.prod(levels[-1] - node for node in levels[:-1])
 
 
 def channel_moments(values: Tensor) -> Tensor:
@@ -136,76 +96,118 @@ def choose_scale(stats: Mapping[int, float], threshold: float) -> int:
     return max((s for s, value in stats.items() if value < threshold), default=1)
 
 
+def below_noise(sigma: float, variance: float, scale: int) -> bool:
+    """Whether what large patches drop lies well below the noise, so that a coarse step without training loses little.
+
+    Pooling by ``s`` drops a share ``1 - 1/s^2`` of the noise's variance, and the detail. In each dropped coefficient
+    there is ``(1 - sigma)^2 h / (1 - 1/s^2)`` of signal for ``sigma^2`` of noise (the criterion of progressive
+    resolution, SPEED, arXiv 2605.18736, with its default margin).
+
+    Args:
+        sigma: Noise level.
+        variance: ``h``, mean variance of the detail in clean latents (`ddit.patches.detail_variance`).
+    """
+    signal = (1 - sigma) ** 2 * variance / (1 - 1 / scale**2)
+    return signal < MARGIN * sigma**2
+
+
+MARGIN = 0.01
+"""Signal for noise in what a careful coarse step drops; SPEED's delta."""
+USUAL_DETAIL = {2: 0.1, 4: 0.25}
+"""Scale -> `below_noise`'s variance where nobody has measured it (`ddit calibrate` does): above what the embedded model
+has, for latents of unit variance."""
+
+
 @dataclass(frozen=True)
-class Moment:
-    """What a policy knows when it chooses the scales of a step."""
+class StepContext:
+    """What a policy knows when it decides on a step."""
 
     step: int
     """Number of the step, from 0."""
     total: int | None
-    """Number of steps of this generation, ``None`` where nobody knows."""
-    stats: list[dict[int, float]]
+    """Number of steps of this run, ``None`` where nobody knows."""
+    statistics: list[dict[int, float]]
     """Per sample, scale -> statistic; empty dictionaries while there are too few latents."""
     sigma: float = 1.0
     """Noise level of the latents."""
     sigmas: Sequence[float] = ()
     """Noise levels of all steps of the run; empty where nobody knows."""
-    costs: Mapping[int, float] = field(default_factory=dict)
-    """Scale -> work of a step, in steps at scale 1. Only for `ddit.dial.Budget`."""
-    gap: float = 0.0
-    """Work of an adapter that mends forecasts for all that follow a step at scale 1, in the same. Likewise."""
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return len(self.statistics)
 
 
 class Policy(Protocol):
-    """Chooses the scales of one step. Passed to `ddit.apply` as ``policy=`` in place of the built-in ones.
+    """Chooses the scale of each sample in one step. Passed to `ddit.apply` as ``patches=``.
 
-    One that has ``blind = True`` does not look at statistics, which are then neither measured nor reported: that
-    saves time, memory, and a read that waits for the device.
+    One without ``needs_statistics`` (or with False) does not look at them: they are neither measured nor reported,
+    which saves time, memory, and a read that waits for the device.
     """
 
-    def choose(self, moment: Moment) -> list[int]:
+    scales: tuple[int, ...]
+    """The scales it may choose, 1 among them."""
+
+    def choose(self, context: StepContext) -> list[int]:
         """Scale of each sample."""
         ...
 
 
-class Dynamic:
-    """The paper's rule, after a warm-up."""
+class Rule:
+    """The paper's rule, after a warm-up.
 
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
+    Args:
+        schedule: Its settings.
+        detail: Scale -> variance of the detail, for the guard (`PatchSchedule.careful`); ``None`` for no guard.
+    """
 
-    def choose(self, moment: Moment) -> list[int]:
-        if moment.step < self.config.warmup:
-            return [self.config.warmup_scale] * len(moment.stats)
-        return [choose_scale(sample, self.config.threshold) for sample in moment.stats]
+    needs_statistics = True
+
+    def __init__(self, schedule: PatchSchedule, detail: Mapping[int, float] | None = None) -> None:
+        self.schedule = schedule
+        self.scales = schedule.scales
+        self.detail = detail if schedule.careful else None
+
+    def choose(self, context: StepContext) -> list[int]:
+        if context.step < self.schedule.warmup:
+            return [1] * context.batch
+        allowed = [s for s in self.scales if s > 1 and self._allowed(s, context.sigma)]
+        return [
+            choose_scale({s: v for s, v in sample.items() if s in allowed}, self.schedule.threshold)
+            for sample in context.statistics
+        ]
+
+    def _allowed(self, scale: int, sigma: float) -> bool:
+        return self.detail is None or below_noise(sigma, self.detail.get(scale, USUAL_DETAIL.get(scale, 1.0)), scale)
 
     def remark(self, chosen: Sequence[Sequence[int]], stats: Sequence[Sequence[Mapping[int, float]]]) -> str | None:
         """What to do about a run in which the rule never used large patches, or did in all steps; else ``None``.
 
         Args:
-            chosen: Scale of each sample, for every step.
+            chosen: Scale of each sample, for every step; 0 where it was skipped.
             stats: The same for the statistics, scale -> statistic.
         """
-        config, decided = self.config, chosen[self.config.warmup :]
-        if config.threshold == 0 or max(config.scales) == 1:
+        schedule, decided = self.schedule, chosen[self.schedule.warmup :]
+        if schedule.threshold == 0 or max(schedule.scales) == 1:
             return None
         if not decided:
             return (
-                f"no step could use large patches: all {len(chosen)} belong to the warm-up of {config.warmup}. "
-                f"Take more steps, or a shorter warm-up ({config.order} at least); "
+                f"no step could use large patches: all {len(chosen)} belong to the warm-up of {schedule.warmup}. "
+                f"Take more steps, or a shorter warm-up ({schedule.order} at least); "
                 "a model distilled to so few has nothing to gain"
             )
-        used = {scale for step in decided for scale in step}
-        seen = [min(sample.values()) for step in stats[config.warmup :] for sample in step if sample]
+        used = {scale for step in decided for scale in step} - {0}
+        seen = [min(sample.values()) for step in stats[schedule.warmup :] for sample in step if sample]
         if used == {1} and seen:
             return (
                 f"no step used large patches: the statistic was {min(seen):.2g} at the least, threshold is "
-                f"{config.threshold:g}. Raise the threshold, or ask for a speedup"
+                f"{schedule.threshold:g}. Raise the threshold"
             )
-        if 1 not in used and seen:
+        if used and 1 not in used and seen:
             return (
                 f"every step after the warm-up used large patches: the statistic was {max(seen):.2g} at the most, "
-                f"threshold is {config.threshold:g}, and detail may be lost. Lower the threshold, or ask for a quality"
+                f"threshold is {schedule.threshold:g}, and detail may be lost. Lower the threshold"
             )
         return None
 
@@ -213,28 +215,12 @@ class Dynamic:
 class Fixed:
     """A list of scales; the last one holds for further steps."""
 
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
+    def __init__(self, schedule: FixedSchedule) -> None:
+        self.steps = schedule.steps
+        self.scales = schedule.scales
 
-    def choose(self, moment: Moment) -> list[int]:
-        steps = self.config.steps
-        return [steps[min(moment.step, len(steps) - 1)]] * len(moment.stats)
-
-
-class First:
-    """The first fraction of the steps at the largest scale, the rest at 1."""
-
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
-
-    def choose(self, moment: Moment) -> list[int]:
-        if moment.total is None:
-            raise ValueError(
-                "policy 'first' needs the number of steps, which only a pipeline knows; "
-                "apply ddit to the pipeline, or use policy 'fixed' with a list of scales"
-            )
-        scale = max(self.config.scales) if moment.step < round(self.config.fraction * moment.total) else 1
-        return [scale] * len(moment.stats)
+    def choose(self, context: StepContext) -> list[int]:
+        return [self.steps[min(context.step, len(self.steps) - 1)]] * context.batch
 
 
 def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:

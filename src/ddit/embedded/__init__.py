@@ -5,5 +5,5 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 MODEL_FOLDER = ASSETS / "model"
 """A `FluxPipeline` in diffusers' format."""
-ADAPTER_FOLDER = ASSETS / "adapter"
-"""A `ddit.PatchAdapter` for it."""
+CORRECTOR_FOLDER = ASSETS / "corrector"
+"""A `ddit.ForecastCorrector` for it."""

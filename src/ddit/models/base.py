@@ -10,7 +10,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from math import prod
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -18,22 +17,16 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddit.anchor import Anchor
-from ddit.config import ScheduleConfig
+from ddit.config import Coarse
 from ddit.patches import (
-    Line,
-    anchored_velocity,
     coarse_input,
     crop,
     detail_velocity,
-    expand,
     grow,
-    half_log_snr,
     low_velocity,
     pack,
     pad_to_multiple,
     patch_features,
-    shrink,
     unpack,
 )
 
@@ -45,8 +38,6 @@ class Adapter(Protocol):
     """What a coarse step needs of `ddit.adapter.PatchAdapter`."""
 
     config: Any
-    anchored: bool
-    asks: bool
     inputs: dict[int, int]
 
     @classmethod
@@ -55,10 +46,6 @@ class Adapter(Protocol):
     def attach(self, transformer: nn.Module) -> Any: ...
 
     def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
-
-    def learn(self, anchor: Anchor) -> Tensor: ...
-
-    def mend(self, velocity: Tensor, sigma: Tensor, anchor: Anchor) -> Tensor: ...
 
 
 _COUNTED: dict[tuple[Any, ...], int] = {}
@@ -122,10 +109,10 @@ class Architecture(ABC):
         """The noise level ``[B]`` of a call, float32."""
 
     @abstractmethod
-    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
+    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, coarse: Coarse) -> Inputs:
         """Inputs of the same call on a coarse grid: ``latents [B, C, ..., H/s, W/s]`` at noise level ``sigma [B]``."""
 
-    def placed(self, grid: tuple[int, int], scale: int, config: ScheduleConfig) -> AbstractContextManager[Any]:
+    def placed(self, grid: tuple[int, int], scale: int, coarse: Coarse) -> AbstractContextManager[Any]:
         """The call of the model inside the block is on the coarse ``grid`` (rows, columns of tokens).
 
         For models that derive positions themselves; those that are told them need nothing here.
@@ -202,89 +189,38 @@ class Architecture(ABC):
         rows = torch.tensor(index)
         return {k: _take(v, rows) if k in self.batched else v for k, v in inputs.items()}
 
-    def coarse_inputs(self, inputs: Inputs, scale: int, config: ScheduleConfig) -> tuple[Inputs, Tensor]:
+    def coarse_inputs(self, inputs: Inputs, scale: int, coarse: Coarse) -> tuple[Inputs, Tensor]:
         """Inputs of a call at ``scale``, and the shrunk latents among them in float32."""
         z, sigma = self.latents(inputs), self.sigma(inputs)
         padded = pad_to_multiple(z.float(), scale * self.patch_size)
-        small, level = coarse_input(padded, sigma, scale, self.patch_size, config.start)
-        return self.coarse(inputs, small.to(z.dtype), level, scale, config), small
+        small, level = coarse_input(padded, sigma, scale, self.patch_size, coarse.start)
+        return self.coarse(inputs, small.to(z.dtype), level, scale, coarse), small
 
-    def low_velocity(self, forward: Callable[..., Any], inputs: Inputs, scale: int, config: ScheduleConfig) -> Tensor:
+    def low_velocity(self, forward: Callable[..., Any], inputs: Inputs, scale: int, coarse: Coarse) -> Tensor:
         """Velocity of what pooling keeps ``[B, C, ..., H/s, W/s]``, float32: one call on the coarse grid."""
-        coarse, small = self.coarse_inputs(inputs, scale, config)
+        call, small = self.coarse_inputs(inputs, scale, coarse)
         height, width = small.shape[-2:]
-        with self.placed((height // self.patch_size, width // self.patch_size), scale, config):
-            output = self.velocity(first(forward(**coarse)), (height, width)).float()
-        return low_velocity(small, output, self.sigma(inputs), scale, config.start)
-
-    def learnt_answer(
-        self,
-        forward: Callable[..., Any],
-        inputs: Inputs,
-        scale: int,
-        config: ScheduleConfig,
-        adapter: Adapter,
-        clean: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """`low_velocity` as the adapter makes it, and what the adapter adds on the padded fine grid.
-
-        Args:
-            clean: Forecast clean latents on that grid, for an adapter that sees them.
-        """
-        multiple, sigma = scale * self.patch_size, self.sigma(inputs)
-        padded = pad_to_multiple(self.latents(inputs).float(), multiple)
-        patches = pack(patch_features(padded, sigma, scale, config.start, clean), multiple)
-        with adapter.at(scale, patches) as call:
-            answer = self.low_velocity(forward, inputs, scale, config)
-        return answer, unpack(call.correction.float(), multiple, padded.shape)
-
-    def low_line(
-        self,
-        forward: Callable[..., Any],
-        inputs: Inputs,
-        scale: int,
-        config: ScheduleConfig,
-        anchor: Anchor,
-        earlier: Line | None = None,
-    ) -> Line:
-        """What the coarse grid says at the anchor, and the line from there.
-
-        Args:
-            inputs: A later call of the same samples; their latents and noise level don't matter.
-            earlier: The same for an earlier anchor; without one, the line runs as steep as the pooled velocity's.
-        """
-        dtype, velocity = self.latents(inputs).dtype, anchor.velocity
-        there = self.renoised(inputs, anchor.latents.to(dtype), anchor.sigma)
-        low = self.low_velocity(forward, there, scale, config)
-        if earlier is not None:
-            return Line.through(low, velocity.level, earlier)
-        change = pad_to_multiple(velocity.value - velocity.previous, scale * self.patch_size)
-        change = shrink(change, scale, self.patch_size, config.start)
-        return Line(low, velocity.level, low - change, velocity.previous_level)
+        with self.placed((height // self.patch_size, width // self.patch_size), scale, coarse):
+            output = self.velocity(first(forward(**call)), (height, width)).float()
+        return low_velocity(small, output, self.sigma(inputs), scale, coarse.start)
 
     def coarse_step(
         self,
         forward: Callable[..., Any],
         inputs: Inputs,
         scale: int,
-        config: ScheduleConfig,
+        coarse: Coarse,
         *,
-        anchor: Anchor | None = None,
-        low: Callable[[Tensor, Tensor], Line] | None = None,
         variance: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> Tensor:
-        """The model's answer to a call, computed with patches ``scale`` times as large.
+        """The model's answer to a call, computed with patches ``scale`` times as large (paper, section 3.2).
 
         Args:
             forward: The transformer's own forward.
-            anchor: The last step at scale 1 of these samples, where there was one and ``config.anchored`` asks for it.
-            low: Gives the line of the coarse grid's answers at the anchor, such as `low_line`; called with the level
-                ``[B]`` (`ddit.patches.half_log_snr`) and the answer of this step, unless the gain is 0.
-            variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples; used
-                without an anchor.
-            adapter: Adds what it learnt to the step; attached to the transformer, if it asks it. One that was trained
-                on steps with an anchor stays silent in a step without.
+            coarse: How; an adapter's own form where there is one.
+            variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
+            adapter: Adds what it learnt, attached to the transformer.
 
         Returns:
             Velocity ``[B, C, ..., H, W]``, float32.
@@ -292,34 +228,17 @@ class Architecture(ABC):
         z, sigma = self.latents(inputs), self.sigma(inputs)
         multiple = scale * self.patch_size
         padded = pad_to_multiple(z.float(), multiple)
-        if anchor is None:
-            learnt: Tensor | float = 0.0
-            if adapter is None or adapter.anchored:
-                answer = self.low_velocity(forward, inputs, scale, config)
-            else:
-                answer, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, None)
-            velocity = grow(answer, scale, self.patch_size, config.start) + learnt
-            if config.start == "noise-consistent":
-                velocity = velocity + detail_velocity(padded, sigma, scale, variance)
-            return crop(velocity, *z.shape[-2:])
-        level, correction = half_log_snr(sigma), None
-        expected, clean = (pad_to_multiple(line.at(level), multiple) for line in (anchor.velocity, anchor.clean))
-        if adapter is not None and adapter.asks:
-            _, learnt = self.learnt_answer(forward, inputs, scale, config, adapter, clean)
-            correction = learnt * expand(anchor.distance(level), learnt)
-        if config.gain > 0:
-            assert low is not None, "an anchor comes with what the coarse grid said there"
-            answer = self.low_velocity(forward, inputs, scale, config)
-            against = answer - low(level, answer).at(level)
-            believed = config.gain * grow(against, scale, self.patch_size, config.start)
-            correction = believed if correction is None else correction + believed
-        velocity = crop(anchored_velocity(padded, sigma, expected, clean, correction, scale), *z.shape[-2:])
-        return velocity if adapter is None or adapter.asks else adapter.mend(velocity, sigma, anchor)
-
-    @staticmethod
-    def asks(config: ScheduleConfig, adapter: Adapter | None) -> bool:
-        """Whether a step with large patches calls the model at all, once there was one at scale 1."""
-        return not config.anchored or config.gain > 0 or (adapter is not None and adapter.asks)
+        if adapter is None:
+            learnt, pooled = None, self.low_velocity(forward, inputs, scale, coarse)
+        else:
+            patches = pack(patch_features(padded, sigma, scale, coarse.start), multiple)
+            with adapter.at(scale, patches) as call:
+                pooled = self.low_velocity(forward, inputs, scale, coarse)
+            learnt = unpack(call.correction.float(), multiple, padded.shape)
+        velocity = grow(pooled, scale, self.patch_size, coarse.start)
+        if coarse.start == "noise-consistent":
+            velocity = velocity + detail_velocity(padded, sigma, scale, variance)
+        return crop(velocity if learnt is None else velocity + learnt, *z.shape[-2:])
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
         """Floating-point operations of one call, counted by PyTorch on the meta device.
@@ -329,7 +248,7 @@ class Architecture(ABC):
             adapter: Counted along at scales above 1.
         """
         model: Any = self.transformer
-        adapter = adapter if adapter is not None and adapter.asks and scale > 1 else None
+        adapter = adapter if scale > 1 else None
         shapes = tuple((name, tuple(v.shape)) for name, v in inputs.items() if isinstance(v, Tensor))
         key = (type(model), str(model.config), shapes, scale, str(adapter and adapter.config))
         if key not in _COUNTED:
@@ -349,21 +268,6 @@ class Architecture(ABC):
             _COUNTED[key] = counter.get_total_flops()
         return _COUNTED[key]
 
-    @staticmethod
-    def count_path(latents: Tensor, adapter: Adapter) -> int:
-        """Floating-point operations of what an adapter that does not ask makes of one sample's step at scale 1.
-
-        Those of the forecasts themselves, some additions per latent pixel, are not counted.
-        """
-        key = (type(adapter), str(adapter.config), tuple(latents.shape[1:]))
-        if key not in _COUNTED:
-            with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-                z, sigma = torch.empty(1, *latents.shape[1:]), torch.empty(1)
-                hidden = torch.empty(1, prod(z.shape[2:]) // adapter.config["patch"] ** 2, adapter.config["width"])
-                type(adapter).from_config(adapter.config).learn(Anchor.after(z, sigma, z, end=sigma, hidden=hidden))
-            _COUNTED[key] = counter.get_total_flops()
-        return _COUNTED[key]
-
 
 class PackedArchitecture(Architecture):
     """One whose pipeline packs squares of latent pixels into tokens ``[B, N, C p p]`` for the transformer."""
@@ -376,11 +280,6 @@ class PackedArchitecture(Architecture):
 
     def tokens(self, inputs: Inputs) -> int:
         return inputs[self.batched[0]].shape[1]
-
-
-def held(line: Line) -> Callable[[Tensor, Tensor], Line]:
-    """A line that is known before the coarse grid is asked, in the form `Architecture.coarse_step` takes."""
-    return lambda level, answer: line
 
 
 def first(output: Any) -> Tensor:

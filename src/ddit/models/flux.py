@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit.config import ScheduleConfig
+from ddit.config import Coarse
 from ddit.models.base import Inputs, PackedArchitecture
 from ddit.patches import coarse_positions
 
@@ -94,12 +94,12 @@ class Flux(PackedArchitecture):
     def sigma(self, inputs: Inputs) -> Tensor:
         return inputs["timestep"].float()
 
-    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
+    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, coarse: Coarse) -> Inputs:
         rows, columns = (n // self.patch_size for n in latents.shape[-2:])
         ids = inputs["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
         self._read_grid(inputs)
-        positions = coarse_positions(self._origin, (rows, columns), scale, config.positions).flatten(0, 1)
+        positions = coarse_positions(self._origin, (rows, columns), scale, coarse.positions).flatten(0, 1)
         # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
         coarse_ids = torch.cat([ids[:1, :1].float().expand(rows * columns, 1), positions.to(ids.device)], dim=1)
         return {**self.renoised(inputs, latents, sigma), "img_ids": coarse_ids}

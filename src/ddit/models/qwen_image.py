@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddit.config import ScheduleConfig
+from ddit.config import Coarse
 from ddit.models.base import Inputs, PackedArchitecture
 from ddit.patches import coarse_positions
 
@@ -66,7 +66,7 @@ class QwenImage(PackedArchitecture):
     def sigma(self, inputs: Inputs) -> Tensor:
         return inputs["timestep"].float()
 
-    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
+    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, coarse: Coarse) -> Inputs:
         rows, columns = (n // self.patch_size for n in latents.shape[-2:])
         return {**self.renoised(inputs, latents, sigma), "img_shapes": [[(1, rows, columns)]] * len(latents)}
 
@@ -79,15 +79,15 @@ class QwenImage(PackedArchitecture):
         }
 
     @contextmanager
-    def placed(self, grid: tuple[int, int], scale: int, config: ScheduleConfig) -> Iterator[None]:
+    def placed(self, grid: tuple[int, int], scale: int, coarse: Coarse) -> Iterator[None]:
         """Other positions than those of a smaller picture take the place of the model's own, the text's too."""
-        if config.positions == "grid":
+        if coarse.positions == "grid":
             yield
             return
         rope: Any = self.transformer.get_submodule("pos_embed")
         rows, columns = (n * scale for n in grid)
         origin = (float(rows // 2 - rows), float(columns // 2 - columns))
-        places = coarse_positions(origin, grid, scale, config.positions).flatten(0, 1)
+        places = coarse_positions(origin, grid, scale, coarse.positions).flatten(0, 1)
 
         def replace(_: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             axes = (torch.zeros(len(places)), *places.T)

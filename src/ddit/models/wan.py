@@ -15,7 +15,7 @@ import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
-from ddit.config import ScheduleConfig
+from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs
 from ddit.patches import coarse_positions, pad_to_multiple, shrink
 
@@ -70,9 +70,9 @@ class Wan(Architecture):
         # Wan 2.2 TI2V: a timestep per token, 0 where the frame is known.
         return timestep if timestep.ndim == 1 else timestep.amax(1)
 
-    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, config: ScheduleConfig) -> Inputs:
+    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, coarse: Coarse) -> Inputs:
         padded = pad_to_multiple(inputs["hidden_states"].float(), scale * self.patch_size)
-        small = shrink(padded, scale, self.patch_size, config.start)
+        small = shrink(padded, scale, self.patch_size, coarse.start)
         return self._call(inputs, latents, sigma, small.to(latents.dtype))
 
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
@@ -109,14 +109,14 @@ class Wan(Architecture):
         return inputs["hidden_states"][0, 0].numel() // self.patch_size**2
 
     @contextmanager
-    def placed(self, grid: tuple[int, int], scale: int, config: ScheduleConfig) -> Iterator[None]:
+    def placed(self, grid: tuple[int, int], scale: int, coarse: Coarse) -> Iterator[None]:
         """Counting from the shape is what ``grid`` asks for; other positions take the place of the model's own."""
-        if config.positions == "grid":
+        if coarse.positions == "grid":
             yield
             return
         rope: Any = self.transformer.get_submodule("rope")
         dims = (rope.t_dim, rope.h_dim, rope.w_dim)
-        places = coarse_positions((0.0, 0.0), grid, scale, config.positions).flatten(0, 1)
+        places = coarse_positions((0.0, 0.0), grid, scale, coarse.positions).flatten(0, 1)
 
         def replace(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
             frames = args[0].shape[2]

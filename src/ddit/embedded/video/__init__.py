@@ -4,5 +4,5 @@ from ddit.embedded import ASSETS
 
 MODEL_FOLDER = ASSETS / "video-model"
 """A `WanPipeline` in diffusers' format."""
-ADAPTER_FOLDER = ASSETS / "video-adapter"
-"""A `ddit.PatchAdapter` for it."""
+CORRECTOR_FOLDER = ASSETS / "video-corrector"
+"""A `ddit.ForecastCorrector` for it."""

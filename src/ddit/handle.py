@@ -1,0 +1,365 @@
+"""`Handle`: carries out decisions, call by call, on a transformer or on two that take turns."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit.adapter import PatchAdapter
+from ddit.caches import Cache, Config
+from ddit.config import Coarse, PatchSchedule
+from ddit.models.base import Architecture, Inputs, first, to_meta
+from ddit.report import Report
+from ddit.run import RunState, Skipping
+from ddit.schedule import Policy, Rule
+from ddit.seat import Seat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that `ddit.apply` has settled, before anything is changed."""
+
+    architectures: Sequence[Architecture]
+    pipe: Any
+    policy: Policy
+    measure: PatchSchedule
+    """How statistics are measured, for a policy that needs them."""
+    coarse: Coarse
+    variance: dict[int, Tensor]
+    """Scale -> variance of the detail per channel."""
+    adapter: PatchAdapter | None = None
+    make_skipper: Callable[[float], Skipping] | None = None
+    """Makes that of a new run, from a corrector's work for a gap in calls of the model."""
+    corrector: Any = None
+    """A `ddit.ForecastCorrector`."""
+    speedup: float | None = None
+    """What skipping was asked for."""
+    cache: Config | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was asked for in words, for `Handle.__repr__`."""
+
+
+class Handle:
+    """Dynamic patches on a transformer, or two that take turns, until `remove`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._pipe = plan.pipe
+        self._state = RunState(plan.policy, plan.measure)
+        self._begun = False
+        self._finished: RunState | None = None
+        self._share = 0.0
+        self._timesteps: Any = None
+        self._warned: set[str] = set()
+        self._active = False
+        self._seats: list[Seat] = []
+        self._attachments: list[Any] = []
+        self.put_on()
+
+    def put_on(self) -> None:
+        """Change the transformers. Where that fails, they are as before."""
+        plan = self.plan
+        try:
+            for part in (plan.adapter, plan.corrector):
+                if part is not None:
+                    self._attachments.append(part.attach(plan.architectures[0].transformer))
+            caches: list[Cache] = []
+            try:
+                for architecture in plan.architectures:
+                    caches.append(Cache(architecture, plan.cache))
+            except BaseException:
+                for put_on in caches:
+                    put_on.remove()
+                raise
+            self._seats = [
+                Seat(a, c, self._call, self._end, self) for a, c in zip(plan.architectures, caches, strict=True)
+            ]
+        except BaseException:
+            self._take_off()
+            raise
+        self._active = True
+
+    def _take_off(self) -> None:
+        for attachment in self._attachments:
+            attachment.remove()
+        for seat in self._seats:
+            seat.remove()
+        self._attachments = []
+
+    @property
+    def adapter(self) -> PatchAdapter | None:
+        """The adapter in use."""
+        return self.plan.adapter
+
+    @property
+    def scales(self) -> list[int]:
+        """Scale of each sample in the current step, 0 where it is skipped; empty between runs."""
+        return list(self._state.scales)
+
+    @property
+    def report(self) -> Report:
+        """What ran in the current run, or the last one.
+
+        Raises:
+            RuntimeError: Before any run.
+        """
+        run = self._state if self._state.steps else self._finished
+        if run is None:
+            raise RuntimeError("there is no report before a run; call the pipeline first")
+        scales = sorted({1, *(s for step in run.steps for s in step.scales if s)})
+        architecture = self.plan.architectures[0]
+        tokens = {s: architecture.tokens(run.examples[s]) for s in scales}
+        flops = {s: architecture.count_flops(run.examples[s], s, self.adapter) for s in scales}
+        return Report(tuple(run.steps), tokens, flops, run.forced, self._share, self.plan.speedup, run.correction_flops)
+
+    def remove(self) -> None:
+        """Give the transformer back as it was. Safe to call twice."""
+        if not self._active:
+            return
+        self._active = False
+        self._take_off()
+        self._start_over()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self._active else "removed"
+        names = " and ".join(type(a.transformer).__name__ for a in self.plan.architectures)
+        asked = ", ".join(f"{name}={value}" for name, value in self.plan.settings.items() if value is not None)
+        return f"<ddit on {names}, {state}, {asked}>"
+
+    # One call of the transformer
+
+    def _call(self, seat: Seat, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return seat.forward(*args, **kwargs)
+        try:
+            return self._step(seat, args, kwargs)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _step(self, seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        started = time.perf_counter()
+        seat.check()
+        arch = seat.architecture
+        inputs = arch.bind(args, kwargs)
+        if self._run_begins():
+            self._start_over()
+        sigma = self._sigma(arch.sigma(inputs))
+        obstacle = arch.obstacle(inputs)
+        if obstacle is not None:
+            return self._plain_step(seat, inputs, sigma, obstacle, args, kwargs)
+        z = arch.latents(inputs)
+        if not self._state.repeats(z, sigma):
+            self._begin(arch, inputs, self._state.continues(z, sigma))
+            with torch.no_grad():
+                self._state.decide(z, sigma, arch.patch_size)
+        scales = self._state.pass_scales()
+        size = (z.shape[-2], z.shape[-1])
+        if set(scales) == {1}:
+            answer = self._full(seat, range(len(z)), *args, **kwargs)
+            velocity = arch.velocity(first(answer), size)
+            self._state.record(velocity.detach(), scales, time.perf_counter() - started)
+            return answer
+        velocity = self._mixed_step(seat, inputs, scales, size)
+        self._state.record(velocity.detach(), scales, time.perf_counter() - started)
+        return arch.answer(velocity.to(z.dtype), inputs)
+
+    def _mixed_step(self, seat: Seat, inputs: Inputs, scales: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """One call with a scale for each sample: samples of one scale run together. ``[B, C, ..., H, W]``, float32."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for sample, scale in enumerate(scales):
+            groups[scale].append(sample)
+        parts = [self._group(seat, inputs, scale, samples, size) for scale, samples in groups.items()]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([sample for samples in groups.values() for sample in samples])
+        return torch.cat(parts)[order.argsort()]
+
+    def _group(self, seat: Seat, inputs: Inputs, scale: int, samples: list[int], size: tuple[int, int]) -> Tensor:
+        """Velocity of samples of one scale."""
+        arch = seat.architecture
+        rows = inputs if len(samples) == len(self._state.scales) else arch.rows(inputs, samples)
+        if scale == 0:
+            return self._state.forecast(samples, arch.latents(rows), arch.sigma(rows))
+        if scale == 1:
+            return arch.velocity(first(self._full(seat, samples, **rows)), size).float()
+        return arch.coarse_step(
+            self._forward(seat, scale, samples),
+            rows,
+            scale,
+            self.plan.coarse,
+            variance=self.plan.variance.get(scale),
+            adapter=self.adapter,
+        )
+
+    def _full(self, seat: Seat, samples: Sequence[int], /, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's answer in full for some samples, to which a corrector listens."""
+        answer = self._forward(seat, 1, samples)(*args, **kwargs)
+        if self.plan.corrector is not None:
+            self._state.heard(samples, seat.whole(self.plan.corrector.take_hidden().detach()))
+        return answer
+
+    def _forward(self, seat: Seat, scale: int, samples: Sequence[int]) -> Callable[..., Any]:
+        """The transformer's own forward for some samples of the current step; see `Cache.call`."""
+        self._share = seat.cache.share
+        return seat.cache.call(
+            seat.forward,
+            step=len(self._state.steps) - 1,
+            steps=self._state.total,
+            guidance=self._state.passes,
+            scale=scale,
+            samples=samples,
+            reused=self._state.reused,
+        )
+
+    def _plain_step(
+        self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call that can't run with large patches: say so once, and record it."""
+        started = time.perf_counter()
+        tokens = inputs[seat.architecture.batched[0]]
+        if not self._state.repeats(tokens, sigma):
+            self._begin(seat.architecture, inputs, self._state.continues(tokens, sigma))
+            self._state.force(tokens, sigma)
+        self._state.forced = obstacle
+        self._warn(f"ddit keeps every step full: {obstacle}", stacklevel=6)
+        answer = self._full(seat, range(len(tokens)), *args, **kwargs)
+        self._state.passes += 1
+        self._state.add_seconds(time.perf_counter() - started)
+        return answer
+
+    def _warn(self, message: str, stacklevel: int) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=stacklevel)
+
+    # Runs
+
+    def _run_begins(self) -> bool:
+        """Whether the pipeline has set its timesteps anew: a new run, even where the last one broke half-way."""
+        before, self._timesteps = self._timesteps, getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        return self._timesteps is not before
+
+    def _begin(self, arch: Architecture, inputs: Inputs, continues: bool) -> None:
+        """Start over if a call does not continue the run under way."""
+        if not continues:
+            self._start_over()
+        if not self._begun:
+            self._state = self._new_run(arch, inputs)
+            self._begun = True
+        elif len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
+            self._state.examples = self._examples(arch, inputs)
+
+    def _new_run(self, arch: Architecture, inputs: Inputs) -> RunState:
+        plan, scheduler = self.plan, getattr(self._pipe, "scheduler", None)
+        total, sigmas = run_of(scheduler)
+        examples = self._examples(arch, inputs)
+        deterministic = not adds_noise(scheduler)
+        readable = arch.obstacle(inputs) is None
+        if not deterministic and (plan.make_skipper is not None or getattr(plan.policy, "needs_statistics", False)):
+            self._warn(
+                f"{type(scheduler).__name__} adds noise of its own, so that latents do not tell what comes next: "
+                "ddit keeps full steps; take a deterministic sampler, or a FixedSchedule",
+                stacklevel=7,
+            )
+        skipper, correction = None, 0
+        if plan.corrector is not None and readable:
+            correction = plan.corrector.count_flops(arch.latents(inputs))
+        if plan.make_skipper is not None:
+            share = correction / arch.count_flops(examples[1]) if correction else 0.0
+            skipper = plan.make_skipper(share)
+        return RunState(
+            plan.policy,
+            plan.measure,
+            skipper,
+            deterministic,
+            total,
+            sigmas,
+            examples=examples,
+            correction_flops=correction,
+        )
+
+    def _examples(self, arch: Architecture, inputs: Inputs) -> dict[int, Inputs]:
+        """Inputs of one sample at every scale, without data: from these, costs are counted when asked for."""
+        one = arch.rows(inputs, [0])
+        if arch.obstacle(inputs) is not None:
+            return {1: to_meta(one)}
+        scales = [s for s in self.plan.policy.scales if s > 1]
+        with torch.no_grad():
+            coarse = {s: arch.coarse_inputs(one, s, self.plan.coarse)[0] for s in scales}
+        return {s: to_meta(example) for s, example in {1: one, **coarse}.items()}
+
+    def _sigma(self, told: Tensor) -> float:
+        """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be rounded."""
+        rounded = float(told[0])
+        scheduler: Any = getattr(self._pipe, "scheduler", None)
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is None:
+            return rounded
+        index = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
+        exact = float(sigmas[min(index, len(sigmas) - 1)])
+        return exact if abs(exact - rounded) <= CLOSE else rounded
+
+    def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._start_over()
+        return reset(*args, **kwargs)
+
+    def _start_over(self) -> None:
+        if self._state.steps:
+            self._finished = self._state.finished()
+            self._remark(self._finished)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the run under way."""
+        self._state, self._begun = RunState(self.plan.policy, self.plan.measure), False
+        for seat in self._seats:
+            seat.cache.start_over()
+
+    def _remark(self, run: RunState) -> None:
+        """Say once when a whole run was not what a dynamic schedule is for."""
+        if not isinstance(run.policy, Rule) or run.forced or not run.deterministic:
+            return
+        said = run.policy.remark([step.scales for step in run.steps], [step.statistics for step in run.steps])
+        if said is not None and not self._warned:
+            self._warn(said, stacklevel=5)
+
+
+CLOSE = 2**-8
+"""How far a timestep in bfloat16 may lie from the scheduler's own noise level."""
+
+
+def run_of(scheduler: Any) -> tuple[int | None, list[float]]:
+    """Number of steps of a scheduler's run, from where it begins (image to image), and their noise levels, if known."""
+    timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
+    if timesteps is None:
+        return None, []
+    total = len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+    if sigmas is None or len(sigmas) <= total:
+        return total, []
+    return total, [float(sigma) for sigma in sigmas[:-1][-total:]]  # the last one is where the run ends
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a sampler of diffusers adds noise of its own in each step."""
+    config = getattr(scheduler, "config", {})
+    name = type(scheduler).__name__
+    return bool(
+        config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")) or "LCM" in name
+    ) or any(word in name for word in ("Ancestral", "SDE"))

@@ -1,0 +1,85 @@
+"""What ddit's two kinds of trained parts share: files in diffusers' format, and the check that they fit the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+Part = TypeVar("Part", bound="TrainedPart")
+
+_HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+
+
+class TrainedPart(ModelMixin, ConfigMixin):
+    """Trained for one base model; saved and loaded like any model of diffusers, with safetensors only."""
+
+    config_name = "config.json"
+    noun = "part"
+    """What users call it."""
+
+    @classmethod
+    def from_pretrained(cls: type[Part], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Part:
+        """Load from a folder or the hub; arguments as in `diffusers.ModelMixin.from_pretrained`.
+
+        Raises:
+            ValueError: When there is none, or its file is cut short, lacks weights or has foreign ones.
+        """
+        name, noun = str(pretrained_model_name_or_path), cls.noun
+        settings = {**kwargs, "use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": False}
+        try:
+            config = cls.load_config(name, **{k: v for k, v in kwargs.items() if k in _HUB})
+            if not isinstance(config, dict) or config.get("_class_name") != cls.__name__:
+                found = config.get("_class_name") if isinstance(config, dict) else None
+                raise ValueError(f"its config.json is that of a {found}, not of a {cls.__name__}")
+            loaded: Any = super().from_pretrained(name, **settings)
+            part, info = loaded
+        except Exception as error:  # diffusers, safetensors and the hub each raise their own
+            raise ValueError(
+                f"{noun} {name!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
+        wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+        if wrong:
+            told = "; ".join(f"{kind.replace('_', ' ')}: {_some(keys)}" for kind, keys in wrong.items())
+            raise ValueError(f"the weights of {noun} {name!r} don't fit its config.json ({told}); get the files anew")
+        return part
+
+    def check(self, transformer: nn.Module) -> None:
+        """Refuse a transformer that this was not made for.
+
+        Raises:
+            ValueError: Naming what it expects and what the transformer has.
+        """
+        here = (type(transformer).__name__, config_hash(transformer))
+        made_for = (self.config["base"], self.config["base_hash"])
+        if here != made_for:
+            raise ValueError(
+                f"the {self.noun} was made for a {made_for[0]} with configuration {made_for[1]}, "
+                f"this is a {here[0]} with configuration {here[1]}; load the base model it was trained on"
+            )
+
+    def _join(self, device: Any) -> None:
+        """Move to where the model's tensors are."""
+        if self.device != device:
+            nn.Module.to(self, device)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"a {self.noun} has no forward of its own; pass it to ddit.apply")
+
+
+def config_hash(transformer: Any) -> str:
+    """Twelve hex digits that tell configurations apart; names, versions and quantization don't count."""
+    settings = {
+        k: v for k, v in dict(transformer.config).items() if not k.startswith("_") and k != "quantization_config"
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def _some(keys: Sequence[Any], count: int = 3) -> str:
+    shown = ", ".join(map(str, list(keys)[:count]))
+    return shown if len(keys) <= count else f"{shown} and {len(keys) - count} more"

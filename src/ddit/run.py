@@ -1,0 +1,271 @@
+"""One run under way: recent latents, the decision on the current step, and the record of past ones."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ddit.config import PatchSchedule
+from ddit.patches import scatter_rows
+from ddit.report import Step
+from ddit.schedule import Policy, StepContext, difference, project, statistics
+
+
+class Skipping(Protocol):
+    """What a run needs of `ddit.skip.skipper.Skipper`."""
+
+    @property
+    def watches(self) -> bool: ...
+
+    def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]: ...
+
+    def ready(self, which: int, sample: int) -> bool: ...
+
+    def observe(
+        self,
+        which: int,
+        step: int,
+        called: Sequence[bool],
+        kinds: Sequence[Hashable],
+        latents: Tensor,
+        velocity: Tensor,
+        sigma: float,
+        end: float,
+        hidden: Tensor | None = None,
+    ) -> None: ...
+
+    def forecast(
+        self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Sequence[int]]: ...
+
+    def forget(self) -> None: ...
+
+
+@dataclass
+class Path:
+    """The latents of the last steps in float32, newest last.
+
+    Latents below float32 are rounded, and rounding hides third differences. Their step is projected onto what the model
+    answered (`ddit.schedule.project`).
+    """
+
+    keep: int
+    """Number of latents kept; 0 keeps none."""
+    points: list[Tensor] = field(default_factory=list)
+    seen: Tensor | None = None
+    """The newest as the transformer got them."""
+
+    def add(self, z: Tensor, velocities: Sequence[Tensor]) -> Tensor | None:
+        """Take in latents ``[B, C, ..., H, W]``; gives how they moved, if anybody watches and they did.
+
+        Args:
+            velocities: What the guidance passes of the step before were answered.
+        """
+        if not self.keep:
+            self.seen = z.clone()
+            return None
+        exact, moved = z.dtype == torch.float32, None
+        here = z.to(torch.float32, copy=True)
+        if self.points:
+            assert self.seen is not None, "there are points"
+            moved = here - self.seen.float()
+            if not exact:
+                moved = project(moved, velocities) if velocities else moved
+                here = self.points[-1] + moved
+        self.points = [*self.points, here][-self.keep :]
+        self.seen = here if exact else z.clone()
+        return moved
+
+
+@dataclass
+class RunState:
+    """State between two calls of the transformer."""
+
+    policy: Policy
+    """Chooses patches."""
+    measure: PatchSchedule
+    """Says how statistics are measured, for a policy that needs them."""
+    skipper: Skipping | None = None
+    deterministic: bool = True
+    """Whether the sampler adds no noise; where it does, latents tell nothing of the next step."""
+    total: int | None = None
+    """Number of steps, where known."""
+    sigmas: Sequence[float] = ()
+    """Noise levels of all steps; empty where nobody knows."""
+    path: Path = field(default_factory=lambda: Path(0))
+    levels: list[float] = field(default_factory=list)
+    """Noise levels of the last two steps."""
+    passes: int = 0
+    """Guidance passes of the current step that are answered."""
+    velocities: list[Tensor] = field(default_factory=list)
+    """Their answers, where the next step of the path has to be projected onto them."""
+    scales: list[int] = field(default_factory=list)
+    """Decision on the current step: the scale of each sample, 0 where the model is not called."""
+    cached: set[int] = field(default_factory=set)
+    """Samples that a cache answered for in the current call."""
+    cached_in_step: set[int] = field(default_factory=set)
+    """The same of all passes of the current step: what a cache says is no evidence of what has changed."""
+    hidden: Tensor | None = None
+    """What the model's last layer read in the current call ``[B, N, width]``, for a corrector."""
+    steps: list[Step] = field(default_factory=list)
+    """Record of all steps, the current one last."""
+    examples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Scale -> arguments of one sample's call without data: costs are counted from these when asked for."""
+    correction_flops: int = 0
+    """FLOPs of what a corrector makes of one sample's called step."""
+    forced: str | None = None
+    """Why some steps had to be full, or ``None``."""
+
+    def __post_init__(self) -> None:
+        watched = self.skipper is not None and self.skipper.watches
+        self.path.keep = self.measure.order + 1 if self.needs_statistics else int(watched)
+
+    @property
+    def needs_statistics(self) -> bool:
+        return bool(getattr(self.policy, "needs_statistics", False)) and self.deterministic
+
+    def finished(self) -> RunState:
+        """The same record without the latents."""
+        kept = {name: getattr(self, name) for name in ("steps", "examples", "correction_flops", "forced")}
+        return RunState(self.policy, self.measure, **kept)
+
+    def repeats(self, z: Tensor, sigma: float) -> bool:
+        """Whether a call is a further guidance pass of the current step: same noise level, same latents."""
+        return bool(self.levels) and sigma == self.levels[-1] and self._like(z) and torch.equal(z, self._seen)
+
+    def continues(self, z: Tensor, sigma: float) -> bool:
+        """Whether a call belongs to this run: the noise level does not rise, and the latents are alike.
+
+        A forced call hands over tokens instead of latents; the two may follow each other.
+        """
+        if not self.levels:
+            return True
+        other_form = z.ndim != self._seen.ndim and len(z) == len(self._seen)
+        return sigma <= self.levels[-1] and (self._like(z) or other_form)
+
+    def decide(self, z: Tensor, sigma: float, patch_size: int) -> list[int]:
+        """Begin a step: the scale of each sample, 0 where the model is not called.
+
+        Args:
+            z: Latents ``[B, C, ..., H, W]`` as the transformer gets them.
+            sigma: Their noise level.
+
+        Raises:
+            ValueError: When the policy chooses what is not allowed.
+        """
+        called = self._called()
+        moved = self.path.add(z, self.velocities)
+        stats = self._statistics(len(z), patch_size)
+        self.levels = [*self.levels, sigma][-2:]
+        self.velocities, self.passes, self.cached_in_step = [], 0, set()
+        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas)
+        chosen, allowed = self._choose(context), self.policy.scales
+        if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
+            raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
+        skipped = [False] * len(z)
+        if self.skipper is not None and self.deterministic:
+            skipped = self.skipper.choose(context, moved, called)
+        self.scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
+        self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
+        return self.scales
+
+    def _choose(self, context: StepContext) -> Sequence[int]:
+        if getattr(self.policy, "needs_statistics", False) and not self.deterministic:
+            return [1] * context.batch
+        return self.policy.choose(context)
+
+    def _statistics(self, batch: int, patch_size: int) -> list[dict[int, float]]:
+        """Per sample, scale -> statistic of the latents' difference, once there are enough latents."""
+        order = self.measure.order
+        if not self.needs_statistics or len(self.path.points) <= order:
+            return [{} for _ in range(batch)]
+        values = difference(self.path.points, order)
+        return statistics(values, patch_size, self.policy.scales, self.measure.percentile)
+
+    def force(self, tokens: Tensor, sigma: float) -> None:
+        """Begin a step that has to be full and whose latents can't be read; the path starts anew after it."""
+        self.path = Path(self.path.keep, seen=tokens.clone())
+        self.levels, self.velocities, self.passes = [sigma], [], 0
+        if self.skipper is not None:
+            self.skipper.forget()
+        self.scales = [1] * len(tokens)
+        self.cached, self.cached_in_step = set(), set()
+        self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
+
+    def pass_scales(self) -> list[int]:
+        """The decision for the pass that is next to be answered: one that can't forecast is called in full."""
+        if self.skipper is None:
+            return self.scales
+        scales = [s or int(not self.skipper.ready(self.passes, i)) for i, s in enumerate(self.scales)]
+        if scales != self.scales:
+            shown = tuple(s or now for s, now in zip(self.steps[-1].scales, scales, strict=True))
+            self.steps[-1] = replace(self.steps[-1], scales=shown)
+        return scales
+
+    def forecast(self, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor:
+        """What the model would answer in this pass to some samples ``[len(samples), C, ..., H, W]``."""
+        assert self.skipper is not None, "skipped"
+        velocity, encoded = self.skipper.forecast(self.passes, samples, z, sigma)
+        if encoded and self.passes == 0:  # passes count once, as for all costs
+            step = self.steps[-1]
+            self.steps[-1] = replace(step, corrected=step.corrected | set(encoded))
+        return velocity
+
+    def heard(self, samples: Sequence[int], hidden: Tensor) -> None:
+        """Keep what the model's last layer read in a full call ``[len(samples), N, width]``."""
+        self.hidden = scatter_rows(hidden, samples, len(self.scales), self.hidden)
+
+    def reused(self, samples: Sequence[int]) -> None:
+        """Record that a cache answered for these samples in this call; as costs, guidance passes count once."""
+        self.cached |= set(samples)
+        self.cached_in_step |= set(samples)
+        if self.passes == 0:
+            self.steps[-1] = replace(self.steps[-1], reused=self.steps[-1].reused | set(samples))
+
+    def record(self, velocity: Tensor, scales: Sequence[int], seconds: float) -> None:
+        """Take in the answer ``[B, C, ..., H, W]`` to a call, computed at these scales."""
+        if self.skipper is not None:
+            called = [scale > 0 and i not in self.cached for i, scale in enumerate(scales)]
+            self.skipper.observe(
+                self.passes,
+                len(self.steps) - 1,
+                called,
+                scales,
+                self._seen.float(),
+                velocity.float(),
+                self.levels[-1],
+                self._end(),
+                self.hidden,
+            )
+        self.cached, self.hidden = set(), None
+        if self.path.keep and self._seen.dtype != torch.float32:
+            self.velocities.append(velocity)
+        self.passes += 1
+        self.add_seconds(seconds)
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count time towards the current step."""
+        self.steps[-1] = replace(self.steps[-1], seconds=self.steps[-1].seconds + seconds)
+
+    def _end(self) -> float:
+        """Noise level where the current step ends; where nobody knows, as far away as that of the step before."""
+        if self.sigmas:
+            return next(iter(self.sigmas[len(self.steps) :]), 0.0)
+        return max(2 * self.levels[-1] - self.levels[0], 0.0) if len(self.levels) > 1 else self.levels[-1]
+
+    def _called(self) -> list[bool]:
+        """Per sample, whether the model itself answered the last step."""
+        last = self.steps[-1].scales if self.steps else ()
+        return [scale > 0 and i not in self.cached_in_step for i, scale in enumerate(last)]
+
+    def _like(self, z: Tensor) -> bool:
+        return z.shape == self._seen.shape and z.dtype == self._seen.dtype and z.device == self._seen.device
+
+    @property
+    def _seen(self) -> Tensor:
+        assert self.path.seen is not None, "a step has begun"
+        return self.path.seen

@@ -1,0 +1,106 @@
+"""The place of ddit on one transformer: around the ``forward`` of this instance, and off again without a trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddit.caches import Cache
+from ddit.models.base import Architecture
+
+MARK = "_ddit_handle"
+_FORWARDS = ("forward", "_old_forward")
+"""Where a forward may lie: accelerate moves it to ``_old_forward`` and back when its hooks come and go."""
+
+
+def parallel_config(transformer: Any) -> Any:
+    """How `enable_parallelism` of diffusers spreads a transformer over devices; ``None`` where it does not."""
+    return getattr(transformer, "_parallel_config", None)
+
+
+class Seat:
+    """One transformer with a replacement around its forward, until `remove`.
+
+    Args:
+        call: Takes this seat and the arguments of the forward.
+        end: Takes diffusers' own reset, which pipelines call on every component when a run ends.
+        mark: Left on the transformer, so that applying again finds it.
+    """
+
+    def __init__(
+        self, architecture: Architecture, cache: Cache, call: Callable[..., Any], end: Callable[..., Any], mark: Any
+    ) -> None:
+        transformer: Any = architecture.transformer
+        self.architecture = architecture
+        self.cache = cache
+        self.transformer = transformer
+        self._parallel = parallel_config(transformer)
+        # Around `transformer.compile()`, so that decisions stay out of compiled code; inside accelerate's hook, which
+        # model offloading takes off and on again after every run.
+        places = [p for p in ("_compiled_call_impl", "_old_forward") if vars(transformer).get(p) is not None]
+        self._place = [*places, "forward"][0]
+        self.forward: Callable[..., Any] = getattr(transformer, self._place)
+        # Straight into the instance's dictionary: torch.compile's wrapper forwards setattr to the module inside.
+        self._saved: dict[str, Any] = {}
+        self._patched: dict[str, Any] = {
+            MARK: mark,
+            self._place: _wrapped(self.forward, functools.partial(call, self)),
+        }
+        reset = getattr(transformer, "_reset_stateful_cache", None)
+        if reset is not None:
+            self._patched["_reset_stateful_cache"] = _wrapped(reset, functools.partial(end, reset))
+        for name, value in self._patched.items():
+            if name in vars(transformer):
+                self._saved[name] = vars(transformer)[name]
+            vars(transformer)[name] = value
+
+    def check(self) -> None:
+        """Refuse to go on where tokens are split before they come here: no latents could be made of them."""
+        if parallel_config(self.transformer) is not self._parallel:
+            raise ValueError(
+                "enable_parallelism was called after ddit.apply, whose place is around it: "
+                "call remove(), then ddit.apply again"
+            )
+
+    def whole(self, tokens: Tensor) -> Tensor:
+        """What a layer sees of the tokens ``[B, N, width]``, of all devices among which they are spread."""
+        spread = getattr(self._parallel, "context_parallel_config", None)
+        if spread is None:
+            return tokens
+        # Private to diffusers, so imported where they are needed only.
+        from diffusers.hooks.context_parallel import ContextParallelGatherHook
+        from diffusers.models._modeling_parallel import ContextParallelOutput
+
+        plan: Any = [ContextParallelOutput(gather_dim=1)]
+        gathered: Any = ContextParallelGatherHook(plan, spread).post_forward(self.transformer, tokens)
+        return gathered
+
+    def remove(self) -> None:
+        """Give the transformer back as it was."""
+        attributes = vars(self.transformer)
+        for name, value in self._patched.items():
+            for place in _FORWARDS if name in _FORWARDS else (name,):
+                if attributes.get(place) is not value:
+                    continue  # Somebody wrapped it after us; what is left of ours passes calls through.
+                if name in self._saved:
+                    attributes[place] = self._saved[name]
+                elif place == "_old_forward":
+                    attributes[place] = self.forward
+                else:
+                    del attributes[place]
+        self.cache.remove()
+
+
+def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement under the original's name and signature, which pipelines inspect."""
+
+    @torch.compiler.disable  # for those who compile the whole transformer after `apply`
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return replacement(*args, **kwargs)
+
+    return wrapper

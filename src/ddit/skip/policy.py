@@ -1,0 +1,180 @@
+"""When the model is not called: by a rule that watches the run, or by a plan for a speedup."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ddit.patches import where_rows
+from ddit.schedule import StepContext, statistics
+from ddit.skip.forecast import SPLIT, amplified, difference_per_sigma, growth, half_log_snr
+
+NODES = 3
+"""Called steps that the rule looks back on, so that its difference is of the paper's order."""
+QUANTILE = 0.4
+"""rho of the paper, for the rule's statistic."""
+WARMUP = 2
+"""Called steps at the beginning of a plan, as many as a line needs."""
+
+
+class SkipPolicy(Protocol):
+    """Wishes to skip a step, sample by sample."""
+
+    watches: bool
+    """Whether it looks at the latents' path."""
+
+    def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
+        """Per sample, whether to skip.
+
+        Args:
+            moved: How the latents moved in the step before ``[B, C, ..., H, W]``, float32; ``None`` in the first step,
+                and for a policy that does not watch.
+            called: Per sample, whether the model itself answered in the step before.
+        """
+        ...
+
+
+class SkipRule:
+    """Skip while the forecasts since the last call are expected to have changed the picture by less than a threshold.
+
+    At each called step the newest velocity of the path is compared with its forecast by the two before; the paper's
+    statistic of that difference, times what forecasts up to and with this step make of it (`growth`), times what is
+    made of an error until the picture is done (`amplified`).
+
+    Args:
+        threshold: Of the latents' standard deviation.
+        patch_size: The model's own, in latent pixels.
+    """
+
+    watches = True
+
+    def __init__(self, threshold: float, patch_size: int) -> None:
+        self.threshold = threshold
+        self.patch = SPLIT * patch_size
+        self._nodes: list[Tensor] = []
+        self._levels: list[list[float]] = []
+        self._measured: list[float | None] = []
+        self._owed: list[float] = []
+        self._sigmas: list[float] = []
+
+    def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
+        if moved is None:
+            self._levels, self._measured = [[] for _ in called], [None] * len(called)
+            self._owed, self._sigmas = [0.0] * len(called), [context.sigma]
+            return [False] * len(called)
+        if context.sigma < self._sigmas[-1]:
+            self._add(moved / (context.sigma - self._sigmas[-1]), called)
+        self._sigmas = [*self._sigmas[-1:], context.sigma]
+        end = self._end(context)
+        here = half_log_snr(context.sigma)
+        wished = []
+        for i, statistic in enumerate(self._measured):
+            if statistic is None:
+                wished.append(False)
+                continue
+            self._owed[i] += (context.sigma - end) * growth(self._levels[i], here)
+            wished.append(amplified(end) * self._owed[i] * statistic < self.threshold)
+        return wished
+
+    def _add(self, velocity: Tensor, called: Sequence[bool]) -> None:
+        """The path's velocity over the last step joins the nodes of the samples whose model was called there."""
+        level = half_log_snr(self._sigmas[-1])
+        nodes = self._nodes or [velocity] * NODES
+        newer = [*nodes[1:], velocity]
+        self._nodes = [where_rows(called, new, old) for old, new in zip(nodes, newer, strict=True)]
+        for i, now in enumerate(called):
+            if now:
+                self._levels[i] = [*self._levels[i], level][-NODES:]
+        ready = [i for i, now in enumerate(called) if now and len(self._levels[i]) == NODES]
+        if ready:
+            values = difference_per_sigma([v[ready] for v in self._nodes], [self._levels[i] for i in ready])
+            rows = statistics(values, self.patch // SPLIT, (1, SPLIT), QUANTILE)
+            for i, row in zip(ready, rows, strict=True):
+                self._measured[i], self._owed[i] = row[SPLIT], 0.0
+
+    def _end(self, context: StepContext) -> float:
+        """Noise level where this step ends; where nobody knows, as far away as that of the step before."""
+        if context.sigmas:
+            return next(iter(context.sigmas[context.step + 1 :]), 0.0)
+        return max(2 * self._sigmas[-1] - self._sigmas[0], 0.0)
+
+
+class SkipPlan:
+    """As many called steps as ``1 / speedup`` of a plain run pays for, where forecasts between them err least.
+
+    Args:
+        speedup: Times less work than a plain run of as many steps.
+        correction: Work of a corrector for each gap between called steps, in calls of the model.
+    """
+
+    watches = False
+
+    def __init__(self, speedup: float, correction: float = 0.0) -> None:
+        self.speedup = speedup
+        self.correction = correction
+        self._called: set[int] = set()
+
+    def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
+        if not context.sigmas:
+            raise ValueError(
+                "a speedup needs the noise levels of the run, which only a pipeline knows; "
+                "apply ddit to the pipeline, or give skip a threshold"
+            )
+        if context.step == 0:
+            self._called = self.plan(context.sigmas)
+        return [context.step not in self._called] * context.batch
+
+    def plan(self, sigmas: Sequence[float]) -> set[int]:
+        """Numbers of the called steps of a run, whose work comes as near to the budget as whole steps can."""
+        total = len(sigmas)
+        warmup = min(WARMUP, total)
+
+        def work(count: int) -> float:
+            """Of a run with so many called steps after the warm-up, each of which may begin a gap, as that does."""
+            return warmup + count + min(count + 1, total - warmup - count) * self.correction
+
+        if self.speedup > total / work(0) + 1e-9:
+            warnings.warn(
+                f"a speedup of {self.speedup:g} can't be reached with {total} steps, of which {warmup} are warm-up: "
+                f"the most is {total / work(0):.2f}; take fewer steps instead",
+                stacklevel=2,
+            )
+        count = min(range(total - warmup + 1), key=lambda n: (abs(work(n) - total / self.speedup), -n))
+        return {*range(warmup), *places(sigmas, warmup, count)}
+
+
+def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
+    """Numbers of the called steps after the warm-up for which the others' forecasts are expected to err least.
+
+    A straight forecast is off by the square of its distance in lambda, in which velocities bend evenly. Those between
+    two called steps add up in the latents, each times its step in sigma, and grow until the picture is done
+    (`amplified`). Errors of different gaps know nothing of each other, so that their squares add up; dynamic
+    programming over the gaps makes the sum least.
+
+    Args:
+        sigmas: Noise levels of all steps of a run, falling.
+        warmup: Number of steps at its beginning that are not chosen, at least 1.
+        count: Number of steps to choose, at most those after the warm-up.
+    """
+    total = len(sigmas)
+    levels = np.array([half_log_snr(sigma) for sigma in sigmas])
+    ends = [*sigmas[1:], 0.0]
+    # Of a called step (row) and a later step (column), then of the next called one (column, the last is none).
+    each = np.triu((levels - levels[:, None]) ** 2, 1) * np.subtract(sigmas, ends)
+    errors = np.full((total, total + 1), np.inf)
+    gaps = np.triu_indices(total)
+    errors[:, 1:][gaps] = (each.cumsum(1) * [amplified(end) for end in ends])[gaps] ** 2
+
+    least, before = errors[warmup - 1], []
+    for _ in range(count):
+        sums = least[:total, None] + errors
+        before.append(sums.argmin(0))
+        least = sums.min(0)
+    chosen: list[int] = []
+    for earlier in reversed(before):
+        chosen.append(int(earlier[chosen[-1] if chosen else total]))
+    return set(chosen)

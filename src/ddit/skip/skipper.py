@@ -1,0 +1,155 @@
+"""What skipping keeps in one run: for each guidance pass the last called steps, and a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import fields, replace
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ddit.patches import scatter_rows, where_rows
+from ddit.schedule import StepContext
+from ddit.skip.corrector import ForecastCorrector
+from ddit.skip.forecast import Line, Reference
+from ddit.skip.policy import SkipPolicy
+
+Values = TypeVar("Values", Tensor, Line, Reference)
+
+
+class PassMemory:
+    """The last called steps of each sample in one guidance pass."""
+
+    def __init__(self) -> None:
+        self.reference: Reference | None = None
+        self.step: list[int] = []
+        """Per sample, the step of its reference; -1 for none."""
+        self.kind: list[Hashable] = []
+        """Per sample, how its reference was computed (which patches)."""
+        self.count: list[int] = []
+        """Per sample, called steps in a row that were computed so."""
+        self.correction: Tensor | None = None
+        self.corrected: set[int] = set()
+        """Samples whose present reference ``correction`` is about."""
+
+    def renew(self, now: Sequence[bool], made: Reference, step: int, kinds: Sequence[Hashable]) -> None:
+        """These samples' newest reference is this one."""
+        if self.reference is None:
+            self.step, self.kind, self.count = [-1] * len(now), [None] * len(now), [0] * len(now)
+        self.reference = made if self.reference is None else _where(now, made, self.reference)
+        for i, called in enumerate(now):
+            if called:
+                self.count[i] = self.count[i] + 1 if self.kind[i] == kinds[i] else 1
+                self.step[i], self.kind[i] = step, kinds[i]
+        self.corrected -= {i for i, called in enumerate(now) if called}
+
+
+class Skipper:
+    """Skipping in one run.
+
+    Args:
+        policy: Wishes to skip.
+        corrector: Corrects forecasts, attached to the model.
+    """
+
+    def __init__(self, policy: SkipPolicy, corrector: ForecastCorrector | None = None) -> None:
+        self.policy = policy
+        self.corrector = corrector
+        self._passes: list[PassMemory] = []
+        self._called: list[int] = []
+        """Per sample, the last step in which the model was called."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether the policy looks at the latents' path."""
+        return self.policy.watches
+
+    def forget(self) -> None:
+        """After a step that can't be looked at, forecasts need new answers."""
+        self._passes = []
+
+    def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
+        """Per sample, whether this step is skipped; see `SkipPolicy.choose`."""
+        if not self._called:
+            called = [False] * context.batch
+            self._called = [-1] * context.batch
+        wished = self.policy.choose(context, moved, called)
+        return [wish and self.ready(0, i) for i, wish in enumerate(wished)]
+
+    def ready(self, which: int, sample: int) -> bool:
+        """Whether a guidance pass can forecast for a sample: two answers alike, the last one in the last called step.
+
+        A pass that comes back after a pause, as with guidance inside an interval, has old answers, and is called.
+        """
+        if which >= len(self._passes) or self._passes[which].reference is None:
+            return False
+        memory = self._passes[which]
+        return memory.count[sample] > 1 and memory.step[sample] == self._called[sample]
+
+    def observe(
+        self,
+        which: int,
+        step: int,
+        called: Sequence[bool],
+        kinds: Sequence[Hashable],
+        latents: Tensor,
+        velocity: Tensor,
+        sigma: float,
+        end: float,
+        hidden: Tensor | None = None,
+    ) -> None:
+        """The model answered some samples in a pass.
+
+        Args:
+            called: Per sample, whether it did, and no cache for it.
+            kinds: Per sample, how (which patches).
+            latents, velocity: ``[B, C, ..., H, W]``, float32.
+            sigma, end: Noise level of this step and of the next.
+            hidden: What the model's last layer read ``[B, N, width]``, for a corrector.
+        """
+        while len(self._passes) <= which:
+            self._passes.append(PassMemory())
+        if not any(called):
+            return
+        memory, level = self._passes[which], latents.new_full((len(latents),), sigma)
+        until = None if self.corrector is None else torch.full_like(level, end)
+        before = memory.reference
+        if before is not None:
+            # Where the patches changed, or there was nothing yet, the line starts anew.
+            flat = Reference.after(latents, level, velocity, end=until)
+            alike = [count > 0 and old == new for count, old, new in zip(memory.count, memory.kind, kinds, strict=True)]
+            before = _where(alike, before, flat)
+        made = Reference.after(latents, level, velocity, before, end=until, hidden=hidden)
+        memory.renew(called, made, step, kinds)
+        if which == 0:
+            self._called = [step if now else old for now, old in zip(called, self._called, strict=True)]
+
+    def forecast(self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor) -> tuple[Tensor, list[int]]:
+        """What the model would answer to ``z [len(samples), C, ..., H, W]``, and which samples were encoded anew."""
+        memory = self._passes[which]
+        assert memory.reference is not None, "a pass that is ready has a reference"
+        velocity = (reference := memory.reference.rows(samples)).forecast(z, sigma)
+        if self.corrector is None:
+            return velocity, []
+        new = [i for i in samples if i not in memory.corrected]
+        if new:
+            made = self.corrector.encode(memory.reference.rows(new))
+            memory.correction = scatter_rows(made, new, len(memory.step), memory.correction)
+            memory.corrected |= set(new)
+        assert memory.correction is not None
+        known = memory.correction if len(samples) == len(memory.step) else memory.correction[list(samples)]
+        return self.corrector.correct(velocity, sigma, replace(reference, correction=known)), new
+
+
+def _where(chosen: Sequence[bool], new: Values, old: Values) -> Values:
+    """``new`` for the chosen samples of a batch, ``old`` for the others."""
+    if all(chosen):
+        return new
+    if isinstance(new, Tensor):
+        return where_rows(chosen, new, cast(Tensor, old))
+    parts = []
+    for field in fields(new):
+        newer, older = getattr(new, field.name), getattr(old, field.name)
+        parts.append(newer if newer is None or older is None else _where(chosen, newer, older))
+    return cast(Values, type(new)(*parts))
