@@ -7,10 +7,9 @@ import inspect
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +295,26 @@ def race(
     repeats: int = 1,
     on_step: OnStep | None = None,
 ) -> tuple[Run, Run]:
-    """Plain and by a method, by turns after a short warm-up; each with the median of its times.
+    """Plain and by a method; see `by_turns`."""
+    methods = {"plain": None, "method": method}
+    drawn = by_turns(pipe, prompts, seeds, settings, methods, repeats=repeats, on_step=on_step)
+    return drawn["plain"], drawn["method"]
+
+
+def by_turns(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    settings: dict[str, Any],
+    methods: Mapping[str, Method | None],
+    *,
+    repeats: int = 1,
+    on_step: OnStep | None = None,
+) -> dict[str, Run]:
+    """Several methods by turns after a short warm-up at every scale; each with the median of its times.
+
+    Args:
+        methods: Name -> method, ``None`` for the untouched pipeline.
 
     Raises:
         ValueError: For fewer than one repeat.
@@ -304,15 +322,15 @@ def race(
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it must be at least 1")
     warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
-    scales = method.patches.scales if method.patches is not None else (1, 2, 4)
-    steps = (1, *sorted(scales, reverse=True))
-    run(pipe, prompts, seeds, warm, method=Method(patches=FixedSchedule(steps=steps), adapter=method.adapter))
-    draw = partial(run, pipe, prompts, seeds, settings, on_step=on_step)
-    plain, dynamic = [], []
+    for method in methods.values():
+        scales = method.patches.scales if method is not None and method.patches is not None else (1, 2, 4)
+        steps = FixedSchedule(steps=(1, *sorted(scales, reverse=True)))
+        run(pipe, prompts, seeds, warm, method=method and Method(patches=steps, adapter=method.adapter))
+    drawn: dict[str, list[Run]] = {name: [] for name in methods}
     for _ in range(repeats):
-        plain.append(draw())
-        dynamic.append(draw(method=method))
-    return _median(plain), _median(dynamic)
+        for name, method in methods.items():
+            drawn[name].append(run(pipe, prompts, seeds, settings, method=method, on_step=on_step))
+    return {name: _median(runs) for name, runs in drawn.items()}
 
 
 def _median(runs: list[Run]) -> Run:

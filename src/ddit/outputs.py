@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,26 @@ def _save_clip(path: Path, clip: np.ndarray, fps: int) -> None:
         named = partial.with_name(f"{partial.name}.mp4")  # the ending tells ffmpeg the format
         export_to_video(list(large), str(named), fps=fps, quality=8)
         named.replace(partial)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Likeness of two sets of pictures in [0, 1] in dB, as files hold them: infinite where they are equal."""
+    error = np.square(eight_bits(a).astype(float) - eight_bits(b).astype(float)).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def save_row(path: Path, pictures: Mapping[str, np.ndarray], side: int) -> None:
+    """PNG: pictures ``[H, W, 3]`` in [0, 1] side by side, enlarged to ``side`` pixels, each under its name."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    margin, head = side // 24, side // 10
+    sheet = Image.new("RGB", (len(pictures) * (side + margin) + margin, side + head + margin), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=head * 0.6)
+    for i, (name, picture) in enumerate(pictures.items()):
+        left = margin + i * (side + margin)
+        enlarged = Image.fromarray(eight_bits(picture)).resize((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(enlarged, (left, head))
+        pen.text((left + side / 2, head / 2), name, fill="black", font=font, anchor="mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        sheet.save(file, format="PNG")

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
 
 FILE = "ddit.json"
@@ -50,6 +48,8 @@ class QualityCurve:
 
         Warns of a quality outside of what was measured.
         """
+        import numpy as np  # here, so that the command line answers at once
+
         likeness = np.minimum.accumulate(self.psnr)[::-1]
         if psnr > likeness[-1]:
             warnings.warn(

@@ -5,23 +5,33 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args
 
 from ddit.cli.common import (
     add_command,
     call_options,
     check_run,
+    check_writable,
     command_line,
     environment,
     model_options,
     positive,
 )
-from ddit.config import Difference, PolicyName, Positions, ScheduleConfig, Start
+from ddit.config import FULL, PatchSchedule, Positions, Start
 from ddit.files import write_json
+from ddit.methods import WORDS, patches_of, skip_of
+from ddit.preset import Preset
 
+if TYPE_CHECKING:
+    from ddit.generate import Method
+
+DEMO_THRESHOLD = 0.01
+"""tau of the demo: the embedded model is small, and its latents bend more than those of FLUX.1-dev."""
+DEMO_SIDE = 384
+"""Height and width in pixels that its pictures are shown at."""
 DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
 
 
@@ -30,8 +40,8 @@ def add_draw(commands: Any) -> None:
     generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
     generate.add_argument("prompt", nargs="?")
     generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
-    model_options(generate, adapter="that of the embedded model, where it fits the schedule; none leaves it out")
-    _schedule_options(generate)
+    model_options(generate)
+    _method_options(generate)
     generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
@@ -47,36 +57,44 @@ def add_draw(commands: Any) -> None:
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
 
 
-def _schedule_options(command: argparse.ArgumentParser) -> None:
-    """One flag for each field of `ScheduleConfig`; unset ones are left to the model's preset."""
-    choices = {
-        "policy": PolicyName,
-        "start": Start,
-        "positions": Positions,
-        "difference": Difference,
-    }
-    hints = get_type_hints(ScheduleConfig)
-    for field in fields(ScheduleConfig):
-        flag = "--schedule" if field.name == "steps" else f"--{field.name.replace('_', '-')}"
-        if field.name in ("scales", "steps"):
-            text = "scales to choose from" if field.name == "scales" else "scale of each step, for --policy fixed"
-            command.add_argument(flag, dest=f"schedule_{field.name}", type=int, nargs="+", help=text)
-        elif field.name in choices:
-            command.add_argument(flag, dest=f"schedule_{field.name}", choices=get_args(choices[field.name]))
-        else:
-            kind: Any = {"action": argparse.BooleanOptionalAction, "default": None}
-            if hints[field.name] is not bool:
-                kind = {"type": hints[field.name]}
-            command.add_argument(flag, dest=f"schedule_{field.name}", **kind)
+def _method_options(command: argparse.ArgumentParser) -> None:
+    """A flag for each of `ddit.methods.WORDS`; what is not given is the model's preset's."""
+    patches = command.add_argument_group(
+        "patches", "which patches the model sees in a step (default: the paper's rule)"
+    )
+    patches.add_argument("--patches", choices=("rule", "paper", "full"), help="paper is the rule to the letter")
+    patches.add_argument("--schedule", type=int, nargs="+", metavar="SCALE", help="scale of each step, no rule")
+    patches.add_argument("--threshold", type=float, help="tau: larger uses larger patches")
+    patches.add_argument("--percentile", type=float, help="rho of the paper")
+    patches.add_argument("--order", type=int, help="of the difference of the latents, 1 to 3")
+    patches.add_argument("--scales", type=int, nargs="+", help="to choose from, such as 1 2 4")
+    patches.add_argument("--warmup", type=int, help="full steps at the beginning")
+    patches.add_argument(
+        "--careful",
+        action=argparse.BooleanOptionalAction,
+        help="without an adapter, large patches only while what they drop lies below the noise",
+    )
+    patches.add_argument("--start", choices=get_args(Start), help="how a coarse step is computed without an adapter")
+    patches.add_argument("--positions", choices=get_args(Positions), help="of large patches")
+    skip = command.add_argument_group("skip", "in which steps the model is not called (default: in none)")
+    skip.add_argument("--speedup", type=float, help="call the model so rarely that a run takes so many times less work")
+    skip.add_argument("--quality", type=float, help="as rarely as keeps this PSNR in dB to the plain run")
+    skip.add_argument("--skip-threshold", type=float, help="while forecasts change the picture by less than this")
+    skip.add_argument(
+        "--corrector", help="folder or hub id of a corrector of forecasts (default: the embedded model's; none)"
+    )
 
 
-def _schedule(args: argparse.Namespace, preset: dict[str, Any]) -> ScheduleConfig:
-    chosen = {f.name: getattr(args, f"schedule_{f.name}", None) for f in fields(ScheduleConfig)}
-    return ScheduleConfig.from_dict({**preset, **{k: v for k, v in chosen.items() if v is not None}})
+def _words(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, by `ddit.methods.WORDS`."""
+    words = {name: getattr(args, name) for name in WORDS}
+    return {name: value for name, value in words.items() if value is not None}
 
 
 def _generate(args: argparse.Namespace) -> None:
-    _schedule(args, {})
+    given = _words(args)
+    patches_of(given, Preset())
+    skip_of(given)
     out = args.out
     if args.prompts is not None:
         out = (out or Path("out/ddit")) / "00001.json"
@@ -98,7 +116,7 @@ def _generate(args: argparse.Namespace) -> None:
     with _step_bar() as on_step:
         result, written = drawing.draw(args.prompt, out, on_step, plot=args.plot)
     for row in result["strips"]:
-        print(f"scales: {row}")
+        print(f"steps: {row}")
     print(f"tokens {result['tokens_fraction']:.1%}, FLOPs {result['flops_fraction']:.1%} of a plain run")
     if args.compare:
         print(f"speed {result['speedup']:.2f}x of plain, PSNR {result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}")
@@ -109,12 +127,38 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from ddit.cli import parser
+    """Plain, patches, and patches with skipping: one prompt, one seed, by turns."""
+    check_writable(args.out)
+    from ddit import generate as lib
+    from ddit import outputs
+    from ddit.config import SkipSchedule
 
-    stem = args.out.with_suffix("")
-    files = ["--out", str(args.out), "--json", f"{stem}.json", "--plot", f"{stem}-plot.png"]
-    print(f"{DEMO_PROMPT!r}, plain and with dynamic patches, by turns", flush=True)
-    _generate(parser().parse_args(["generate", DEMO_PROMPT, "--compare", "--repeats", "3", *files]))
+    pipe, preset = lib.load_pipeline("embedded")
+    patches = PatchSchedule(threshold=DEMO_THRESHOLD)
+    methods = {
+        "plain": None,
+        "patches": lib.Method(patches=patches, preset=preset),
+        "patches + skip": lib.Method(patches=patches, skip=SkipSchedule(speedup=3), preset=preset),
+    }
+    print(f"{DEMO_PROMPT!r}: {', '.join(methods)}, by turns", flush=True)
+    drawn = lib.by_turns(pipe, [DEMO_PROMPT], [0], lib.call_settings(preset), methods, repeats=3)
+    plain = drawn["plain"]
+    figures = {}
+    for name, run in drawn.items():
+        row: dict[str, Any] = {"seconds": run.seconds, "speedup": plain.seconds / run.seconds}
+        if run.report is not None:
+            row |= {"psnr": outputs.psnr(plain.pictures, run.pictures), **run.report.to_dict()}
+            row["strip"] = run.report.strip()
+            print(
+                f"{name}: {row['speedup']:.2f}x as fast, {row['flops_fraction']:.0%} of the work, "
+                f"PSNR to plain {row['psnr']:.1f} dB\n  {row['strip']}"
+            )
+        figures[name] = row
+    outputs.save_row(args.out, {name: run.pictures[0] for name, run in drawn.items()}, DEMO_SIDE)
+    about = {"command": command_line(), "prompt": DEMO_PROMPT, "environment": environment("cpu")}
+    report = args.out.with_suffix(".json")
+    write_json(report, {**about, "methods": figures})
+    print(f"wrote {args.out}, {report}")
 
 
 def _draw_many(args: argparse.Namespace) -> None:
@@ -159,13 +203,11 @@ class Drawing:
 
     args: argparse.Namespace
     pipe: Any
-    config: ScheduleConfig
+    method: Method
+    words: dict[str, Any]
+    """What was asked for, by `ddit.methods.WORDS`."""
     settings: dict[str, Any]
     """Arguments of the pipeline's call."""
-    adapter: str
-    """Name of the adapter, or none."""
-    same: dict[str, Any]
-    """Arguments of `ddit.generate.run` that are those of every run."""
     suffix: str
     """Of the files: .png, or .mp4 of a video model."""
 
@@ -178,23 +220,26 @@ class Drawing:
         """
         from ddit import generate as lib
         from ddit import outputs
-        from ddit.caches import make_cache
+        from ddit.methods import make_method
 
         pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=device, preset=args.preset)
-        cache = make_cache(args.cache, preset.teacache) if args.cache is not None else None
         suffix = ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
-        config = _schedule(args, dict(preset.schedule))
-        # The clips' own does not gain at every speed (docs/embedded.md).
-        name = args.adapter or ("embedded" if args.model == "embedded" else "none")
-        adapter = None if name == "none" else lib.load_adapter(name, dtype=args.dtype, device=device)
-        if adapter is not None and args.adapter is None and not adapter.fits(config):
-            name, adapter = "none", None
+        words, load = _words(args), {"dtype": args.dtype, "device": device}
+        method = make_method(
+            words,
+            preset,
+            load_adapter=partial(lib.load_adapter, **load),
+            load_corrector=partial(lib.load_corrector, **load),
+        )
+        # The clips' own does not gain at every speed.
+        if args.corrector is None and args.model == "embedded" and method.patches == FULL and method.skip is not None:
+            words["corrector"] = "embedded"
+            method = replace(method, corrector=lib.load_corrector("embedded", **load))
         settings = lib.call_settings(preset, **call_options(args))
         lib.check_call(pipe, settings)
-        same = {"preset": preset, "adapter": adapter, "cache": cache}
-        return cls(args, pipe, config, settings, name, same, suffix)
+        return cls(args, pipe, method, words, settings, suffix)
 
     @property
     def seeds(self) -> list[int]:
@@ -207,10 +252,10 @@ class Drawing:
             "prompt": prompt,
             "seeds": self.seeds,
             "model": args.model,
-            "adapter": self.adapter,
-            "cache": args.cache or "none",
             "call": self.settings,
-            "schedule": self.config.to_dict(),
+            "method": self.words,
+            "patches": self.method.patches.to_dict(),
+            "skip": self.method.skip and self.method.skip.to_dict(),
         }
 
     def draw(
@@ -222,9 +267,7 @@ class Drawing:
 
         args, prompts = self.args, [prompt] * self.args.num_images
         draw = partial(lib.race, repeats=args.repeats) if args.compare else lib.run
-        drawn: Any = draw(
-            self.pipe, prompts, self.seeds, self.settings, config=self.config, on_step=on_step, **self.same
-        )
+        drawn: Any = draw(self.pipe, prompts, self.seeds, self.settings, method=self.method, on_step=on_step)
         plain, dynamic = drawn if args.compare else (None, drawn)
         report = dynamic.report
         result = {"command": command_line(), **self.asked(prompt), **report.to_dict()}
@@ -238,8 +281,8 @@ class Drawing:
         written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
         if plot is not None:
             plot.parent.mkdir(parents=True, exist_ok=True)
-            by_threshold = self.config.policy == "dynamic" and not self.config.speedup
-            report.plot(plot, threshold=self.config.threshold if by_threshold else None)
+            patches = self.method.patches
+            report.plot(plot, threshold=patches.threshold if isinstance(patches, PatchSchedule) else None)
             written.append(plot)
         return result, written
 

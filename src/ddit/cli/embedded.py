@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddit.cli.common import add_command, check_writable, command_line, environment, positive
-from ddit.config import ScheduleConfig
+from ddit.config import SkipSchedule
 from ddit.files import write_json
 
 
@@ -34,10 +34,10 @@ def add_embedded(commands: Any) -> None:
     stage(
         "install", _install_embedded, "measure a trained model's preset and ship it with the package", "runs/embedded"
     )
-    distilled = stage("install-adapter", _install_adapter, "ship an adapter with the package")
+    distilled = stage("install-corrector", _install_corrector, "ship a corrector with the package")
     distilled.add_argument("--video", action="store_true", help="of the video model")
-    distilled.add_argument("--folder", type=Path, default=Path("runs/adapter"))
-    tune = stage("threshold", _choose_threshold, "choose the threshold to ship, on the prompts kept for tuning")
+    distilled.add_argument("--folder", type=Path, default=Path("runs/corrector"))
+    tune = stage("threshold", _choose_threshold, "choose the skip threshold to ship, on the prompts kept for tuning")
     tune.add_argument("--model", default="embedded", help="folder of a model (default: the embedded one)")
     tune.add_argument("--thresholds", type=float, nargs="+", default=[2e-3, 4e-3, 6e-3, 8e-3, 16e-3])
     tune.add_argument("--margin", type=float, default=0.01, help="adherence it may cost (default: %(default)s)")
@@ -99,17 +99,17 @@ def _install_embedded(args: argparse.Namespace) -> None:
     print(f"wrote {ship(_folder(args))}")
 
 
-def _install_adapter(args: argparse.Namespace) -> None:
-    from ddit.embedded.install import install_adapter
+def _install_corrector(args: argparse.Namespace) -> None:
+    from ddit.embedded.install import install_corrector
     from ddit.generate import EMBEDDED
 
     model, to = EMBEDDED["embedded-video" if args.video else "embedded"]
-    print(f"wrote {install_adapter(args.folder, model=model, to=to)}")
+    print(f"wrote {install_corrector(args.folder, model=model, to=to)}")
 
 
 def _choose_threshold(args: argparse.Namespace) -> None:
     for threshold in args.thresholds:
-        ScheduleConfig(threshold=threshold)
+        SkipSchedule(threshold=threshold)
     if not 0 <= args.margin <= 1:
         raise ValueError(f"margin is {args.margin}; it must lie between 0 and 1")
     from dataclasses import replace
@@ -138,8 +138,8 @@ def _choose_threshold(args: argparse.Namespace) -> None:
     about = {"command": command_line(), "environment": environment("cpu")}
     chosen = choose_threshold(config, args.thresholds, args.margin, about)["chosen"]
     preset = Preset.load(folder)
-    replace(preset, schedule={**preset.schedule, "threshold": chosen}).save(folder)
-    print(f"threshold {chosen:g} written into {folder}")
+    replace(preset, skip=SkipSchedule(threshold=chosen)).save(folder)
+    print(f"skip threshold {chosen:g} written into {folder}")
 
 
 def _train_detector(args: argparse.Namespace) -> None:

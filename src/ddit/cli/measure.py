@@ -16,7 +16,7 @@ from ddit.cli.common import (
     model_options,
     positive,
 )
-from ddit.config import ScheduleConfig
+from ddit.config import PatchSchedule
 from ddit.files import write_json
 
 PAPER = "paper"
@@ -25,15 +25,17 @@ EMBEDDED_SUITES = ("embedded", "embedded-video")
 
 def add_measure(commands: Any) -> None:
     """The commands with their options."""
-    evaluate = add_command(commands, "evaluate", _evaluate, "judge policies on held-out prompts of the embedded model")
+    evaluate = add_command(commands, "evaluate", _evaluate, "judge methods on held-out prompts of the embedded model")
     model_options(evaluate)
     evaluate.add_argument(
         "--suite",
-        choices=("quality", "velocity", "caches", "invariance", *EMBEDDED_SUITES),
+        choices=("quality", *EMBEDDED_SUITES),
         default="quality",
         help=f"{' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
     )
-    evaluate.add_argument("--methods", nargs="+", help="such as plain plain:run_steps=20 dynamic:threshold=0.01")
+    evaluate.add_argument(
+        "--methods", nargs="+", help="such as plain plain:run_steps=20 ddit:threshold=0.01 ddit:speedup=3,patches=full"
+    )
     _judging_options(evaluate)
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
 
@@ -166,7 +168,7 @@ def _bench(args: argparse.Namespace) -> None:
     from ddit.eval import bench
 
     scales = sorted({1, *args.scales})
-    ScheduleConfig(scales=tuple(scales))
+    PatchSchedule(scales=tuple(scales))
     sizes = [_size(text) for text in args.size]
     kept: dict[str, Any] = {"blocks": args.blocks, "rank": args.adapter_rank, "scales": scales}
     results = [bench.count(arch, **size, **kept) for arch in args.arch for size in sizes]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ddit.adapter import PatchAdapter
-from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER
+from ddit.embedded import CORRECTOR_FOLDER, MODEL_FOLDER
 from ddit.embedded.components import TEXT_TOKENS
 from ddit.embedded.scenes import IMAGE_SIZE, scenes
 from ddit.patches import detail_variance
 from ddit.preset import Preset, for_batch
+from ddit.skip.corrector import ForecastCorrector
 
 CALL = {
     "height": IMAGE_SIZE,
@@ -27,22 +27,19 @@ CALL = {
 """How the embedded model wants to be called."""
 
 
-def install(folder: Path, *, schedule: dict[str, Any] | None = None) -> Path:
+def install(folder: Path) -> Path:
     """Ship the picture model of ``folder``, the run folder of `ddit.embedded.training.train`; see `ship`."""
     prompts = (scene.prompt for scene in scenes(7, "tune"))
-    return ship(folder, MODEL_FOLDER, ADAPTER_FOLDER, CALL, prompts, schedule)
+    return ship(folder, MODEL_FOLDER, CORRECTOR_FOLDER, CALL, prompts)
 
 
-def ship(
-    folder: Path, to: Path, adapter: Path, call: dict[str, Any], prompts: Iterator[str], schedule: dict[str, Any] | None
-) -> Path:
+def ship(folder: Path, to: Path, corrector: Path, call: dict[str, Any], prompts: Iterator[str]) -> Path:
     """Copy ``folder/model`` into the package, with a preset measured on its own samples.
 
     Args:
-        adapter: Folder of the adapter that ships, which is deleted: it was distilled from the model before.
+        corrector: Folder of the corrector that ships, which is deleted: it learnt from the model before.
         call: How the model wants to be called.
         prompts: Of the ``tune`` split.
-        schedule: Settings of the schedule to ship; by default those shipped before.
 
     Raises:
         ValueError: When there is no trained model.
@@ -54,32 +51,32 @@ def ship(
     pipe: Any = DiffusionPipeline.from_pretrained(folder / "model", dtype=torch.float32)
     preset = Preset(
         call=call,
-        schedule=Preset.load(to).schedule if schedule is None else schedule,
+        skip=Preset.load(to).skip,
         detail_variance=measure_detail(pipe, call, prompts),
     )
-    for before in (to, adapter):
+    for before in (to, corrector):
         shutil.rmtree(before, ignore_errors=True)
     shutil.copytree(folder / "model", to)
     preset.save(to)
     return to
 
 
-def install_adapter(folder: Path, *, model: Path = MODEL_FOLDER, to: Path = ADAPTER_FOLDER) -> Path:
-    """Copy an adapter into the package in float16.
+def install_corrector(folder: Path, *, model: Path = MODEL_FOLDER, to: Path = CORRECTOR_FOLDER) -> Path:
+    """Copy a corrector into the package in float16.
 
     Args:
         folder: The run folder of `ddit.train.trainer.train`.
         model: The pipeline that it must have been made for.
 
     Raises:
-        ValueError: When there is no adapter, or it was made for another model.
+        ValueError: When there is no corrector, or it was made for another model.
     """
     from diffusers import DiffusionPipeline
 
-    adapter: Any = PatchAdapter.from_pretrained(folder / "adapter")
-    adapter.check(DiffusionPipeline.from_pretrained(model).transformer)
+    corrector: Any = ForecastCorrector.from_pretrained(folder / "corrector")
+    corrector.check(DiffusionPipeline.from_pretrained(model).transformer)
     shutil.rmtree(to, ignore_errors=True)
-    adapter.half().save_pretrained(to)
+    corrector.half().save_pretrained(to)
     return to
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ddit.adapter import PatchAdapter
-from ddit.config import ScheduleConfig
+from ddit.config import Coarse
 from ddit.eval import timing
 from ddit.generate import model_folder
 from ddit.known import compression, meta_transformer, transformer
@@ -41,12 +41,12 @@ def count(
         ValueError: For an unknown model, or sizes that it does not take.
     """
     meta = meta_transformer(model, blocks)
-    architecture, config = architecture_for(meta), ScheduleConfig(scales=tuple(scales))
+    architecture = architecture_for(meta)
     inputs = example(architecture, model, height, width, frames)
     adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
     rows = {}
     for scale in scales:
-        call = inputs if scale == 1 else architecture.coarse_inputs(inputs, scale, config)[0]
+        call = inputs if scale == 1 else architecture.coarse_inputs(inputs, scale, Coarse())[0]
         flops = architecture.count_flops(to_meta(call), scale, adapter)
         rows[scale] = {"tokens": architecture.tokens(call), "flops": flops}
     return {
@@ -224,9 +224,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def times_table(results: Sequence[dict[str, Any]]) -> str:
     """Timed results as Markdown: a line for each scale above 1, and one for each run."""
     lines = [
-        "Steps with large patches against a step at scale 1: times fewer operations, times faster, and efficiency (the",
+        "Steps with large patches against a full step: times fewer operations, times faster, and efficiency (the",
         "latter by the former); what they add to the model's own call, an adapter to them, and a change of scale to a",
-        "step at scale 1; the speed, as a share of that of a large matrix product.",
+        "full step; the speed, as a share of that of a large matrix product.",
         "",
         "| model | size, batch | scale | fewer | faster | efficiency | around the model | adapter | change | share |",
         "|---" * 10 + "|",
@@ -246,8 +246,8 @@ def times_table(results: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| {_name(r)} | {_size(r)}, {steps['batch']} | {s}p | " + " | ".join(cells) + " |")
     lines.append("")
     for r in results:
-        rule, plan = (r["steps"][f"scheduler_share_{how}"] for how in ("of_a_plain_step", "under_a_speedup"))
-        told = [f"the scheduler takes {rule:.2%} of a step at scale 1, under a speedup {plan:.2%}"]
+        rule, skipping = (r["steps"][f"scheduler_share_{how}"] for how in ("of_a_plain_step", "with_skipping"))
+        told = [f"the scheduler takes {rule:.2%} of a full step, with skipping {skipping:.2%}"]
         for run in r["runs"]:
             told.append(
                 f"{run['steps']} steps, {run['asked']}: {run['predicted']:.2f}x faster by the times of single steps"

@@ -18,23 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddit.adapter import config_hash
-from ddit.config import ScheduleConfig
-from ddit.dial import Dial
+from ddit.config import FULL, SkipSchedule
 from ddit.eval.metrics import decibels
 from ddit.files import write_json
-from ddit.generate import recorded, run
+from ddit.generate import Method, recorded, run
 from ddit.models import architecture_for
 from ddit.models.base import first
 from ddit.patches import detail_variance
-from ddit.preset import FILE, Preset
+from ddit.preset import FILE, Preset, QualityCurve
+from ddit.pretrained import config_hash
 from ddit.progress import progress
 from ddit.teacache import relative_change
 
 DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""
 THRESHOLDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
-"""For which a `Dial` is measured."""
+"""Of skipping, for which a `QualityCurve` is measured."""
+SCALES = (2, 4)
+"""For which the variance of the detail is measured."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ def calibrate(
         "base": config_hash(pipe.transformer),
         "dtype": str(pipe.transformer.dtype),
         "settings": settings,
-        "schedule": dict(preset.schedule),
         "prompts": list(prompts),
         "batch": batch,
         "seed": seed,
@@ -128,16 +128,14 @@ def measure(
     advance: Callable[[], None],
 ) -> Figures:
     """Plain runs of one batch, and runs with every threshold; ``advance`` is called after each."""
-    own = {**preset.schedule, "policy": "dynamic", "speedup": 0.0, "quality": 0.0}
-    config = ScheduleConfig.from_dict(own)
-    plain = plain_runs(pipe, prompts, seeds, settings, [s for s in config.scales if s > 1])
+    plain = plain_runs(pipe, prompts, seeds, settings, SCALES)
     advance()
     likeness = []
     for threshold in THRESHOLDS:
-        chosen = ScheduleConfig.from_dict({**own, "threshold": threshold})
+        method = Method(patches=FULL, skip=SkipSchedule(threshold=threshold), preset=preset)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of thresholds that are too low or too high for anyone
-            outcome = run(pipe, prompts, seeds, settings, config=chosen, preset=preset)
+            outcome = run(pipe, prompts, seeds, settings, method=method)
         likeness.append(decibels(outcome.pictures, plain.pictures))
         advance()
     return Figures(len(prompts), plain.changes, plain.detail, likeness)
@@ -207,7 +205,7 @@ def told(done: Sequence[Figures], preset: Preset) -> Preset:
         preset,
         detail_variance=detail,
         teacache=fit([pair for figures in done for pair in figures.changes]),
-        dial=Dial(thresholds=THRESHOLDS, psnr=tuple(statistics.median(each) for each in likeness)),
+        quality=QualityCurve(thresholds=THRESHOLDS, psnr=tuple(statistics.median(each) for each in likeness)),
         origin="",
     )
 

@@ -8,68 +8,67 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ddit.methods import SKIP
+
 SPEEDS = (1.5, 2, 3, 4, 5)
-THRESHOLDS = (0.002, 0.004, 0.008, 0.016, 0.032)
+THRESHOLDS = (0.002, 0.008, 0.032)
 FAMILIES = {
     "fewer steps": "plain:run_steps",
-    "cache": "cache alone",
+    "cache": "a cache alone",
     "progressive resolution": "progressive",
-    "large patches": "dynamic, the model asked at large patches",
-    "adapter": "dynamic with an adapter",
-    "forecasts": "dynamic without asking the model (gain 0)",
-    "stacked": "dynamic with a cache",
+    "patches": "large patches without training",
+    "patches, adapter": "large patches with an adapter",
+    "skipping": "skipping alone",
+    "patches and skipping": "both",
+    "with a cache": "patches or skipping over a cache",
 }
 """Name -> what it is."""
 
 
-PAPER = "dynamic:difference=plain,threshold=0.001,anchored=false,start=bilinear,positions=interpolated"
-"""The paper's rule and step as they are without training."""
-
-
 def family(method: str) -> str:
     """Which of `FAMILIES` a method belongs to."""
-    policy, _, rest = method.partition(":")
+    kind, _, rest = method.partition(":")
     values = dict(item.split("=", 1) for item in rest.split(",") if item)
-    if policy == "plain":
+    if kind == "plain":
         return "cache" if "cache" in values else "fewer steps"
-    if policy == "progressive":
+    if kind == "progressive":
         return "progressive resolution"
     if "cache" in values:
-        return "stacked"
-    if values.get("adapter", "none") != "none":
-        return "adapter"
-    asked = float(values.get("gain", 0)) > 0 or values.get("anchored") == "false"
-    return "large patches" if asked else "forecasts"
+        return "with a cache"
+    skips = bool(set(values) & set(SKIP))
+    if values.get("patches") == "full":
+        return "skipping"
+    if skips:
+        return "patches and skipping"
+    return "patches, adapter" if values.get("adapter", "none") != "none" else "patches"
 
 
 def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: str | None) -> list[str]:
-    """The methods to compare at each of several numbers of steps.
+    """The methods to compare at each of several numbers of steps: about 25 for one.
 
     Args:
         run_steps: The first is what all is compared with.
         video: Leaves out what is written for pictures alone.
         teacache: Whether the model has coefficients.
-        adapter: Name of the model's adapter, if it has one.
+        adapter: Name of an adapter for large patches.
     """
     first = run_steps[0]
-    chosen = ["plain", *(f"plain:run_steps={max(round(first / speed), 2)}" for speed in (*SPEEDS, 8))]
-    fitted = "teacache:0.1" if teacache else "first-block:0.1"
-    learnt = [""] if adapter is None else ["", f"adapter={adapter}"]
+    chosen = ["plain", *(f"plain:run_steps={max(round(first / speed), 2)}" for speed in SPEEDS)]
+    best = "teacache:0.1" if teacache else "first-block:0.1"
     for n in run_steps:
         at = f"run_steps={n}" if n != first else ""
-        caches = ["first-block:0.1", "first-block:0.2", "taylorseer:4", "taylorseer:6"]
-        if teacache:
-            caches += ["teacache:0.1", "teacache:0.2"]
+        caches = ["first-block:0.1", "taylorseer:4", "taylorseer:6", *(["teacache:0.2"] if teacache else [])]
         if find_spec("cache_dit") is not None:
-            caches += ["cache-dit:0.1", "cache-dit:0.2"]
+            caches.append("cache-dit:0.1")
         chosen += [_named("plain", f"cache={cache}", at) for cache in caches]
-        speeds = (1.25, *SPEEDS, 6, 8) if n == first else (2, 3, 4)
-        for with_adapter in learnt:
-            asked = ["", *(f"speedup={s}" for s in speeds)]
-            chosen += [_named("dynamic", own, with_adapter, at) for own in asked]
-    chosen += [f"dynamic:threshold={t:g}" for t in THRESHOLDS] + [PAPER]
-    chosen += [f"dynamic:speedup={s},gain=0.5" for s in (2, 3)]
-    chosen += [f"dynamic:speedup={s},cache={fitted}" for s in (2, 3, 5)] + [f"dynamic:cache={fitted}"]
+        chosen += [
+            _named("ddit", with_adapter, at) for with_adapter in ["", *([f"adapter={adapter}"] if adapter else [])]
+        ]
+        chosen += [_named("ddit", f"speedup={speed},patches=full", at) for speed in SPEEDS]
+    learnt = f",adapter={adapter}" if adapter else ""
+    chosen += [f"ddit:threshold={t:g}{learnt}" for t in THRESHOLDS] + ["ddit:patches=paper"]
+    chosen += [f"ddit:threshold={THRESHOLDS[1]:g},speedup={s}{learnt}" for s in (2, 3)]
+    chosen += [f"ddit:threshold={THRESHOLDS[1]:g},cache={best}{learnt}", f"ddit:speedup=3,patches=full,cache={best}"]
     if not video:
         chosen.append("progressive:fraction=0.3")
     return list(dict.fromkeys(chosen))

@@ -7,18 +7,18 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from ddit.eval.quality import Method, Results, stacked
+from ddit.eval.quality import Entry, Results, stacked
 
 
 def fewest_and_most(result: Results, asked: Sequence[Any], count: int = 4) -> dict[int, str]:
-    """Prompts of a method with the fewest and the most steps at scale 1: number -> prompt and steps."""
+    """Prompts of a method with the fewest and the most full steps: number -> prompt and steps."""
     fine = [int((sample == 1).sum()) for part in result for sample in part.scales]
     order = sorted(range(len(fine)), key=fine.__getitem__)
     chosen = [*order[:count], *order[count:][-count:]]
-    return {i: "\n".join([*wrap(asked[i].prompt, 28), f"{fine[i]} at scale 1"]) for i in chosen}
+    return {i: "\n".join([*wrap(asked[i].prompt, 28), f"{fine[i]} full steps"]) for i in chosen}
 
 
-def save_grid(path: Path, methods: Sequence[Method], results: Sequence[Results], shown: Mapping[int, str]) -> None:
+def save_grid(path: Path, methods: Sequence[Entry], results: Sequence[Results], shown: Mapping[int, str]) -> None:
     """PNG: a row of pictures per method, a column per prompt; of clips the middle frame.
 
     Args:

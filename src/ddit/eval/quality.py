@@ -7,7 +7,7 @@ import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,109 +15,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddit.adapter import PatchAdapter
-from ddit.caches import Config, make_cache
-from ddit.config import ScheduleConfig
 from ddit.embedded.scenes import Split
-from ddit.eval.decisions import even, fitted, oracle
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.rivals import progressive
 from ddit.eval.subjects import Subject, Verdict
-from ddit.generate import run
+from ddit.generate import Method, run
 from ddit.memory import with_peak
 from ddit.outputs import frames
-from ddit.preset import Preset
 from ddit.progress import progress
-
-Adapters = Callable[[str | None], PatchAdapter | None]
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to draw a prompt, as named on the command line."""
+class Entry:
+    """A way to draw a prompt in a race, as named on the command line."""
 
     name: str
     run_steps: int
-    config: ScheduleConfig | None
+    method: Method | None = None
     """``None`` is the untouched pipeline."""
-    adapter: PatchAdapter | None = None
-    cache: Config | None = None
-    oracle: int | None = None
-    """Steps at scale 1 after the warm-up that lie where the prompt's plain run says (`ddit.eval.decisions.oracle`)."""
-    fitted: int | None = None
-    """The same where plain runs of other prompts say; `fit` finds where."""
     progressive: float | None = None
     """Fraction of the steps at half resolution (`ddit.eval.rivals.progressive`)."""
 
 
-def parse_method(text: str, run_steps: int, preset: Preset, adapters: Adapters) -> Method:
-    """Read ``POLICY:field=value,...``: ``plain``, ``plain:run_steps=20``, ``dynamic:threshold=0.01,scales=1/2``.
+MakeMethod = Callable[[dict[str, Any]], Method]
+"""From words (`ddit.methods.WORDS`) to a method."""
 
-    Policies are ``plain``, ``progressive``, those of `ScheduleConfig`, and ``even``, ``fitted`` and ``oracle`` of
-    `ddit.eval.decisions` with the field ``fine``, a number of steps at scale 1 after the warm-up. Fields are those of
-    `ScheduleConfig`, ``run_steps``, the number of denoising steps, ``cache``, as for `make_cache`, and ``adapter``, a
-    folder or ``none``. Lists are joined by ``/``.
 
-    Args:
-        adapters: Loads an adapter by name; called with ``None`` where the method names no adapter.
+def parse_entry(text: str, run_steps: int, make: MakeMethod) -> Entry:
+    """Read ``plain``, ``progressive:fraction=0.5`` or ``ddit:word=value,...``; each also takes ``run_steps``.
+
+    Words are those of `ddit.methods`: ``ddit:speedup=3,patches=full``. ``plain`` takes ``cache`` too. Lists are joined
+    by ``/``: ``ddit:schedule=1/1/2``.
     """
-    policy, _, rest = text.partition(":")
+    kind, _, rest = text.partition(":")
     values: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"{item!r} in method {text!r} is not field=value")
-        values[key] = value if key in ("adapter", "cache") else _value(value)
+            raise ValueError(f"{item!r} in method {text!r} is not word=value")
+        values[key] = value if key in ("adapter", "corrector", "cache", "patches") else _value(value)
     run_steps = values.pop("run_steps", run_steps)
     if not isinstance(run_steps, int) or run_steps < 1:
         raise ValueError(f"run_steps is {run_steps!r} in method {text!r}; it must be a whole number above 0")
-    cached = values.pop("cache", None)
-    cache = None if cached is None else make_cache(cached, preset.teacache)
-    if policy == "plain":
-        if values:
+    if kind == "plain":
+        if set(values) - {"cache"}:
             raise ValueError(f"method {text!r}: plain takes run_steps and cache only")
-        return Method(text, run_steps, None, cache=cache)
-    if policy == "progressive":
+        return Entry(text, run_steps, make({**values, "patches": "full"}) if values else None)
+    if kind == "progressive":
         fraction = values.pop("fraction", 0.5)
-        if values or cache is not None or not isinstance(fraction, float):
+        if values or not isinstance(fraction, float):
             raise ValueError(f"method {text!r}: progressive takes fraction, between 0 and 1, and run_steps only")
-        return Method(text, run_steps, None, progressive=fraction)
-    lists = {f.name for f in fields(ScheduleConfig) if f.name in ("scales", "steps")}
-    adapter = adapters(values.pop("adapter", None))
-    values = {k: [v] if k in lists and isinstance(v, int) else v for k, v in values.items()}
-    if policy in ("even", "fitted", "oracle"):
-        return _placed(text, policy, run_steps, {**preset.schedule, **values}, adapter, cache)
-    config = ScheduleConfig.from_dict({**preset.schedule, "policy": policy, **values})
-    return Method(text, run_steps, config, adapter, cache)
-
-
-def _placed(
-    text: str, policy: str, run_steps: int, values: dict[str, Any], adapter: PatchAdapter | None, cache: Config | None
-) -> Method:
-    """A method with a number of steps at scale 1, and the largest patches elsewhere."""
-    fine = values.pop("fine", None)
-    config = ScheduleConfig.from_dict({**values, "policy": "dynamic"})
-    if not isinstance(fine, int) or not 0 < fine < run_steps - config.warmup:
-        raise ValueError(
-            f"method {text!r}: {policy} needs fine, a number of steps at scale 1 that leaves some of the {run_steps}"
-        )
-    if policy == "oracle" and (adapter is not None or cache is not None):
-        raise ValueError(f"method {text!r}: oracle takes neither an adapter nor a cache")
-    places = {*range(config.warmup), *even(run_steps, config.warmup, fine)}
-    coarse = max(config.scales)
-    steps = tuple(1 if k in places else coarse for k in range(run_steps))
-    config = replace(config, policy="fixed", steps=steps)
-    chosen = {policy: fine} if policy != "even" else {}
-    return Method(text, run_steps, config, adapter, cache, **chosen)
-
-
-def fit(method: Method, pipe: Any, prompts: Sequence[str], settings: dict[str, Any]) -> Method:
-    """The same method, its schedule found on plain runs of other prompts if it is to be fitted."""
-    if method.fitted is None or method.config is None:
-        return method
-    settings = {**settings, "num_inference_steps": method.run_steps}
-    return replace(method, config=fitted(pipe, prompts, settings, method.config, method.fitted))
+        return Entry(text, run_steps, progressive=fraction)
+    if kind != "ddit":
+        raise ValueError(f"method {text!r} is none; it must begin with plain, progressive or ddit")
+    try:
+        lists = {k: [v] if k in ("scales", "schedule") and isinstance(v, int) else v for k, v in values.items()}
+        return Entry(text, run_steps, make(lists))
+    except ValueError as error:
+        raise ValueError(f"method {text!r}: {error}") from error
 
 
 def _value(text: str) -> Any:
@@ -135,8 +91,7 @@ Results = list[Part]
 
 def draw_all(
     pipe: Any,
-    preset: Preset,
-    methods: Sequence[Method],
+    methods: Sequence[Entry],
     asked: Sequence[Any],
     settings: dict[str, Any],
     *,
@@ -155,18 +110,13 @@ def draw_all(
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
     device = torch.device(pipe.device)
 
-    def call(method: Method, part: slice, steps: int) -> Part:
+    def call(entry: Entry, part: slice, steps: int) -> Part:
         chosen = {**settings, "num_inference_steps": steps}
         asked = (pipe, prompts[part], seeds[part], chosen)
-        if method.progressive is not None:
-            (outcome, work), memory = with_peak(partial(progressive, *asked, method.progressive), device)
+        if entry.progressive is not None:
+            (outcome, work), memory = with_peak(partial(progressive, *asked, entry.progressive), device)
             return replace(Part.of(outcome, memory), work=np.array(work))
-        if method.oracle is not None and method.config is not None:
-            draw = partial(oracle, *asked, method.config, preset, method.oracle)
-        else:
-            how: dict[str, Any] = {"adapter": method.adapter, "cache": method.cache}
-            draw = partial(run, *asked, config=method.config, preset=preset, **how)
-        return Part.of(*with_peak(draw, device))
+        return Part.of(*with_peak(partial(run, *asked, method=entry.method), device))
 
     warm = False
     starts = range(0, len(prompts), batch)
@@ -177,7 +127,7 @@ def draw_all(
                 for method in [] if warm else methods:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # so few steps are not what anyone asked for
-                        call(method, slice(0, batch), 5 if method.oracle is None else method.run_steps)
+                        call(method, slice(0, batch), 5)
                 warm, new = True, {}
                 for k in range(len(methods)):
                     i = (k + turn) % len(methods)
@@ -200,7 +150,7 @@ def stacked(results: Results) -> np.ndarray:
 
 
 def summarise(
-    methods: Sequence[Method], results: Sequence[Results], asked: Sequence[Any], subject: Subject, split: Split
+    methods: Sequence[Entry], results: Sequence[Results], asked: Sequence[Any], subject: Subject, split: Split
 ) -> list[dict[str, Any]]:
     """One row of figures per method; the first method is the one others are compared with.
 
@@ -234,11 +184,12 @@ def summarise(
             "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
         }
         scales = [sample.tolist() for part in result for sample in part.scales]
-        if method.config is not None and method.config.speedup:
-            row["realised"] = _realised(result, method.config.speedup)
-        if method.config is not None and len(method.config.scales) > 1:
+        skip = method.method.skip if method.method is not None else None
+        if skip is not None and skip.speedup is not None:
+            row["realised"] = _realised(result, skip.speedup)
+        if method.method is not None and scales[0]:
             row["steps_per_scale"] = _steps_per_scale(scales)
-            row["fine_steps"] = _fine_steps(scales, asked, subject)
+            row["full_steps"] = _full_steps(scales, asked, subject)
         rows.append(row)
     _add_regret(rows)
     return rows
@@ -306,13 +257,13 @@ def _by_attribute(verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _steps_per_scale(samples: Sequence[Sequence[int]]) -> dict[int, float]:
-    """Scale -> mean number of steps of a picture."""
+    """Scale -> mean number of steps of a picture; 0 is skipped."""
     scales = sorted({s for sample in samples for s in sample})
     return {s: statistics.fmean(sample.count(s) for sample in samples) for s in scales}
 
 
-def _fine_steps(samples: Sequence[Sequence[int]], asked: Sequence[Any], subject: Subject) -> dict[str, dict[str, Any]]:
-    """What a prompt names -> number of steps at scale 1 of such prompts, with its interval."""
+def _full_steps(samples: Sequence[Sequence[int]], asked: Sequence[Any], subject: Subject) -> dict[str, dict[str, Any]]:
+    """What a prompt names -> number of full steps of such prompts, with its interval."""
     counts: dict[str, list[float]] = defaultdict(list)
     for scene, sample in zip(asked, samples, strict=True):
         for name in subject.kinds(scene):

@@ -15,23 +15,33 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
-from ddit.eval import compare, invariance, quality, steps, switch
+from ddit.eval import compare, quality
 from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json
-from ddit.generate import call_settings, check_call, draws_video, load_adapter, load_pipeline
+from ddit.generate import (
+    Method,
+    call_settings,
+    check_call,
+    draws_video,
+    load_adapter,
+    load_corrector,
+    load_pipeline,
+)
+from ddit.methods import make_method
 from ddit.models import architecture_for
 from ddit.preset import Preset
+from ddit.skip.corrector import ForecastCorrector
 
 DEFAULT_METHODS = (
     "plain",
     "plain:run_steps=25",
     "plain:run_steps=16",
     "plain:run_steps=10",
-    "dynamic",
-    "first:fraction=0.5,scales=1/2",
-    "first:fraction=0.7,scales=1/2",
+    "ddit",
+    "ddit:speedup=3,patches=full",
+    "ddit:speedup=3",
 )
 
 
@@ -65,9 +75,6 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
     """Run a suite; ``about`` (command, versions, hardware) goes into its JSON file."""
     suites = {
         "quality": _quality,
-        "velocity": _velocity,
-        "caches": _caches,
-        "invariance": _invariance,
         "compare": _compare,
     }
     figures = suites[suite](config)
@@ -77,12 +84,12 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
 def choose_threshold(
     config: SuiteConfig, thresholds: Sequence[float], margin: float, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """The threshold that saves the most work among those that cost at most ``margin`` of adherence, and no likeness.
+    """The skip threshold that saves the most work of those that cost at most ``margin`` of adherence, and no likeness.
 
     The latter is the Fréchet distance to drawings, which must not lie above plain's.
 
     Prompts are of the ``tune`` split, whatever ``config`` says, so that the choice can be judged on others. The
-    result is the quality suite's, with ``chosen``, which is 0 (always scale 1) where every threshold costs more.
+    result is the quality suite's, with ``chosen``, which is 0 (nothing is skipped) where every threshold costs more.
 
     Args:
         config: As for `run_suite`; methods are replaced.
@@ -90,7 +97,7 @@ def choose_threshold(
         margin: Largest fall of adherence on average over the prompts, as a fraction: 0.01 is one point.
         about: Goes into the JSON file.
     """
-    names = {f"dynamic:threshold={t:g}": t for t in thresholds}
+    names = {f"ddit:skip_threshold={t:g},patches=full": t for t in thresholds}
     config = replace(config, split="tune", methods=("plain", *names))
     figures = _quality(config)
     good = [
@@ -118,8 +125,9 @@ def _quality(config: SuiteConfig) -> dict[str, Any]:
     drawn = _race(config, *_load(config))
     save_grid(config.out.with_suffix(".png"), drawn.methods, drawn.results, drawn.first(8))
     for method, result in zip(drawn.methods, drawn.results, strict=True):
-        if method.config is not None and method.config.quality:
-            path = config.out.with_name(f"{config.out.name}-{method.config.quality:g}dB.png")
+        skip = method.method.skip if method.method is not None else None
+        if skip is not None and skip.quality is not None:
+            path = config.out.with_name(f"{config.out.name}-{skip.quality:g}dB.png")
             extremes = fewest_and_most(result, drawn.asked)
             save_grid(path, [drawn.methods[0], method], [drawn.results[0], result], extremes)
     return drawn.figures
@@ -131,7 +139,7 @@ class Drawn:
 
     figures: dict[str, Any]
     asked: Sequence[Any]
-    methods: Sequence[quality.Method]
+    methods: Sequence[quality.Entry]
     results: Sequence[quality.Results]
 
     def first(self, count: int) -> dict[int, str]:
@@ -144,18 +152,13 @@ def _race(config: SuiteConfig, pipe: Any, preset: Preset) -> Drawn:
     settings = call_settings(preset, **config.settings)
     run_steps = _steps(settings, pipe)
     settings.pop("num_inference_steps", None)
-    adapters = _adapter_loader(config)
-    methods = [quality.parse_method(text, run_steps, preset, adapters) for text in config.methods or DEFAULT_METHODS]
+    make = _method_maker(config, preset)
+    methods = [quality.parse_entry(text, run_steps, make) for text in config.methods or DEFAULT_METHODS]
     subject = _subject(config, pipe)
     _check_size(subject, settings)
     asked = subject.prompts(config.split, config.prompts, config.seed)
-    if any(method.fitted for method in methods):
-        others = _others(config, subject)
-        methods = [quality.fit(method, pipe, others, settings) for method in methods]
     parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
-    results = quality.draw_all(
-        pipe, preset, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts
-    )
+    results = quality.draw_all(pipe, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts)
     rows = quality.summarise(methods, results, asked, subject, config.split)
     _show(config, quality.markdown(rows, len(asked)))
     figures = {
@@ -166,15 +169,6 @@ def _race(config: SuiteConfig, pipe: Any, preset: Preset) -> Drawn:
         "methods": rows,
     }
     return Drawn(figures, asked, methods, results)
-
-
-def _others(config: SuiteConfig, subject: Subject) -> list[str]:
-    """Prompts that the suite does not judge, to fit something on."""
-    if config.texts or config.split == "tune":
-        raise ValueError(
-            "a fitted schedule needs other prompts than it is judged on: leave --prompt-file and --split out"
-        )
-    return [scene.prompt for scene in subject.prompts("tune", 16, config.seed)]
 
 
 def _compare(config: SuiteConfig) -> dict[str, Any]:
@@ -243,15 +237,17 @@ def subject_of(pipe: Any) -> Subject:
     return Clips() if draws_video(pipe) else Pictures()
 
 
-def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Method]) -> dict[str, Any]:
+def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Entry]) -> dict[str, Any]:
     """All that the pictures of a suite depend on."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    learnt = [None if m.adapter is None else _digest(m.adapter) for m in methods]
+    parts = [() if m.method is None else (m.method.adapter, m.method.corrector) for m in methods]
+    learnt = [[_digest(part) for part in pair if part is not None] for pair in parts]
     return {
         **{k: str(v) for k, v in asdict(config).items() if k not in ("methods", "out")},
         "model": [_digest(m) for m in modules],
         "methods": [
-            (m.name, m.run_steps, repr(m.config), repr(m.cache), a) for m, a in zip(methods, learnt, strict=True)
+            (m.name, m.run_steps, m.method and repr((m.method.patches, m.method.skip, m.method.cache)), digests)
+            for m, digests in zip(methods, learnt, strict=True)
         ],
     }
 
@@ -264,46 +260,19 @@ def _digest(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _adapter_loader(config: SuiteConfig) -> quality.Adapters:
-    """Loads each adapter once; ``None`` is the one of the command line, ``"none"`` is none."""
+def _method_maker(config: SuiteConfig, preset: Preset) -> quality.MakeMethod:
+    """Loads each adapter once; a method that names none has the command line's, ``none`` is none."""
 
     @cache
-    def load(name: str) -> PatchAdapter:
+    def adapter(name: str) -> PatchAdapter:
         return load_adapter(name, dtype=config.dtype, device=config.device)
 
-    def choose(name: str | None) -> PatchAdapter | None:
-        name = name or config.adapter
-        return None if name in (None, "none") else load(name)
+    @cache
+    def corrector(name: str) -> ForecastCorrector:
+        return load_corrector(name, dtype=config.dtype, device=config.device)
 
-    return choose
+    def make(values: dict[str, Any]) -> Method:
+        named = {"adapter": config.adapter, **values} if values.get("patches") != "full" else values
+        return make_method(named, preset, load_adapter=adapter, load_corrector=corrector)
 
-
-def _velocity(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = _load(config)
-    asked = _subject(config, pipe).prompts(config.split, config.prompts, config.seed)
-    settings = call_settings(preset, **config.settings)
-    adapter = _adapter_loader(config)(None)
-    rows = steps.velocity_errors(pipe, preset, [s.prompt for s in asked], settings, adapter=adapter)
-    table = steps.velocity_table(rows)
-    _show(config, table)
-    return {"prompts": len(asked), "split": config.split, "rows": rows}
-
-
-def _caches(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = _load(config)
-    prompt = _subject(config, pipe).prompts(config.split, 1, config.seed)[0].prompt
-    rows = switch.at_changes_of_scale(pipe, prompt, call_settings(preset, **config.settings))
-    _show(config, switch.table(rows))
-    return {"schedule": switch.SCHEDULE, "rows": rows}
-
-
-def _invariance(config: SuiteConfig) -> dict[str, Any]:
-    pipe, preset = _load(config)
-    asked = _subject(config, pipe).prompts(config.split, config.prompts, config.seed)
-    settings = call_settings(preset, **config.settings)
-    if "height" not in settings or "width" not in settings:
-        raise ValueError("the model's preset names no size; give --height and --width")
-    prompts, adapter = [s.prompt for s in asked], _adapter_loader(config)(None)
-    rows = invariance.speedups_held(pipe, preset, prompts, settings, adapter)
-    _show(config, invariance.table(rows))
-    return {"prompts": len(asked), "split": config.split, "rows": rows}
+    return make

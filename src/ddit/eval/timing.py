@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.profiler import profile, record_function
 
 from ddit.adapter import PatchAdapter
-from ddit.anchor import Anchor
 from ddit.api import apply
-from ddit.config import ScheduleConfig
-from ddit.dial import make_policy
+from ddit.config import Coarse, FixedSchedule, PatchSchedule
 from ddit.memory import with_peak
-from ddit.models.base import Architecture, Inputs, first, held, to_meta
-from ddit.state import Generation
+from ddit.models.base import Architecture, Inputs, first, to_meta
+from ddit.run import RunState
+from ddit.schedule import Rule
+from ddit.skip.policy import SkipPlan
+from ddit.skip.skipper import Skipper
 
 WARM_UP = 3
 """Turns that are not counted: the first ones load, allocate and, with ``torch.compile``, compile."""
@@ -64,35 +65,28 @@ def step_forms(
     """One step at each scale as ``"1"``, ``"2"``, ...; the call of the model inside it alone as ``"2, model"``; with an
     adapter, which must be attached, also ``"2, adapter"``.
     """
-    config, forward = ScheduleConfig(scales=(1, *scales), gain=0.5), architecture.transformer.forward
-    z, sigma = architecture.latents(inputs), architecture.sigma(inputs)
-    zero = torch.zeros_like(z, dtype=torch.float32)
-    anchor = Anchor.after(z.float(), sigma, zero, Anchor.after(z.float(), (sigma + 1) / 2, zero))
+    forward, free = architecture.transformer.forward, Coarse()
 
-    def step(scale: int, config: ScheduleConfig, adapter: PatchAdapter | None = None) -> Callable[[], Tensor]:
-        used: dict[str, Any] = {"anchor": anchor} if config.anchored else {}
-        if config.anchored and config.gain > 0:
-            used["low"] = held(architecture.low_line(forward, inputs, scale, config, anchor))
-        return lambda: architecture.coarse_step(forward, inputs, scale, config, adapter=adapter, **used)
+    def step(scale: int, coarse: Coarse, adapter: PatchAdapter | None = None) -> Callable[[], Tensor]:
+        return lambda: architecture.coarse_step(forward, inputs, scale, coarse, adapter=adapter)
 
     def model(scale: int) -> Callable[[], Any]:
-        coarse, small = architecture.coarse_inputs(inputs, scale, config)
+        call, small = architecture.coarse_inputs(inputs, scale, free)
         grid = (small.shape[-2] // architecture.patch_size, small.shape[-1] // architecture.patch_size)
 
-        def call() -> Any:
-            with architecture.placed(grid, scale, config):
-                return forward(**coarse)
+        def alone() -> Any:
+            with architecture.placed(grid, scale, free):
+                return forward(**call)
 
-        return call
+        return alone
 
     forms: Forms = {"1": lambda: forward(**inputs)}
     for scale in scales:
-        forms[f"{scale}"] = step(scale, config)
+        forms[f"{scale}"] = step(scale, free)
         forms[f"{scale}, model"] = model(scale)
     if adapter is not None:
-        trained = ScheduleConfig(scales=(1, *adapter.scales), **adapter.form)
         for scale in adapter.scales:
-            forms[f"{scale}, adapter"] = step(scale, trained, adapter)
+            forms[f"{scale}, adapter"] = step(scale, adapter.coarse, adapter)
     return forms
 
 
@@ -112,19 +106,19 @@ def step_costs(
         adapter: Not attached yet; what it adds is told as a share of the step without.
 
     Returns:
-        By scale: ``flops`` of one sample, ``flop_ratio`` and ``time_ratio`` to scale 1, ``efficiency`` (the latter by
-        the former), ``seconds``, ``seam_share`` (what a step adds to the model's own call on the coarse grid, as a
+        By scale: ``flops`` of one sample, ``flop_ratio`` and ``time_ratio`` to a full step, ``efficiency`` (the latter
+        by the former), ``seconds``, ``seam_share`` (what a step adds to the model's own call on the coarse grid, as a
         share of that call), ``adapter_share``, ``switch_share`` (what it costs that the step before had another scale,
-        as a share of a step at scale 1), ``peak_memory`` in bytes beyond what lay there (where the device tells),
+        as a share of a full step), ``peak_memory`` in bytes beyond what lay there (where the device tells),
         ``utilisation`` (of the speed at which the machine multiplies large matrices). And what
-        deciding and recording take of a step at scale 1, by the rule and under a speedup.
+        deciding and recording take of a full step, by the rule, and with skipping.
     """
-    z, config = architecture.latents(inputs), ScheduleConfig(scales=(1, *scales))
+    z = architecture.latents(inputs)
     device, batch = z.device, len(z)
     one = architecture.rows(inputs, [0])
     flops = {1: architecture.count_flops(to_meta(one))}
     for scale in scales:
-        flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, config)[0]))
+        flops[scale] = architecture.count_flops(to_meta(architecture.coarse_inputs(one, scale, Coarse())[0]))
     with _attached(adapter, architecture.transformer):
         forms = step_forms(architecture, inputs, scales, adapter)
         seconds = by_turns({**forms, "matrix": matrix(z.dtype, device)}, device, repeats)
@@ -146,8 +140,8 @@ def step_costs(
         "switch_share": {s: switch / plain for s, switch in switches.items()},
         "peak_memory": memory,
         "utilisation": {s: batch * flops[s] / seconds[str(s)] / peak for s in flops},
-        "scheduler_share_of_a_plain_step": scheduler_seconds(z, ScheduleConfig(threshold=0.0)) / plain,
-        "scheduler_share_under_a_speedup": scheduler_seconds(z, ScheduleConfig(speedup=1.0)) / plain,
+        "scheduler_share_of_a_plain_step": scheduler_seconds(z, PatchSchedule(threshold=0.0)) / plain,
+        "scheduler_share_with_skipping": scheduler_seconds(z, PatchSchedule(threshold=0.0), skip=True) / plain,
         "repeats": repeats,
     }
 
@@ -179,25 +173,29 @@ def _switches(forms: Mapping[int, Callable[[], Any]], device: torch.device, repe
     return {scale: statistics.median(t) for scale, t in longer.items()}
 
 
-def scheduler_seconds(z: Tensor, config: ScheduleConfig, steps: int = 8, repeats: int = 9) -> float:
+def scheduler_seconds(
+    z: Tensor, schedule: PatchSchedule, *, skip: bool = False, steps: int = 8, repeats: int = 9
+) -> float:
     """Seconds that deciding and recording take per step, past the warm-up.
 
     Args:
         z: Latents ``[B, C, ..., H, W]``.
-        config: One that keeps steps at scale 1, after which there is most to do: the rule measures, all remember.
+        schedule: One that keeps full steps, after which there is most to do.
+        skip: A plan that skips nothing, which keeps what forecasts would need.
     """
-    policy, now = make_policy(config), clock(z.device)
+    now = clock(z.device)
     latents, sigmas = [z + i for i in range(steps)], [1 - index / steps for index in range(steps)]
     spent = []
     for _ in range(repeats):
-        generation, marks = Generation(config, run=sigmas, costs=dict.fromkeys(config.scales, 1.0)), []
+        skipper = Skipper(SkipPlan(1.0)) if skip else None
+        run, marks = RunState(Rule(schedule), schedule, skipper, total=steps, sigmas=sigmas), []
         for here, sigma in zip(latents, sigmas, strict=True):
             marks.append(now())
-            generation.repeats(here, sigma)
-            generation.decide(here, sigma, policy, 2, None)
-            generation.record(z, 0.0)
+            run.repeats(here, sigma)
+            run.decide(here, sigma, 2)
+            run.record(z, run.pass_scales(), 0.0)
         marks.append(now())
-        spent.append(statistics.median(b - a for a, b in list(pairwise(marks))[config.order :]))
+        spent.append(statistics.median(b - a for a, b in list(pairwise(marks))[schedule.order :]))
     return statistics.median(spent)
 
 
@@ -217,10 +215,9 @@ def run_costs(
         schedule: Scale of every step.
     """
     transformer, device = architecture.transformer, architecture.latents(inputs).device
-    config = ScheduleConfig(policy="fixed", steps=tuple(schedule), scales=tuple(sorted({1, *schedule})))
     plain = transformer.forward
     # Applied once: compiled blocks would be compiled anew each time that an adapter is attached.
-    with apply(transformer, config=config, adapter=adapter) as handle:
+    with apply(transformer, patches=FixedSchedule(steps=tuple(schedule)), adapter=adapter) as handle:
         forms: Forms = {
             "plain": lambda: euler(architecture, inputs, len(schedule), plain),
             "dynamic": lambda: euler(architecture, inputs, len(schedule), transformer),
@@ -253,25 +250,12 @@ def euler(architecture: Architecture, inputs: Inputs, steps: int, call: Callable
 
 
 def predicted(schedule: Sequence[int], costs: Mapping[int, float]) -> float:
-    """How many times faster than plain a schedule is, from the cost of a step at each scale.
-
-    The coarse grid's look back at the last step at scale 1 counts (`ddit.models.base.Architecture.low_line`): one
-    more call where a scale is met for the first time since two such steps.
-    """
-    spent, fine = 0.0, 0
-    seen: dict[int, int] = {}
-    for scale in schedule:
-        spent += costs[scale]
-        if scale == 1:
-            fine += 1
-        else:
-            spent += costs[scale] * (fine - seen.get(scale, -2) > 1)
-            seen[scale] = fine
-    return len(schedule) * costs[1] / spent
+    """How many times faster than plain a schedule is, from the cost of a step at each scale."""
+    return len(schedule) * costs[1] / sum(costs[scale] for scale in schedule)
 
 
 def paper_like(total: int, costs: Mapping[int, float], speedup: float = 2.18) -> list[int]:
-    """A schedule of the speed that the paper reports for FLUX.1-dev: coarsest first, scale 1 at both ends.
+    """A schedule of the speed that the paper reports for FLUX.1-dev: coarsest first, full steps at both ends.
 
     Args:
         total: Number of steps.

@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddit.config import Coarse
+from ddit.models.flops import Costs, count
 from ddit.patches import (
     coarse_input,
     crop,
@@ -40,16 +40,9 @@ class Adapter(Protocol):
     config: Any
     inputs: dict[int, int]
 
-    @classmethod
-    def from_config(cls, config: Any) -> Any: ...
-
     def attach(self, transformer: nn.Module) -> Any: ...
 
     def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
-
-
-_COUNTED: dict[tuple[Any, ...], int] = {}
-"""FLOPs by model class, configuration and shapes: counting takes a run of all layers in Python, seconds for FLUX.1."""
 
 
 class Architecture(ABC):
@@ -75,6 +68,8 @@ class Architecture(ABC):
     """Names of their lengths in the configuration."""
     text_tokens: ClassVar[int] = 512
     """Tokens of a prompt by the pipeline's default."""
+    costs: ClassVar[Costs]
+    """What tokens its layers see."""
     teacache_first: ClassVar[int] = 1
     """Steps at the beginning that TeaCache always computes."""
 
@@ -241,32 +236,13 @@ class Architecture(ABC):
         return crop(velocity if learnt is None else velocity + learnt, *z.shape[-2:])
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
-        """Floating-point operations of one call, counted by PyTorch on the meta device.
+        """Floating-point operations of one call, in closed form (`ddit.models.flops`).
 
         Args:
             inputs: Arguments at this scale.
             adapter: Counted along at scales above 1.
         """
-        model: Any = self.transformer
-        adapter = adapter if scale > 1 else None
-        shapes = tuple((name, tuple(v.shape)) for name, v in inputs.items() if isinstance(v, Tensor))
-        key = (type(model), str(model.config), shapes, scale, str(adapter and adapter.config))
-        if key not in _COUNTED:
-            call = {k: to_meta(v) for k, v in inputs.items()}
-            with torch.device("meta"):
-                twin = type(model).from_config(model.config)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                if adapter is None:
-                    twin(**call)
-                else:
-                    with torch.device("meta"):
-                        learnt = type(adapter).from_config(adapter.config)
-                        patches = torch.empty(len(call[self.batched[0]]), self.tokens(call), learnt.inputs[scale])
-                    learnt.attach(twin)
-                    with learnt.at(scale, patches):
-                        twin(**call)
-            _COUNTED[key] = counter.get_total_flops()
-        return _COUNTED[key]
+        return count(self, inputs, None if adapter is None else adapter.config, scale)
 
 
 class PackedArchitecture(Architecture):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ddit.embedded.install import ship
-from ddit.embedded.video import ADAPTER_FOLDER, MODEL_FOLDER
+from ddit.embedded.video import CORRECTOR_FOLDER, MODEL_FOLDER
 from ddit.embedded.video.clips import FRAMES, SIZE, clips
 from ddit.embedded.video.components import TEXT_TOKENS
 
@@ -24,9 +23,8 @@ CALL = {
 def install(
     folder: Path,
     *,
-    schedule: dict[str, Any] | None = None,
     to: Path = MODEL_FOLDER,
-    adapter: Path = ADAPTER_FOLDER,
+    corrector: Path = CORRECTOR_FOLDER,
 ) -> Path:
     """Ship the video model of ``folder``, the run folder of `ddit.embedded.video.training.train`; see `ship`."""
-    return ship(folder, to, adapter, CALL, (clip.prompt for clip in clips(7, "tune")), schedule)
+    return ship(folder, to, corrector, CALL, (clip.prompt for clip in clips(7, "tune")))

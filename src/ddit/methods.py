@@ -1,0 +1,92 @@
+"""One way from words, those of the command line and of races, to the arguments of `ddit.apply`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.preset import Preset
+
+if TYPE_CHECKING:
+    from ddit.generate import Method
+
+KINDS = ("rule", "paper", "full")
+"""Of patches by name: the model's preset or the rule; the rule as the paper has it; none."""
+RULE = ("threshold", "percentile", "order", "scales", "warmup", "careful")
+"""Fields of `PatchSchedule`."""
+COARSE = tuple(field.name for field in fields(Coarse))
+SKIP = {"speedup": "speedup", "quality": "quality", "skip_threshold": "threshold"}
+"""Word -> field of `SkipSchedule`."""
+WORDS = ("patches", "schedule", *RULE, *COARSE, *SKIP, "adapter", "corrector", "cache")
+"""All words."""
+
+Loader = Callable[[str], Any]
+
+
+def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Loader, load_corrector: Loader) -> Method:
+    """Settings by name, to what they stand for; what is not given is the preset's.
+
+    Args:
+        values: Word (`WORDS`) -> value.
+        load_adapter, load_corrector: Called with a name.
+
+    Raises:
+        ValueError: For unknown words, and words that have no meaning together.
+    """
+    from ddit.caches import make_cache
+    from ddit.generate import Method
+
+    unknown = sorted(set(values) - set(WORDS))
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}; allowed are {', '.join(WORDS)}")
+    given = {name: value for name, value in values.items() if value is not None}
+    names = {kind: given.get(kind) for kind in ("adapter", "corrector")}
+    loaded = {"adapter": load_adapter, "corrector": load_corrector}
+    parts = {kind: loaded[kind](name) if name not in (None, "none") else None for kind, name in names.items()}
+    cache = make_cache(given["cache"], preset.teacache) if "cache" in given else None
+    return Method(patches=patches_of(given, preset), skip=skip_of(given), cache=cache, preset=preset, **parts)
+
+
+def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
+    """The schedule of patches.
+
+    Raises:
+        ValueError: For words that have no meaning together.
+    """
+    rule = {name: given[name] for name in RULE if name in given}
+    coarse = {name: given[name] for name in COARSE if name in given}
+    kind = given.get("patches", "rule")
+    if kind not in KINDS:
+        raise ValueError(f"patches is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if "schedule" in given:
+        _refuse([*rule, *(["patches"] if "patches" in given else [])], "a schedule, which is a list of scales")
+        return FixedSchedule(steps=given["schedule"], **({"coarse": Coarse(**coarse)} if coarse else {}))
+    if kind == "full":
+        _refuse([*rule, *coarse], "patches=full, which has none")
+        return FULL
+    if kind == "paper":
+        _refuse(coarse, "patches=paper, which has its own")
+        return PatchSchedule.paper(**rule)
+    if not rule and not coarse:
+        return preset.patches
+    own = preset.patches if isinstance(preset.patches, PatchSchedule) else PatchSchedule()
+    base = {field.name: getattr(own, field.name) for field in fields(own)}
+    form = {"coarse": Coarse.from_dict({**own.coarse.to_dict(), **coarse})} if coarse else {}
+    return PatchSchedule(**{**base, **rule, **form})
+
+
+def skip_of(given: Mapping[str, Any]) -> SkipSchedule | None:
+    """The skip schedule, if there is one.
+
+    Raises:
+        ValueError: For several at once.
+    """
+    asked = {field: given[word] for word, field in SKIP.items() if word in given}
+    return SkipSchedule(**asked) if asked else None
+
+
+def _refuse(idle: Any, beside: str) -> None:
+    if idle:
+        raise ValueError(f"{', '.join(idle)} would have no effect beside {beside}; leave one of them out")
