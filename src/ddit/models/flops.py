@@ -90,17 +90,18 @@ def lengths(architecture: Counted, inputs: dict[str, Any]) -> dict[Kind, int]:
     }
 
 
-def layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and layers of all linear layers and convolutions, without the wrappers that peft puts around them."""
-    inner: Any = module
-    while "base_layer" in inner._modules:
-        inner = inner._modules["base_layer"]
-    if isinstance(inner, nn.Linear | nn.modules.conv._ConvNd):
-        yield name, inner
-        return
-    for key, child in inner._modules.items():
-        if child is not None:
-            yield from layers(child, f"{name}.{key}" if name else key)
+    left: list[tuple[str, Any]] = [("", model)]
+    while left:
+        name, module = left.pop()
+        parts = module._modules
+        if "base_layer" in parts:
+            left.append((name, parts["base_layer"]))
+        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            yield name, module
+        else:
+            left += [(f"{name}.{key}" if name else key, part) for key, part in parts.items() if part is not None]
 
 
 def _count_adapter(costs: Costs, length: Mapping[Kind, int], config: Mapping[str, Any], scale: int) -> int:

@@ -44,7 +44,7 @@ class Flux(PackedArchitecture):
     )
     costs = Costs(
         rows=(
-            (r"time_text_embed\..*|(.*\.)?norm(1|1_context|_out)?\.linear", "sample"),
+            (r"time_text_embed\..*|norm_out\.linear|(single_)?transformer_blocks\.\d+\.norm\w*\.linear", "sample"),
             (r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.to_(q|k|v|out\.0)|ff\..*)", "image"),
             (r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_._proj|to_add_out)|ff_context\..*)", "text"),
             (r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)", "joint"),
