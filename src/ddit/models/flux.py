@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddit.config import Coarse
 from ddit.models.base import Inputs, PackedArchitecture
+from ddit.models.flops import Costs
 from ddit.patches import coarse_positions
 
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
@@ -40,6 +41,15 @@ class Flux(PackedArchitecture):
     block_counts = ("num_layers", "num_single_layers")
     feed_forward_names = re.compile(
         r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+    )
+    costs = Costs(
+        rows=(
+            (r"time_text_embed\..*|norm_out\.linear|(single_)?transformer_blocks\.\d+\.norm\w*\.linear", "sample"),
+            (r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.to_(q|k|v|out\.0)|ff\..*)", "image"),
+            (r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_._proj|to_add_out)|ff_context\..*)", "text"),
+            (r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)", "joint"),
+        ),
+        attention=((r"(single_)?transformer_blocks\.\d+\.attn\.to_q", "joint", "joint"),),
     )
 
     def __init__(self, transformer: Any) -> None:

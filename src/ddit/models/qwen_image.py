@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddit.config import Coarse
 from ddit.models.base import Inputs, PackedArchitecture
+from ddit.models.flops import Costs
 from ddit.patches import coarse_positions
 
 
@@ -33,6 +34,15 @@ class QwenImage(PackedArchitecture):
     head = "proj_out"
     block_lists = ("transformer_blocks",)
     feed_forward_names = re.compile(r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)")
+    costs = Costs(
+        rows=(
+            (r"time_text_embed\..*|transformer_blocks\.\d+\.img_mod\.1", "time"),
+            (r"transformer_blocks\.\d+\.txt_mod\.1|norm_out\.linear", "sample"),
+            (r"img_in|proj_out|transformer_blocks\.\d+\.(attn\.to_(q|k|v|out\.0)|img_mlp\..*)", "image"),
+            (r"txt_in|transformer_blocks\.\d+\.(attn\.(add_._proj|to_add_out)|txt_mlp\..*)", "text"),
+        ),
+        attention=((r"transformer_blocks\.\d+\.attn\.to_q", "joint", "joint"),),
+    )
 
     def obstacle(self, inputs: Inputs) -> str | None:
         model: Any = self.transformer

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs
+from ddit.models.flops import Costs
 from ddit.patches import coarse_positions, pad_to_multiple, shrink
 
 TRAIN_STEPS = 1000
@@ -33,6 +34,21 @@ class Wan(Architecture):
     block_lists = ("blocks",)
     teacache_first = 5
     feed_forward_names = re.compile(r"blocks\.\d+\.ffn\.net\.(0\.proj|2)")
+    costs = Costs(
+        rows=(
+            (r"condition_embedder\.time_.*", "time"),
+            (r"condition_embedder\.text_embedder\..*", "text"),
+            (r"condition_embedder\.image_embedder\..*", "picture"),
+            (r"blocks\.\d+\.attn2\.to_[kv]", "context"),
+            (r"blocks\.\d+\.attn2\.add_[kv]_proj", "added"),
+            (r"patch_embedding|proj_out|blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\..*)", "image"),
+        ),
+        attention=(
+            (r"blocks\.\d+\.attn1\.to_q", "image", "image"),
+            (r"blocks\.\d+\.attn2\.to_q", "image", "context"),
+            (r"blocks\.\d+\.attn2\.add_k_proj", "image", "added"),
+        ),
+    )
 
     def obstacle(self, inputs: Inputs) -> str | None:
         model: Any = self.transformer

@@ -1,0 +1,181 @@
+"""Operations in closed form against those that PyTorch counts in a run on the meta device."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny
+from ddit import ScheduleConfig
+from ddit.adapter import PatchAdapter
+from ddit.known import meta_transformer
+from ddit.models import architecture_for
+from ddit.models.flops import count
+
+PICTURE = dict(image_dim=16, added_kv_proj_dim=24)
+
+MODELS = {
+    "flux": lambda: tiny.transformer(num_layers=2, num_single_layers=3),
+    "flux-guidance": lambda: tiny.transformer(guidance_embeds=True),
+    "qwen-image": lambda: tiny.qwen_pipeline().transformer,
+    "wan": tiny.wan_transformer,
+    "wan-i2v": lambda: tiny.wan_transformer(in_channels=12, **PICTURE),
+}
+
+
+def call_of(model: Any, scale: int = 1, text: int = 20, **changes: Any) -> dict[str, Any]:
+    """A call for one sample at a scale, of 8 x 12 tokens in up to two frames at scale 1."""
+    architecture = architecture_for(model)
+    call = {**architecture.example(2, 16, 24, text), **changes}
+    return call if scale == 1 else architecture.coarse_inputs(call, scale, ScheduleConfig())[0]
+
+
+def on_meta(call: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in call.items()}
+
+
+def counted_in_a_run(model: Any, call: dict[str, Any], adapter: PatchAdapter | None = None, scale: int = 1) -> int:
+    model, call, within = model.to("meta"), on_meta(call), nullcontext()
+    if adapter is not None:
+        adapter.to("meta").attach(model)
+        tokens = architecture_for(model).tokens(call)
+        within = adapter.at(scale, torch.empty(1, tokens, adapter.inputs[scale], device="meta"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), within:
+        model(**call)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_exactly_those_of_a_run(name, scale):
+    model = MODELS[name]()
+    call = call_of(model, scale)
+    assert count(architecture_for(model), call) == counted_in_a_run(model, call)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(rank=2), dict(rank=0), dict(rank=3, start="bilinear"), dict(rank=2, residual=False, size_vector=False)],
+    ids=["anchored", "no-lora", "paper", "no-residual"],
+)
+def test_with_an_adapter(name, scale, settings):
+    model = MODELS[name]()
+    adapter, call = PatchAdapter.for_model(model, **settings), call_of(model, scale)
+    alone, architecture = count(architecture_for(model), call, scale=scale), architecture_for(model)
+    together = count(architecture, call, adapter.config, scale)
+    assert together == counted_in_a_run(model, call, adapter, scale) > alone
+    assert count(architecture, call, adapter.config) == alone  # at scale 1 it is silent
+
+
+def test_an_adapter_that_does_not_ask_adds_nothing():
+    model = tiny.transformer()
+    adapter, call = PatchAdapter.for_model(model, asks=False), call_of(model, 2)
+    assert count(architecture_for(model), call, adapter.config, 2) == count(architecture_for(model), call)
+
+
+@pytest.mark.parametrize("text", [20, 512, 600])
+def test_wan_cuts_its_context_512_rows_from_the_end(text):
+    model = tiny.wan_transformer(**PICTURE)
+    call = call_of(model, text=text)
+    assert count(architecture_for(model), call) == counted_in_a_run(model, call)
+
+
+def test_wan_with_two_pictures_and_with_a_picture_in_the_common_keys():
+    model = tiny.wan_transformer(**PICTURE, pos_embed_seq_len=2 * 9)
+    call = call_of(model, text=512, encoder_hidden_states_image=torch.zeros(2, 9, 16))
+    assert count(architecture_for(model), call) == counted_in_a_run(model, call)
+    model = tiny.wan_transformer(image_dim=16)
+    call = call_of(model)
+    assert count(architecture_for(model), call) == counted_in_a_run(model, call)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_wan_with_a_noise_level_per_token(scale):
+    model = tiny.wan_transformer()
+    levels = torch.full((1, 2, 96), 500.0)
+    levels[:, 0] = 0
+    call = call_of(model, scale, timestep=levels.flatten(1))
+    assert call["timestep"].shape == (1, 2 * 96 // scale**2)
+    assert count(architecture_for(model), call) == counted_in_a_run(model, call)
+
+
+def test_qwen_image_with_a_second_noise_level():
+    model = tiny.qwen_pipeline().transformer
+    model = type(model).from_config(model.config, zero_cond_t=True)
+    call = call_of(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(**call)  # not on the meta device: it makes an index of tokens as it runs
+    assert count(architecture_for(model), call) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_samples_cost_twice_as_much(name):
+    model = MODELS[name]()
+    one, architecture = call_of(model), architecture_for(model)
+    two = {k: torch.cat([v, v]) if k in architecture.batched and v is not None else v for k, v in one.items()}
+    two.update({"img_shapes": one["img_shapes"] * 2} if "img_shapes" in one else {})
+    assert count(architecture, two) == 2 * count(architecture, one) == counted_in_a_run(model, two)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_users_lora_is_not_counted(name):
+    model = MODELS[name]()
+    call, architecture = call_of(model), architecture_for(model)
+    before = count(architecture, call)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "proj_out", architecture.embedding]))
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    assert count(architecture, call) == before
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "wan-i2v"])
+def test_fused_projections_are_counted_once(name):
+    model = MODELS[name]()
+    call, architecture = call_of(model), architecture_for(model)
+    before = count(architecture, call)
+    for module in list(model.modules()):
+        if hasattr(module, "fuse_projections"):
+            module.fuse_projections()
+    assert any(hasattr(module, "to_qkv") for module in model.modules())
+    assert count(architecture, call) == before
+
+
+def test_shapes_are_enough():
+    model = meta_transformer("flux.1-dev", (1,))
+    call = call_of(model)
+    assert count(architecture_for(model), on_meta(call)) == count(architecture_for(model), call)
+
+
+@pytest.mark.parametrize("name", ["flux.1-dev", "flux.1-schnell", "qwen-image", "wan2.1-1.3b", "wan2.1-14b"])
+def test_layers_of_known_models(name):
+    model = meta_transformer(name, (2,))
+    for scale in (1, 2, 4):
+        call = call_of(model, scale)
+        assert count(architecture_for(model), call) == counted_in_a_run(model, call)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tera"),
+    [("flux.1-dev", (1, 128, 128), (74.4, 21.5, 10.3)), ("wan2.1-1.3b", (21, 60, 104), (283.0, 33.8, 6.7))],
+)
+def test_known_models_in_full(name, size, tera):
+    """1024 x 1024 pixels, and 480 x 832 of 81 frames, with 512 tokens of text."""
+    architecture, config = architecture_for(meta_transformer(name)), ScheduleConfig()
+    call = architecture.example(*size, 512)
+    calls = {s: call if s == 1 else architecture.coarse_inputs(call, s, config)[0] for s in (1, 2, 4)}
+    assert [round(count(architecture, calls[s]) / 1e12, 1) for s in (1, 2, 4)] == list(tera)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        count(architecture, call)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.1
