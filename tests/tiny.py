@@ -93,9 +93,10 @@ class Table:
 
     def __init__(self, *samples: list[int]):
         self.samples = samples
+        self.scales = tuple(sorted({1, *(scale for sample in samples for scale in sample)}))
 
-    def choose(self, moment):
-        return [sample[min(moment.step, len(sample) - 1)] for sample in self.samples]
+    def choose(self, context):
+        return [sample[min(context.step, len(sample) - 1)] for sample in self.samples]
 
 
 def wan_transformer(seed: int = 0, **overrides) -> WanTransformer3DModel:
