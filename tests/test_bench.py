@@ -124,7 +124,7 @@ def test_steps_and_runs_are_timed(folders, name, size, tmp_path, capsys, monkeyp
     steps, run = rows[0]["steps"], rows[0]["runs"][0]
     assert set(steps["time_ratio"]) == {"1", "2", "4"} and all(t > 0 for t in steps["seconds"].values())
     assert set(steps["adapter_share"]) == {"2", "4"} and steps["scheduler_share_of_a_plain_step"] > 0
-    assert steps["scheduler_share_under_a_speedup"] > 0
+    assert steps["scheduler_share_with_skipping"] > 0
     assert run["schedule"] == [1, 1, 4, 2, 2, 2] and run["speedup"] > 0 and run["flops_fraction"] > 0
     named = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"ddit, scale 1", "ddit, scale 4", "ddit, scale 4, adapter"} <= named

@@ -13,10 +13,10 @@ import pytest
 from diffusers import FluxTransformer2DModel
 
 import tiny
-from ddit import PatchAdapter
+from ddit import ForecastCorrector, PatchSchedule
 from ddit.cli import main, parser
 from ddit.cli.common import call_options, check_run
-from ddit.embedded import ADAPTER_FOLDER, ASSETS
+from ddit.embedded import ASSETS, CORRECTOR_FOLDER
 from ddit.preset import Preset
 
 PROMPT = tiny.PROMPT
@@ -28,7 +28,7 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny.pipeline().save_pretrained(folder)
     call = {"height": 32, "width": 32, "num_inference_steps": 6, "max_sequence_length": 20}
-    Preset(call=call, schedule={"threshold": 1e6}).save(folder)
+    Preset(call=call, patches=PatchSchedule(threshold=1e6, careful=False)).save(folder)
     return str(folder)
 
 
@@ -61,7 +61,10 @@ def test_help_is_quick_and_loads_no_torch():
         (["--device", "nonsense"], "this machine has cpu"),
         (["--cache", "magic:1"], "such as teacache:0.25"),
         (["--speedup", "0.5"], "at least 1"),
-        (["--speedup", "2", "--quality", "30"], "one of them"),
+        (["--speedup", "2", "--quality", "30"], "needs one of"),
+        (["--schedule", "1", "2", "--order", "2"], "order would have no effect"),
+        (["--patches", "paper", "--start", "bilinear"], "start would have no effect"),
+        (["--corrector", "embedded"], "no step is skipped"),
         (["--preset", "nowhere"], "holds no ddit.json"),
         (["--threshold", "nan"], "threshold"),
         (["--threshold", "inf"], "threshold"),
@@ -75,8 +78,8 @@ def test_help_is_quick_and_loads_no_torch():
         (["--adapter", "."], "can't be loaded"),
         (["--model", "."], "model_index.json"),
         (["--model", "nowhere"], "no folder"),
-        (["--policy", "fixed"], "needs steps"),
-        (["--policy", "magic"], "invalid choice"),
+        (["--schedule", "3"], "powers of two"),
+        (["--patches", "magic"], "invalid choice"),
         (["--num-images", "0"], "above 0"),
         (["--json", "/proc/nope/x.json"], "can't be written"),
     ],
@@ -107,7 +110,7 @@ def test_generate_writes_picture_and_report(capsys, tmp_path, model):
     out, report, plot = tmp_path / "a.png", tmp_path / "a.json", tmp_path / "p.png"
     flags = ["--model", model, "--out", str(out), "--json", str(report), "--plot", str(plot), "--num-images", "2"]
     assert main(["generate", PROMPT, *flags]) == 0
-    assert "scales: 1 1 1 - - -" in capsys.readouterr().out
+    assert "steps: 1 1 1 4 4 4" in capsys.readouterr().out
     values = json.loads(report.read_text())
     assert values["scales"] == [[1, 1, 1, 4, 4, 4]] * 2
     assert 0 < values["flops_fraction"] < 1 and 0 < values["tokens_fraction"] < 1 and values["seconds"] > 0
@@ -238,28 +241,29 @@ def test_a_broken_preset_is_refused(tmp_path):
         Preset.load(tmp_path)
 
 
-def test_the_embedded_model_comes_with_its_adapter(tmp_path):
-    """Used unless told otherwise or unfit for the schedule, small, and made for that model's configuration."""
+def test_the_embedded_model_comes_with_its_corrector(tmp_path):
+    """Used where steps are skipped between full ones, unless told otherwise; small, and made for that model."""
     report = tmp_path / "a.json"
-    flags = ["--steps", "5", "--threshold", "1", "--gain", "0", "--out", str(tmp_path / "a.png"), "--json", str(report)]
+    flags = ["--steps", "6", "--speedup", "2", "--out", str(tmp_path / "a.png"), "--json", str(report)]
     fractions = []
-    for adapter in (["--adapter", "embedded"], [], ["--adapter", "none"], ["--gain", "0.5"], ["--no-anchored"]):
-        assert main(["generate", PROMPT, *flags, *adapter]) == 0
+    for corrector in (["--corrector", "embedded"], [], ["--corrector", "none"]):
+        assert main(["generate", PROMPT, *flags, "--patches", "full", *corrector]) == 0
         values = json.loads(report.read_text())
-        assert values["adapter"] == ("embedded" if adapter in (["--adapter", "embedded"], []) else "none")
+        assert values["method"]["corrector"] == ("none" if "none" in corrector else "embedded")
         fractions.append(values["flops_fraction"])
-    assert fractions[0] == fractions[1] > fractions[2]  # the adapter's own work counts
+    assert fractions[0] == fractions[1] > fractions[2]  # the corrector's own work counts
+    assert main(["generate", PROMPT, *flags]) == 0 and "corrector" not in json.loads(report.read_text())["method"]
     assert fractions[0] < 1.02 * fractions[2]
-    assert sum(file.stat().st_size for file in ADAPTER_FOLDER.iterdir()) < 8_000_000
+    assert sum(file.stat().st_size for file in CORRECTOR_FOLDER.iterdir()) < 8_000_000
     kinds = [[f for f in ASSETS.rglob("*") if f.is_file() and ("video" in str(f)) == video] for video in (False, True)]
     assert all(0 < sum(file.stat().st_size for file in files) < 24_000_000 for files in kinds)
 
 
-def test_another_models_adapter_is_not_shipped(tmp_path, model):
-    """Refused before the adapter that ships is touched."""
-    before = {file: file.read_bytes() for file in ADAPTER_FOLDER.iterdir()}
+def test_another_models_corrector_is_not_shipped(tmp_path, model):
+    """Refused before the corrector that ships is touched."""
+    before = {file: file.read_bytes() for file in CORRECTOR_FOLDER.iterdir()}
     transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")
-    PatchAdapter.for_model(transformer).save_pretrained(tmp_path / "adapter")
-    assert main(["embedded", "install-adapter", "--folder", str(tmp_path)]) == 2
-    assert main(["embedded", "install-adapter", "--folder", str(tmp_path / "none")]) == 2
-    assert before == {file: file.read_bytes() for file in ADAPTER_FOLDER.iterdir()}
+    ForecastCorrector.for_model(transformer).save_pretrained(tmp_path / "corrector")
+    assert main(["embedded", "install-corrector", "--folder", str(tmp_path)]) == 2
+    assert main(["embedded", "install-corrector", "--folder", str(tmp_path / "none")]) == 2
+    assert before == {file: file.read_bytes() for file in CORRECTOR_FOLDER.iterdir()}

@@ -10,13 +10,21 @@ import torch
 
 import tiny
 from ddit.cli import main
+from ddit.config import PatchSchedule
 from ddit.embedded import install
 from ddit.eval import calibrate, compare
-from ddit.eval.quality import parse_method
+from ddit.eval.quality import parse_entry
 from ddit.eval.rivals import progressive
 from ddit.generate import load_pipeline, run
+from ddit.methods import make_method
 from ddit.preset import Preset
 from ddit.teacache import polynomial
+
+
+def make(values):
+    """A method of a model whose TeaCache is calibrated; adapters are their names."""
+    return make_method(values, Preset(teacache=(1.0, 0.0)), load_adapter=str, load_corrector=str)
+
 
 SETTINGS = {"height": 32, "width": 32, "num_inference_steps": 8, "max_sequence_length": 20}
 
@@ -27,7 +35,7 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny.pipeline().save_pretrained(folder)
     call = {"height": 128, "width": 128, "num_inference_steps": 6, "max_sequence_length": 20}
-    Preset(call=call, schedule={"threshold": 1e6}).save(folder)
+    Preset(call=call, patches=PatchSchedule(threshold=1e6, careful=False)).save(folder)
     return str(folder)
 
 
@@ -41,16 +49,13 @@ def model(tmp_path_factory) -> str:
         ("plain:run_steps=10", "fewer steps"),
         ("plain:cache=first-block:0.1,run_steps=25", "cache"),
         ("progressive:fraction=0.3", "progressive resolution"),
-        ("dynamic:threshold=0.003", "forecasts"),
-        ("dynamic:threshold=0.003,adapter=none", "forecasts"),
-        ("dynamic:adapter=embedded", "adapter"),
-        ("dynamic:threshold=0.003,gain=0", "forecasts"),
-        ("dynamic:threshold=0.003,gain=0.5", "large patches"),
-        ("dynamic:gain=0,cache=teacache:0.1", "stacked"),
-        ("dynamic:speedup=2", "forecasts"),
-        (compare.PAPER, "large patches"),
-        ("dynamic:speedup=2,gain=0.5", "large patches"),
-        ("dynamic:speedup=2,adapter=embedded", "adapter"),
+        ("ddit", "patches"),
+        ("ddit:patches=paper", "patches"),
+        ("ddit:threshold=0.003,adapter=none", "patches"),
+        ("ddit:threshold=0.003,adapter=some", "patches, adapter"),
+        ("ddit:speedup=2,patches=full", "skipping"),
+        ("ddit:speedup=2", "patches and skipping"),
+        ("ddit:speedup=2,patches=full,cache=teacache:0.1", "with a cache"),
     ],
 )
 def test_families(method, family):
@@ -61,9 +66,10 @@ def test_families(method, family):
 def test_the_methods_of_a_comparison_can_all_be_read(video):
     names = compare.methods((50, 25), video=video, teacache=not video, adapter="some")
     assert names[0] == "plain" and len(names) == len(set(names))
-    preset = Preset(teacache=(1.0, 0.0))
-    read = [parse_method(name, 50, preset, lambda name: None) for name in names]
-    assert {m.run_steps for m in read} == {50, 33, 25, 17, 12, 10, 6}
+    read = [parse_entry(name, 50, make) for name in names]
+    assert {m.run_steps for m in read} == {50, 33, 25, 17, 12, 10}
+    once = compare.methods((50,), video=video, teacache=True, adapter="some")
+    assert len(once) <= 30
     families = {compare.family(name) for name in names}
     assert families == set(compare.FAMILIES) - ({"progressive resolution"} if video else set())
     assert any("teacache" in name for name in names) != video
@@ -76,25 +82,25 @@ def test_winners_are_the_best_among_those_as_fast():
             ("plain", 1.0, 1.0, 0.9),
             ("plain:run_steps=25", 2.1, 3.0, 0.8),
             ("plain:run_steps=10", 5.2, 2.5, 0.7),
-            ("dynamic", 2.5, 2.0, 0.6),
-            ("dynamic:threshold=0.1", 4.5, 4.0, 0.95),
+            ("ddit", 2.5, 2.0, 0.6),
+            ("ddit:threshold=0.1", 4.5, 4.0, 0.95),
         ]
     ]
     told = {speed: [row["method"] for row in best] for speed, best in compare.winners(rows, "frechet").items()}
     assert told == {
-        1.5: ["dynamic", "plain:run_steps=10"],
-        2: ["dynamic", "plain:run_steps=10"],
-        3: ["plain:run_steps=10", "dynamic:threshold=0.1"],
-        4: ["plain:run_steps=10", "dynamic:threshold=0.1"],
+        1.5: ["ddit", "plain:run_steps=10"],
+        2: ["ddit", "plain:run_steps=10"],
+        3: ["plain:run_steps=10", "ddit:threshold=0.1"],
+        4: ["plain:run_steps=10", "ddit:threshold=0.1"],
         5: ["plain:run_steps=10"],
     }
     told = {speed: [row["method"] for row in best] for speed, best in compare.winners(rows, "adherence").items()}
-    assert told[2] == ["dynamic:threshold=0.1", "plain:run_steps=25"]
+    assert told[2] == ["ddit:threshold=0.1", "plain:run_steps=25"]
 
 
 def test_compare(model, tmp_path, capsys):
     out = tmp_path / "race"
-    methods = ["plain", "plain:run_steps=3", "plain:cache=first-block:9", "progressive:fraction=0.5", "dynamic"]
+    methods = ["plain", "plain:run_steps=3", "plain:cache=first-block:9", "progressive:fraction=0.5", "ddit"]
     flags = ["--model", model, "--methods", *methods, "--prompts", "3", "--batch", "2", "--out", str(out)]
     assert main(["compare", *flags]) == 0
     result = json.loads(out.with_suffix(".json").read_text())
@@ -116,7 +122,7 @@ def test_any_model_is_compared_on_prompts_of_ones_own(tmp_path, capsys):
     tiny.pipeline().save_pretrained(model)
     prompts.write_text("a fox\na house\n\na cat\n")
     flags = ["--model", str(model), "--height", "32", "--width", "32", "--steps", "8", "--out", str(out)]
-    methods = ["--methods", "plain", "plain:run_steps=4", "dynamic:speedup=2"]
+    methods = ["--methods", "plain", "plain:run_steps=4", "ddit:speedup=2,patches=full"]
     assert main(["compare", *flags, *methods]) == 2
     assert "--prompt-file" in capsys.readouterr().err
     assert main(["compare", *flags, *methods, "--prompt-file", str(prompts), "--prompts", "2", "--batch", "2"]) == 0
@@ -142,7 +148,7 @@ def test_compare_with_its_own_methods(model, tmp_path, capsys):
 )
 def test_methods_that_make_no_sense(text):
     with pytest.raises(ValueError, match=r"cache is|progressive takes"):
-        parse_method(text, 50, Preset(), lambda name: None)
+        parse_entry(text, 50, make)
 
 
 def test_progressive_resolution_ends_with_the_whole_picture():
@@ -158,15 +164,6 @@ def test_progressive_resolution_refuses_what_it_cannot_do():
         progressive(tiny.pipeline(), [tiny.PROMPT], [1], SETTINGS, 1.0)
     with pytest.raises(ValueError, match="written for FluxPipeline, not WanPipeline"):
         progressive(tiny.wan_pipeline(), [tiny.PROMPT], [1], SETTINGS, 0.5)
-
-
-def test_what_caches_do_where_the_scale_changes(model, tmp_path, capsys):
-    """Alone each fails or answers for the wrong tokens; under ddit each is exact."""
-    out = tmp_path / "switch"
-    assert main(["evaluate", "--suite", "caches", "--model", model, "--out", str(out)]) == 0
-    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
-    assert len(rows) == 4 * 2 and all(row["under ddit"] < 1e-5 for row in rows)
-    assert all(isinstance(row["alone"], str) or row["alone"] > 1e-3 for row in rows)
 
 
 # Calibration
@@ -239,14 +236,14 @@ def test_calibrate_writes_what_teacache_needs(model, tmp_path, capsys):
     flags = ["--model", model, "--prompts", str(prompts), "--count", "2", "--height", "64", "--width", "64"]
     assert main(["calibrate", *flags, "--out", str(folder)]) == 0
     preset = Preset.load(folder)
-    assert len(preset.teacache) == 5 and preset.schedule == {"threshold": 1e6}
+    assert len(preset.teacache) == 5 and preset.patches == PatchSchedule(threshold=1e6, careful=False)
     out = ["--out", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
     flags = ["generate", "a red circle", "--model", model, "--height", "64", "--width", "64", *out]
     assert main([*flags, "--cache", "teacache:0.3"]) == 2
     assert "ddit calibrate" in capsys.readouterr().err
     assert main([*flags, "--cache", "teacache:99999", "--preset", str(folder)]) == 0
     result = json.loads((tmp_path / "a.json").read_text())
-    assert result["cache"] == "teacache:99999" and any(result["reused"])
+    assert result["method"]["cache"] == "teacache:99999" and any(result["reused"])
     assert "(1)" in capsys.readouterr().out
 
 
@@ -270,9 +267,8 @@ def test_generate_with_a_cache_and_with_a_bad_one(model, tmp_path, capsys):
 def test_a_run_with_a_cache_alone_is_plain_but_for_what_it_reuses():
     pipe = tiny.pipeline()
     plain = run(pipe, [tiny.PROMPT], [1], SETTINGS)
-    cached = run(
-        pipe, [tiny.PROMPT], [1], SETTINGS, cache=parse_method("plain:cache=first-block:1e-9", 8, Preset(), str).cache
-    )
+    method = parse_entry("plain:cache=first-block:1e-9", 8, make).method
+    cached = run(pipe, [tiny.PROMPT], [1], SETTINGS, method=method)
     assert torch.equal(torch.from_numpy(cached.pictures), torch.from_numpy(plain.pictures))
     assert cached.report is not None and cached.report.flops_fraction == 1
 

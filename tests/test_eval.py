@@ -9,44 +9,53 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 
 import tiny
-from ddit.adapter import PatchAdapter
 from ddit.cli import main
-from ddit.dial import Dial
-from ddit.eval import quality, steps, suites
+from ddit.config import FixedSchedule, PatchSchedule, SkipSchedule
+from ddit.eval import quality, suites
 from ddit.eval.grid import fewest_and_most
 from ddit.eval.parts import Part, Parts
-from ddit.eval.quality import parse_method
+from ddit.eval.quality import parse_entry
 from ddit.eval.subjects import Pictures, Prompted
-from ddit.generate import run
-from ddit.preset import Preset
+from ddit.generate import recorded, run
+from ddit.methods import make_method
+from ddit.preset import Preset, QualityCurve
+
+PRESET = Preset(patches=PatchSchedule(threshold=0.5))
 
 
-def no_adapter(name):
-    assert name is None
-
-
-PRESET = Preset(schedule={"threshold": 0.5})
+def make(values):
+    return make_method(values, PRESET, load_adapter=str, load_corrector=str)
 
 
 def test_methods_are_read():
-    assert parse_method("plain", 50, PRESET, no_adapter).config is None
-    assert parse_method("plain:run_steps=20", 50, PRESET, no_adapter).run_steps == 20
-    method = parse_method("dynamic:scales=1/2,percentile=0.8", 50, PRESET, no_adapter)
-    assert method.config is not None and method.run_steps == 50
-    assert (method.config.scales, method.config.percentile, method.config.threshold) == ((1, 2), 0.8, 0.5)
-    fixed = parse_method("fixed:steps=2", 50, PRESET, no_adapter).config
-    assert fixed is not None and fixed.steps == (2,)
+    assert parse_entry("plain", 50, make).method is None
+    assert parse_entry("plain:run_steps=20", 50, make).run_steps == 20
+    entry = parse_entry("ddit:scales=1/2,percentile=0.8,adapter=some", 50, make)
+    assert entry.method is not None and entry.run_steps == 50 and entry.method.adapter == "some"
+    assert entry.method.patches == PatchSchedule(threshold=0.5, percentile=0.8, scales=(1, 2))
+    fixed = parse_entry("ddit:schedule=2,speedup=3", 50, make).method
+    assert fixed is not None and fixed.patches == FixedSchedule(steps=(2,)) and fixed.skip == SkipSchedule(speedup=3)
+    assert parse_entry("ddit:patches=paper", 50, make).method.patches == PatchSchedule.paper()
 
 
 @pytest.mark.parametrize(
-    "text", ["plain:threshold=1", "dynamic:thresold=1", "dynamic:threshold", "magic", "plain:run_steps=0"]
+    "text",
+    [
+        "plain:threshold=1",
+        "ddit:thresold=1",
+        "ddit:threshold",
+        "magic",
+        "plain:run_steps=0",
+        "ddit:schedule=2,threshold=1",
+        "ddit:patches=full,scales=1/2",
+        "ddit:speedup=2,quality=30",
+    ],
 )
 def test_bad_methods_are_refused(text):
     with pytest.raises(ValueError):
-        parse_method(text, 50, PRESET, no_adapter)
+        parse_entry(text, 50, make)
 
 
 def test_held_out_prompts_are_fixed_and_of_their_split():
@@ -60,13 +69,13 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny.pipeline().save_pretrained(folder)
     call = {"height": 128, "width": 128, "num_inference_steps": 5, "max_sequence_length": 20}
-    Preset(call=call, schedule={"threshold": 1e6}).save(folder)
+    Preset(call=call, patches=PatchSchedule(threshold=1e6, careful=False)).save(folder)
     return str(folder)
 
 
 def test_quality_suite(model, tmp_path, capsys):
     out = tmp_path / "race"
-    methods = ["plain", "dynamic", "dynamic:threshold=0", "plain:run_steps=2"]
+    methods = ["plain", "ddit", "ddit:threshold=0", "plain:run_steps=2"]
     flags = ["--model", model, "--methods", *methods, "--prompts", "3", "--batch", "2", "--out", str(out)]
     assert main(["evaluate", *flags]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["methods"]
@@ -81,46 +90,26 @@ def test_quality_suite(model, tmp_path, capsys):
     assert "| plain:run_steps=2 | 2 |" in out.with_suffix(".md").read_text()
 
 
-def test_a_schedule_is_fitted_on_prompts_that_are_not_judged(model, tmp_path, monkeypatch, capsys):
-    fitted_on = []
-
-    def noted(method, pipe, prompts, settings):
-        fitted_on.extend(prompts)
-        return fit(method, pipe, prompts[:1], settings)
-
-    fit = quality.fit
-    monkeypatch.setattr(quality, "fit", noted)
-    flags = ["evaluate", "--model", model, "--methods", "plain", "fitted:fine=1,warmup=2,order=2", "--batch", "2"]
-    out = ["--out", str(tmp_path / "race")]
-    assert main([*flags, "--prompts", "2", "--steps", "6", *out]) == 0
-    judged = {scene.prompt for scene in Pictures().prompts("judge", 2, 0)}
-    assert fitted_on and not judged & set(fitted_on)
-    row = json.loads((tmp_path / "race.json").read_text())["methods"][1]
-    assert row["steps_per_scale"] == {"1": 3, "4": 3}
-    assert main([*flags, "--prompts", "2", "--split", "tune", *out]) == 2
-    assert "other prompts than it is judged on" in capsys.readouterr().err
-
-
 def test_a_quality_shows_prompts_of_few_and_of_many_steps(model, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "race"
     shutil.copytree(model, folder)
-    replace(Preset.load(model), dial=Dial(thresholds=(1e-9, 1e6), psnr=(60, 20))).save(folder)
-    flags = ["--model", str(folder), "--methods", "plain", "dynamic:quality=30", "--prompts", "3", "--batch", "2"]
+    replace(Preset.load(model), quality=QualityCurve(thresholds=(1e-9, 1e6), psnr=(60, 20))).save(folder)
+    flags = ["--model", str(folder), "--methods", "plain", "ddit:quality=30", "--prompts", "3", "--batch", "2"]
     assert main(["evaluate", *flags, "--out", str(out)]) == 0
     assert (tmp_path / "race-30dB.png").stat().st_size > 1000
 
 
-def test_prompts_of_fewest_and_most_steps_at_scale_1():
+def test_prompts_of_fewest_and_most_full_steps():
     scales = [np.array([[1, 1, 4], [1, 4, 4]]), np.array([[1, 1, 1], [1, 1, 4], [1, 1, 4]])]
     result = [Part(*np.zeros((3, 1)), scales=part, flops=np.zeros(1), memory=np.zeros(1)) for part in scales]
     asked = [Prompted(f"prompt {n}") for n in range(5)]
-    assert fewest_and_most(result, asked, 1) == {1: "prompt 1\n1 at scale 1", 2: "prompt 2\n3 at scale 1"}
+    assert fewest_and_most(result, asked, 1) == {1: "prompt 1\n1 full steps", 2: "prompt 2\n3 full steps"}
     assert list(fewest_and_most(result, asked, 4)) == [1, 0, 3, 4, 2]
 
 
 def test_a_killed_evaluation_continues(model, tmp_path, monkeypatch, capsys):
     """Finished batches are not drawn again; other settings, or a damaged file, draw anew."""
-    flags = ["--model", model, "--methods", "plain", "dynamic", "--prompts", "3", "--batch", "1"]
+    flags = ["--model", model, "--methods", "plain", "ddit", "--prompts", "3", "--batch", "1"]
     whole = tmp_path / "whole"
     assert main(["evaluate", *flags, "--out", str(whole)]) == 0
     calls = []
@@ -150,38 +139,17 @@ def test_a_killed_evaluation_continues(model, tmp_path, monkeypatch, capsys):
     assert Parts(folder, {"seed": 2}).load(0) is None
 
 
-def test_velocity_suite(model, tmp_path, capsys):
-    out = tmp_path / "velocity"
-    flags = ["--suite", "velocity", "--model", model, "--prompts", "1", "--batch", "1", "--steps", "10"]
-    assert main(["evaluate", *flags, "--out", str(out)]) == 0
-    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
-    assert {row["form"] for row in rows} == {"last velocity again", "forecast", *steps.STARTS}
-    assert all(row["error"] > 0 and 0 < row["sigma"] < 1 and 0 < row["visible"] < 1 for row in rows)
-
-
-def test_an_adapter_is_one_more_form(model, tmp_path, capsys):
-    folder, out = tmp_path / "adapter", tmp_path / "out"
-    PatchAdapter.for_model(FluxTransformer2DModel.from_pretrained(model, subfolder="transformer")).save_pretrained(
-        folder
-    )
-    flags = ["--model", model, "--adapter", str(folder), "--prompts", "1", "--batch", "1", "--steps", "10"]
-    assert main(["evaluate", "--suite", "velocity", *flags, "--out", str(out)]) == 0
-    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
-    errors = {(r["scale"], r["sigma"], r["form"]): r["error"] for r in rows}
-    for (scale, sigma, form), error in errors.items():
-        if form == "adapter":  # untrained: the forecast, to which it has nothing to add
-            assert error <= errors[scale, sigma, "anchored"] + errors[scale, sigma, "forecast"]
-    assert "| adapter |" in out.with_suffix(".md").read_text()
-
-
 def test_the_threshold_chosen_goes_into_the_preset(model, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "threshold"
     shutil.copytree(model, folder)
     flags = ["--model", str(folder), "--prompts", "2", "--batch", "2", "--thresholds", "1e-9", "1e6", "--out", str(out)]
     assert main(["embedded", "threshold", *flags, "--margin", "1"]) == 0
     result = json.loads(out.with_suffix(".json").read_text())
-    assert result["split"] == "tune" and result["chosen"] == Preset.load(folder).schedule["threshold"]
-    assert [r["method"] for r in result["methods"]] == ["plain", "dynamic:threshold=1e-09", "dynamic:threshold=1e+06"]
+    assert result["split"] == "tune" and result["chosen"] == Preset.load(folder).skip.threshold
+    assert [r["method"] for r in result["methods"]] == [
+        "plain",
+        *(f"ddit:skip_threshold={t:g},patches=full" for t in (1e-9, 1e6)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +164,7 @@ def test_the_threshold_chosen_saves_most_at_no_loss(monkeypatch, tmp_path, chang
     rows = [{"method": "plain", "adherence_change": 0.0, "frechet": 2.0, "flops_fraction": 1.0}]
     for threshold, (adherence, frechet, flops) in zip((0.001, 0.002, 0.003), changes, strict=True):
         row = {"adherence_change": adherence, "frechet": frechet, "flops_fraction": flops}
-        rows.append({"method": f"dynamic:threshold={threshold:g}", **row})
+        rows.append({"method": f"ddit:skip_threshold={threshold:g},patches=full", **row})
     monkeypatch.setattr(suites, "_quality", lambda config: {"methods": rows})
     values = {f.name: None for f in fields(suites.SuiteConfig)}
     config = suites.SuiteConfig(**{**values, "out": tmp_path / "t"})
@@ -206,7 +174,7 @@ def test_the_threshold_chosen_saves_most_at_no_loss(monkeypatch, tmp_path, chang
 def test_bad_threshold_choices_are_refused(model, capsys):
     for flags in (["--thresholds", "-1"], ["--margin", "2"], ["--margin", "nan"]):
         assert main(["embedded", "threshold", "--model", model, *flags]) == 2
-    assert Preset.load(model).schedule == {"threshold": 1e6}
+    assert Preset.load(model).skip is None
 
 
 def test_one_negative_prompt_serves_a_batch():
@@ -221,7 +189,8 @@ def test_one_negative_prompt_serves_a_batch():
 def test_recorded_calls_leave_the_pipeline_alone():
     pipe = tiny.pipeline()
     settings = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 20}
-    calls = steps.record_calls(pipe, [tiny.PROMPT], [0], settings)
+    with recorded(pipe) as calls:
+        run(pipe, [tiny.PROMPT], [0], settings)
     assert len(calls) == 3 and "forward" not in vars(pipe.transformer)
     inputs, answer = calls[0]
     with torch.no_grad():

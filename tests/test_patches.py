@@ -1,7 +1,6 @@
 """Geometry of large patches and the noise-consistent step."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -9,24 +8,17 @@ import torch.nn.functional as F
 
 from ddit.config import Start
 from ddit.patches import (
-    BEND,
-    Line,
-    anchored_velocity,
     coarse_input,
     coarse_positions,
     consistent_level,
     crop,
-    depth_to_space,
     detail,
     detail_velocity,
     grow,
-    half_log_snr,
     low_velocity,
-    noise_at,
     pad_to_multiple,
     resize_matrices,
     shrink,
-    space_to_depth,
 )
 
 STARTS: tuple[Start, ...] = ("noise-consistent", "bilinear")
@@ -53,24 +45,8 @@ def test_pad_and_crop_are_inverse_on_every_grid(scale):
         assert torch.equal(padded[..., 2 * rows :, : 2 * columns], z[..., -1:, :].expand(1, 2, height - 2 * rows, -1))
 
 
-@pytest.mark.parametrize("scale", [2, 4])
-def test_space_to_depth_and_back_on_every_grid(scale):
-    for rows, columns in itertools.product(range(1, 10), repeat=2):
-        z = noise(2, 3, scale * rows, scale * columns)
-        deep = space_to_depth(z, scale)
-        assert deep.shape == (2, 3 * scale**2, rows, columns)
-        assert torch.equal(depth_to_space(deep, scale), z)
-
-
-def test_space_to_depth_orders_neighbours_before_channels():
-    z = torch.arange(8.0).reshape(1, 2, 2, 2)  # channel 0: 0 1 / 2 3, channel 1: 4 5 / 6 7
-    assert space_to_depth(z, 2).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-
-
 def test_frames_of_a_video_stay_apart():
     z = noise(2, 3, 5, 6, 10)
-    per_frame = torch.stack([space_to_depth(pad_to_multiple(z[:, :, f], 4), 4) for f in range(5)], dim=2)
-    assert torch.equal(space_to_depth(pad_to_multiple(z, 4), 4), per_frame)
     for start in STARTS:
         per_frame = torch.stack([shrink(pad_to_multiple(z[:, :, f], 4), 2, 2, start) for f in range(5)], dim=2)
         torch.testing.assert_close(shrink(pad_to_multiple(z, 4), 2, 2, start), per_frame)
@@ -275,63 +251,3 @@ def test_no_variance_is_zero_variance():
 def test_bilinear_velocity_is_the_output():
     output = noise(2, 3, 4, 4)
     assert low_velocity(output, output, SIGMAS[:2], 2, "bilinear") is output
-
-
-def forecasts():
-    """Latents, forecasts of velocity and clean latents, and noise levels."""
-    z, v, clean = (noise(2, 3, 8, 8, seed=seed) for seed in range(3))
-    return z, v, clean, torch.tensor([0.2, 0.9])
-
-
-def test_an_anchored_step_adds_what_the_coarse_grid_says_against_its_forecast():
-    z, v, clean, sigma = forecasts()
-    told = noise(2, 3, 4, 4, seed=3).repeat_interleave(2, -1).repeat_interleave(2, -2)
-    ours = anchored_velocity(z, sigma, v, clean, told, 2)
-    torch.testing.assert_close(F.avg_pool2d(ours, 2), F.avg_pool2d(v + told, 2))
-
-
-def test_the_detail_of_anchored_steps_ends_at_the_forecast_clean_latents():
-    """Whatever detail an error has left in the latents, the step to sigma 0 takes it away."""
-    z, v, clean, sigma = forecasts()
-    level = sigma.reshape(2, 1, 1, 1)
-    end = z - level * anchored_velocity(z, sigma, v, clean, torch.zeros_like(z), 2)
-    torch.testing.assert_close(detail(end, 2), detail(clean, 2))
-    torch.testing.assert_close(shrink(end, 2, 2, "noise-consistent"), F.avg_pool2d(z - level * v, 2))
-    # Forecasts that agree, as both do at the anchor itself, are the velocity.
-    same = (z - clean) / level
-    torch.testing.assert_close(anchored_velocity(z, sigma, same, clean, 0 * z, 2), same)
-
-
-def test_levels_of_noise():
-    """lambda of a noise level and back, from pure noise to none."""
-    sigma = torch.tensor([1.0, 0.999, 0.7, 0.5, 0.01, 0.0], dtype=torch.float64)
-    level = half_log_snr(sigma)
-    assert level.isfinite().all() and (level.diff() > 0).all() and level[3].abs() < 1e-12
-    torch.testing.assert_close(level[2], torch.tensor(math.log(3 / 7), dtype=torch.float64), atol=2e-3, rtol=0)
-    torch.testing.assert_close(noise_at(level), sigma)
-
-
-def test_a_line_goes_through_its_points():
-    """Each sample's own, straight in exp(-BEND lambda); flat through one point, and where both lie at one level."""
-    a, b = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
-    first, second = torch.tensor([[-2.0, -1.0, 0.5], [-1.0, 0.0, 0.5]], dtype=torch.float64)
-    flat = Line.through(a, first)
-    assert torch.equal(flat.at(second), a)
-    line = Line.through(b, second, flat)
-    assert torch.equal(line.at(second), b)
-    torch.testing.assert_close(line.at(first)[:2], a[:2])
-    straight = [math.exp(-BEND * x) for x in (first[0], second[0])]
-    ahead = -math.log(3 * straight[1] - 2 * straight[0]) / BEND  # twice as far from b as b is from a
-    torch.testing.assert_close(line.at(torch.full_like(first, ahead))[0], b[0] + 2 * (b - a)[0])
-    assert torch.equal(line.at(second + 2)[2], b[2])
-
-
-def test_rows_of_a_line():
-    a, b = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
-    level = torch.arange(3.0)
-    line = Line.through(b, level + 1, Line.through(a, level))
-    part, ahead = line.rows([2, 0]), level + 3
-    assert torch.equal(part.at(ahead[[2, 0]]), line.at(ahead)[[2, 0]])
-    turned = line.replaced([0, 2], part)
-    assert torch.equal(turned.at(ahead[[2, 1, 0]]), line.at(ahead)[[2, 1, 0]])
-    assert torch.equal(line.at(level + 1), b)  # as it was

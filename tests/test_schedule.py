@@ -1,27 +1,26 @@
 """The rule: differences, patches, quantile and choice, against hand-computed values and the paper's formulas."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from ddit.config import ScheduleConfig
-from ddit.dial import make_policy
+from ddit.config import FixedSchedule, PatchSchedule
+from ddit.run import RunState
 from ddit.schedule import (
-    Moment,
+    Fixed,
+    Rule,
+    StepContext,
+    below_noise,
     channel_moments,
     choose_scale,
     difference,
-    difference_per_sigma,
-    growth,
     patch_deviation,
     project,
     statistic,
     statistics,
 )
-from ddit.state import Generation
 
 
 def path(length, shape=(2, 3, 8, 12), seed=0, dtype=torch.float32):
@@ -47,18 +46,6 @@ def paper_difference(z, order):
         return d2(i) - d2(i - 1)
 
     return {1: d1, 2: d2, 3: d3}[order](t)
-
-
-def forecast_error(v, levels, ahead=None):
-    """How far the last velocity is from a polynomial through the others; or one still ahead."""
-    nodes, target = (v[:-1], v[-1]) if ahead is None else (v[1:], ahead[1])
-    where, here = (levels[:-1], levels[-1]) if ahead is None else (levels[1:], ahead[0])
-    if not nodes:
-        return target
-    table = np.stack([np.asarray(x, dtype=np.float64) for x in nodes])
-    line = np.polyfit(np.array(where), table.reshape(len(nodes), -1), len(nodes) - 1)
-    powers = here ** np.arange(len(nodes) - 1, -1, -1)
-    return np.asarray(target, dtype=np.float64) - (powers @ line).reshape(target.shape)
 
 
 def paper_statistic(d, patch, percentile):
@@ -107,63 +94,6 @@ def test_plain_is_the_papers_formula(order, shape):
         for rho in (0.0, 0.4, 1.0):
             expected = paper_statistic(theirs, 2 * scale, rho)
             np.testing.assert_allclose(statistic(channel_moments(ours), 2 * scale, rho), expected, rtol=1e-5)
-
-
-UNEVEN = [-3.0, -1.5, -1.2]
-
-
-def levels(*values):
-    """Levels of two samples, the second one's all lower and closer."""
-    return [list(values), [x / 2 - 1 for x in values]]
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_per_sigma_is_the_error_of_a_forecast(order):
-    """By the other nodes, wherever they lie."""
-    v = path(order, seed=order)
-    ours = difference_per_sigma(v, levels(*UNEVEN[:order]))
-    for sample, where in enumerate(levels(*UNEVEN[:order])):
-        theirs = forecast_error([x[sample] for x in v], where)
-        np.testing.assert_allclose(ours[sample], theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_per_sigma_equals_plain_by_an_even_step(order):
-    z = path(order + 1)
-    v = [new - old for old, new in pairwise(z)]
-    ours = difference_per_sigma(v, levels(*[0.1, 0.2, 0.3][:order]))
-    torch.testing.assert_close(ours, difference(z, order), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_growth_gives_the_error_of_a_forecast_still_ahead(order):
-    """Of velocities that are a polynomial of degree order - 1, from nodes wherever they lie."""
-    c = path(order, (1, 2, 8, 8), dtype=torch.float64)
-
-    def velocity(level):
-        return torch.stack([c[k] * level**k for k in range(order)]).sum(0)
-
-    for nodes, here in (([-3.0, -2.0, -1.5], -1.4), ([-3.0, -1.0, -0.5], 2.0)):
-        nodes = nodes[:order]
-        v = [velocity(x) for x in nodes]
-        ours = difference_per_sigma(v, [nodes]) * growth(nodes, here)
-        theirs = forecast_error(v, nodes, (here, velocity(here)))
-        if order == 1:  # nothing is forecast: the velocity itself
-            theirs = v[0].numpy()
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_growth_by_hand():
-    """Even steps: triangular numbers for order 3, whole numbers for order 2."""
-    assert [growth([1.0, 2.0, 3.0], 3.0 + n) for n in (1, 2, 3, 4)] == [1, 3, 6, 10]
-    assert [growth([2.0, 3.0], 3.0 + n) for n in (1, 2, 3)] == [1, 2, 3]
-    assert growth([3.0], 9.0) == 1
-
-
-def test_a_constant_velocity_has_no_difference():
-    (v,) = path(1)
-    for order in (2, 3):
-        assert difference_per_sigma([v] * order, levels(*UNEVEN[:order])).abs().max() < 1e-6
 
 
 def test_too_few_latents_are_refused():
@@ -252,28 +182,33 @@ def test_threshold_zero_chooses_scale_one_even_for_a_flat_difference():
     assert choose_scale({2: 0.0, 4: 0.0}, 0.0) == 1
 
 
-def test_dynamic_policy_warms_up():
-    policy = make_policy(ScheduleConfig(warmup=4, warmup_scale=2, threshold=1.0))
+def test_the_rule_warms_up():
+    rule = Rule(PatchSchedule(warmup=4, threshold=1.0))
     stats = [{2: 0.0, 4: 0.0}, {2: 0.0, 4: 9.0}, {2: 9.0, 4: 9.0}]
-    assert policy.choose(Moment(3, None, stats)) == [2, 2, 2]
-    assert policy.choose(Moment(4, None, stats)) == [4, 2, 1]
+    assert rule.choose(StepContext(3, None, stats)) == [1, 1, 1]
+    assert rule.choose(StepContext(4, None, stats)) == [4, 2, 1]
 
 
-def test_fixed_policy_holds_its_last_scale():
-    policy = make_policy(ScheduleConfig(policy="fixed", steps=(4, 2, 1)))
-    assert [policy.choose(Moment(i, None, [{}, {}])) for i in range(5)] == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
+def test_a_fixed_schedule_holds_its_last_scale():
+    policy = Fixed(FixedSchedule(steps=(4, 2, 1)))
+    chosen = [policy.choose(StepContext(i, None, [{}, {}])) for i in range(5)]
+    assert chosen == [[4, 4], [2, 2], [1, 1], [1, 1], [1, 1]]
 
 
-@pytest.mark.parametrize(("fraction", "coarse"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
-def test_first_policy_counts_steps(fraction, coarse):
-    policy = make_policy(ScheduleConfig(policy="first", fraction=fraction, scales=(1, 2)))
-    assert [policy.choose(Moment(i, 8, [{}]))[0] for i in range(8)] == [2] * coarse + [1] * (8 - coarse)
+def test_what_is_dropped_lies_below_the_noise_by_hand():
+    """h = .075 at 2p: .1 of signal per dropped coefficient, 1 % of the noise at sigma = sqrt(10) (1 - sigma)."""
+    edge = 10**0.5 / (1 + 10**0.5)
+    assert below_noise(edge + 1e-6, 0.075, 2) and not below_noise(edge - 1e-6, 0.075, 2)
+    assert below_noise(1.0, 100.0, 4)  # pure noise holds no detail
 
 
-def test_first_policy_needs_the_number_of_steps():
-    policy = make_policy(ScheduleConfig(policy="first"))
-    with pytest.raises(ValueError, match="number of steps"):
-        policy.choose(Moment(0, None, [{}]))
+@pytest.mark.parametrize(("careful", "late"), [(True, 1), (False, 4)])
+def test_a_careful_rule_keeps_full_steps_once_detail_shows(careful, late):
+    rule = Rule(PatchSchedule(threshold=1.0, careful=careful), {2: 0.05, 4: 0.15})
+    flat = [{2: 0.0, 4: 0.0}]
+    assert rule.choose(StepContext(5, None, flat, sigma=0.95)) == [4]
+    assert rule.choose(StepContext(5, None, flat, sigma=0.3)) == [late]
+    assert Rule(PatchSchedule(threshold=1.0)).choose(StepContext(5, None, flat, sigma=0.3)) == [4]  # with an adapter
 
 
 # --- latents below float32 ---
@@ -306,19 +241,18 @@ def test_projection_removes_rounding():
 @pytest.mark.parametrize(("guidance", "floor"), [(None, 2.5e-4), (2.0, 4e-4)])
 def test_rounded_latents_do_not_drown_the_signal(guidance, floor, order):
     """A straight path in bfloat16 has third difference zero; its plain difference reads several times tau."""
-    config = ScheduleConfig(threshold=0.0, order=order)
-    policy = make_policy(config)
+    schedule = PatchSchedule(threshold=0.0, order=order)
     start, cond, uncond = path(3, (1, 16, 64, 64))
     v = cond.float() if guidance is None else torch.lerp(uncond.float(), cond.float(), guidance)
-    generation, history = Generation(config), []
+    run, history = RunState(Rule(schedule), schedule), []
     for i in range(50):
         sigma = 1 - i / 50
         z = (start.float() - (1 - sigma) * v).bfloat16()
-        generation.decide(z, sigma, policy, 2, None)
+        run.decide(z, sigma, 2)
         history.append(z)
         for velocity in [cond] if guidance is None else [cond, uncond]:
-            generation.record(velocity.bfloat16(), 0.0)
-    kept = [step.statistics[0] for step in generation.steps]
+            run.record(velocity.bfloat16(), [1], 0.0)
+    kept = [step.statistics[0] for step in run.steps]
     naive = [statistics(difference(history[:i]), 2, (1, 2, 4), 0.4) for i in range(4, 51, 5)]
     assert kept[:order] == [{}] * order
     assert max(max(stats.values()) for stats in kept[order:]) < floor
@@ -327,11 +261,11 @@ def test_rounded_latents_do_not_drown_the_signal(guidance, floor, order):
 
 def test_float32_latents_are_followed_exactly():
     """No projection where nothing is rounded: a curved path keeps its difference."""
-    config = ScheduleConfig(threshold=0.0, difference="plain", order=3)
+    schedule = PatchSchedule(threshold=0.0)
     z = path(6)
-    generation = Generation(config)
+    run = RunState(Rule(schedule), schedule)
     for i, latents in enumerate(z):
-        generation.decide(latents, 1 - i / 50, make_policy(config), 2, None)
-        generation.record(torch.zeros_like(latents), 0.0)
-    expected = statistics(difference(z), 2, config.scales, config.percentile)
-    assert [dict(s) for s in generation.steps[-1].statistics] == expected
+        run.decide(latents, 1 - i / 50, 2)
+        run.record(torch.zeros_like(latents), [1, 1], 0.0)
+    expected = statistics(difference(z), 2, schedule.scales, schedule.percentile)
+    assert [dict(s) for s in run.steps[-1].statistics] == expected
