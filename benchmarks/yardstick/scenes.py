@@ -153,9 +153,7 @@ def arrange(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _apart(spots: np.ndarray, share: float) -> bool:
-    return all(
-        np.hypot(*(a[:2] - b[:2])) >= share * (a[2] + b[2]) for i, a in enumerate(spots) for b in spots[i + 1 :]
-    )
+    return all(np.hypot(*(a[:2] - b[:2])) >= share * (a[2] + b[2]) for i, a in enumerate(spots) for b in spots[i + 1 :])
 
 
 def _as_told(scene: Scene, spots: np.ndarray) -> bool:
