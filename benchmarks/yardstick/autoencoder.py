@@ -26,10 +26,10 @@ def train_vae(folder: Path, pictures: np.ndarray, settings: Settings, device: st
     to scale, as in EQ-VAE (arXiv 2502.09509), so that a small picture and a pooled large one look alike to the flow.
     """
     if (folder / "vae" / "config.json").exists():
-        return AutoencoderKL.from_pretrained(folder / "vae").to(device)  # type: ignore[arg-type]
+        return AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last)
     torch.manual_seed(settings.seed)
-    vae: Any = components.make_vae().to(device)  # type: ignore[arg-type]
-    batch = max(8, settings.batch // 2)
+    vae: Any = components.make_vae().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch = max(8, settings.batch // 3)
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         x = crops(pictures, rng, count=batch, size=64).to(device)
@@ -71,7 +71,7 @@ def crops(pictures: np.ndarray, rng: np.random.Generator, *, count: int, size: i
     for i in range(count):
         y, x = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
         out[i] = pictures[rng.integers(len(pictures)), y : y + size, x : x + size]
-    return to_model(out)
+    return to_model(out).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -83,6 +83,7 @@ def encode(folder: Path, vae: Any, pictures: np.ndarray, size: int, device: str)
         shift, scaling, batches = vae.config["shift_factor"], vae.config["scaling_factor"], []
         for start in range(0, len(pictures), 50):
             x = F.avg_pool2d(to_model(pictures[start : start + 50]).to(device), max(SIZES) // size)
+            x = x.contiguous(memory_format=torch.channels_last)
             z = (vae.encode(x).latent_dist.mean - shift) * scaling
             packed = rearrange(z, "b c (h dy) (w dx) -> b (h w) (c dy dx)", dy=2, dx=2)
             batches.append(packed.half().cpu().numpy())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.yardstick.components import WIDTH, TextEncoders, grid_ids, make_transformer
 from benchmarks.yardstick.config import SIZES, Settings
 from benchmarks.yardstick.fit import Deadline, Loss, Stage, constant, cosine, fit, noise_from, precision, trapezoid
+from benchmarks.yardstick.muon import Muon
 from benchmarks.yardstick.scenes import MOST
 
 
@@ -59,11 +60,12 @@ class Flow(nn.Module):
 
     def mask_loss(self, covers: Tensor) -> Tensor:
         """Cross-entropy of the last call's features with what covers what ``[B, 3, 32, 32]`` in [0, 1]."""
-        assert self._features is not None
-        side = self.SIDE * math.isqrt(self._features.shape[1])
+        features, self._features = self._features, None
+        assert features is not None, "call velocity first"
+        side = self.SIDE * math.isqrt(features.shape[1])
         target = F.adaptive_avg_pool2d(covers, side)
         target = rearrange(target, "b k (h y) (w x) -> b (h w) (k y x)", y=self.SIDE, x=self.SIDE)
-        return F.binary_cross_entropy_with_logits(self.masks(self._features).float(), target)
+        return F.binary_cross_entropy_with_logits(self.masks(features).float(), target)
 
 
 @dataclass
@@ -132,6 +134,7 @@ def train_flow(folder: Path, source: Source, device: str, deadline: Deadline) ->
     ):
         stage = _stage(folder, name, flow, _matching(flow, source, mix), steps, schedule, settings)
         flow.load_state_dict(fit(stage, deadline), strict=False)
+    flow._features = None  # part of a graph if the last step was cut short, and not to be copied
     teacher = copy.deepcopy(flow.requires_grad_(False).eval())
     flow.requires_grad_(True).masks.requires_grad_(False)
     loss = _distilling(flow, teacher, source)
@@ -157,12 +160,13 @@ def _stage(
 
 
 def make_optimizers(flow: Flow, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the transformer's blocks, AdamW for all else, as Muon's authors advise."""
-    blocks = [p for name, p in flow.transformer.named_parameters() if "blocks." in name and p.ndim == 2]
+    """Muon for the blocks' matrices but those of modulation, AdamW for all else, as Muon's authors advise."""
+    named = flow.transformer.named_parameters()
+    blocks = [p for name, p in named if "blocks." in name and "norm" not in name and p.ndim == 2]
     chosen = {id(p) for p in blocks}
     rest = [p for p in flow.parameters() if p.requires_grad and id(p) not in chosen]
     return [
-        torch.optim.Muon(blocks, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(blocks, lr=lr),
         torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 

@@ -55,7 +55,7 @@ class Judge(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures ``[B, 3, 128, 128]`` in [-1, 1] -> map ``[B, 20, 32, 32]``, background ``[B, 6]``."""
-        stem = self.stem(pictures)
+        stem = self.stem(pictures.contiguous(memory_format=torch.channels_last))
         mid = self.mid(stem)
         low = self.low(mid)
         mid = self.join_mid(mid + self.up_mid(F.interpolate(low, scale_factor=2)))
@@ -64,7 +64,7 @@ class Judge(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures ``[B, 3, 128, 128]`` -> ``[B, 128]``: the mean of the coarsest map."""
-        return self.low(self.mid(self.stem(pictures))).mean((2, 3))
+        return self.low(self.mid(self.stem(pictures.contiguous(memory_format=torch.channels_last)))).mean((2, 3))
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -78,7 +78,7 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 def train_judge(folder: Path, drawn: Drawings, settings: Settings, device: str, deadline: Deadline) -> Judge:
     """Train on the drawings, disturbed a little; the weights go to ``judge.safetensors``."""
     torch.manual_seed(settings.seed + 3)
-    judge = Judge().to(device)
+    judge = Judge().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     answers, grounds = labels([parse(prompt) for prompt in drawn.prompts])
     spots = torch.from_numpy(drawn.spots)
 
@@ -121,7 +121,7 @@ def judge_loss(maps: Tensor, ground: Tensor, spots: Tensor, answers: Tensor, gro
     rows, slots = there.nonzero(as_tuple=True)
     column, row = ((spots[rows, slots, k] / CELL).long().clamp(0, 31) for k in (0, 1))
     heat[rows, row, column] = 1.0
-    centre, radius, *told = maps[rows, :, row, column].split(WIDTHS, dim=-1)
+    _, radius, *told = maps[rows, :, row, column].split(WIDTHS, dim=-1)
     p = torch.sigmoid(maps[:, 0]).clamp(1e-4, 1 - 1e-4)
     hit = (heat == 1).float()
     focal = hit * (1 - p).square() * p.log() + (1 - hit) * (1 - heat) ** 4 * p.square() * (1 - p).log()

@@ -61,7 +61,7 @@ def train_text(folder: Path, settings: Settings, device: str, deadline: Deadline
 
 
 def parse_loss(batch: list[Scene], nouns: Tensor, whole: Tensor) -> Tensor:
-    """Cross-entropy of all a prompt says, read off its shape words ``[B, T, K]`` and off the pooled vector ``[B, L]``."""
+    """Cross-entropy of all a prompt says, read off its shape words ``[B, T, K]`` and the pooled vector ``[B, L]``."""
     rows, columns, ranks, targets = [], [], [], []
     for b, scene in enumerate(batch):
         words = scene.prompt.split()
