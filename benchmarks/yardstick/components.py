@@ -34,6 +34,7 @@ def make_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        shift_factor=0.0,
         sample_size=128,
     )
 
