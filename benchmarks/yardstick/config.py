@@ -14,8 +14,8 @@ class Settings:
     """All stages; the defaults are for two CPU cores, `gpu` has those for a GPU."""
 
     pictures: int = 16_000
-    vae_steps: int = 1_500
-    text_steps: int = 500
+    vae_steps: int = 4_000
+    text_steps: int = 1_000
     low_steps: int = 6_000
     """Of the flow at 64 pixels (stage A)."""
     high_steps: int = 8_000
@@ -50,4 +50,4 @@ class Settings:
 def gpu(**changes) -> Settings:
     """Settings for a GPU: larger batches, more pictures, more steps."""
     large = {"pictures": 60_000, "batch": 128, "low_steps": 15_000, "high_steps": 20_000, "distil_steps": 2_000}
-    return Settings(**{**large, "lr": 2e-3, "vae_steps": 4_000, "ema": 0.999, "compile": True, **changes})
+    return Settings(**{**large, "lr": 2e-3, "vae_steps": 12_000, "ema": 0.999, "compile": True, **changes})
