@@ -1,0 +1,168 @@
+"""The one training loop of all stages."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddit.files import replacing
+from ddit.progress import progress
+
+Loss = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
+"""Loss of a step, and figures for the log; called with the step's number and a generator of its own."""
+LOG_EVERY = 10
+"""Steps between two lines of the log."""
+
+
+class OutOfTime(Exception):
+    """The time given has passed; a checkpoint was written, and the same call goes on from it."""
+
+
+class Deadline:
+    """A time budget in seconds shared by all stages; None has no end."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() >= self.end
+
+
+@dataclass
+class Stage:
+    """What `fit` trains, and how."""
+
+    name: str
+    checkpoint: Path
+    """Beside it lies a log, a line of JSON every `LOG_EVERY` steps."""
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    loss: Loss
+    steps: int
+    schedule: Callable[[int, int], float]
+    """Factor of the learning rates at a step of so many."""
+    seed: int
+    ema: float = 0.0
+    every: int = 200
+    """Steps between checkpoints."""
+
+
+def fit(stage: Stage, deadline: Deadline | None = None) -> dict[str, Tensor]:
+    """Train, from the checkpoint on where there is one; every step draws from a generator of its own.
+
+    Returns:
+        The averages of the weights that are trained.
+
+    Raises:
+        OutOfTime: After a checkpoint was written.
+        FloatingPointError: When the loss is no longer finite; the last checkpoint stays.
+    """
+    trained = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in trained.items()}
+    first = _resume(stage, average)
+    stage.model.train()
+    started = time.monotonic()
+    with progress(stage.name, stage.steps, done=first) as advance:
+        for step in range(first, stage.steps):
+            figures = _step(stage, step, trained, average)
+            advance(**figures)
+            if (step + 1) % LOG_EVERY == 0:
+                rate = (step + 1 - first) / (time.monotonic() - started)
+                _log(stage.checkpoint.with_suffix(".jsonl"), {"step": step + 1, **figures, "steps_per_s": rate})
+            late = deadline is not None and deadline.passed
+            if (step + 1) % stage.every == 0 or step + 1 == stage.steps or late:
+                _save(stage, average, step + 1)
+            if late and step + 1 < stage.steps:
+                raise OutOfTime(f"{stage.name}: out of time after {step + 1} of {stage.steps} steps")
+    stage.model.eval()
+    return average
+
+
+def _step(stage: Stage, step: int, trained: dict[str, Any], average: dict[str, Tensor]) -> dict[str, float]:
+    loss, figures = stage.loss(step, np.random.default_rng([stage.seed, step]))
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{stage.name}: the loss is {value} at step {step}; lower the learning rate")
+    factor = stage.schedule(step, stage.steps)
+    for optimizer in stage.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+    for optimizer in stage.optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("full_lr", group["lr"])
+            group["lr"] = factor * group["full_lr"]
+        optimizer.step()
+    decay = min(stage.ema, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in trained.values()], 1 - decay)
+    return {"loss": round(value, 5), **figures}
+
+
+def _resume(stage: Stage, average: dict[str, Tensor]) -> int:
+    """Load the checkpoint into the stage and the averages; returns the number of steps done."""
+    if not stage.checkpoint.exists():
+        return 0
+    device = next(stage.model.parameters()).device
+    try:
+        state = torch.load(stage.checkpoint, weights_only=True, map_location=device)
+        stage.model.load_state_dict(state["model"])
+    except Exception as error:
+        raise ValueError(f"cannot go on from {stage.checkpoint}: {error}; delete it to start the stage anew") from error
+    for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    average.update(state["average"])
+    return state["step"]
+
+
+def _save(stage: Stage, average: dict[str, Tensor], step: int) -> None:
+    state = {
+        "model": stage.model.state_dict(),
+        "average": average,
+        "optimizers": [optimizer.state_dict() for optimizer in stage.optimizers],
+        "step": step,
+    }
+    with replacing(stage.checkpoint) as partial:
+        torch.save(state, partial)
+
+
+def _log(path: Path, figures: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({k: round(v, 5) for k, v in figures.items()}) + "\n")
+
+
+def cosine(step: int, steps: int, warmup: int = 50) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def constant(step: int, steps: int, warmup: int = 100) -> float:
+    """Linear warm-up, then 1."""
+    return min(1.0, (step + 1) / warmup)
+
+
+def trapezoid(step: int, steps: int, warmup: int = 100, decay_from: float = 0.7) -> float:
+    """Linear warm-up, constant, then linear to zero."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / ((1 - decay_from) * steps))
+
+
+def precision(device: str) -> Any:
+    """Autocast to bfloat16 where that is fast: on a GPU, and on CPUs with tile registers (AMX)."""
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.autocast(device, torch.bfloat16) if device != "cpu" or tiles() else nullcontext()
+
+
+def noise_from(rng: np.random.Generator, device: str) -> torch.Generator:
+    """A generator on ``device`` that follows from the step's."""
+    return torch.Generator(device).manual_seed(int(rng.integers(2**62)))
