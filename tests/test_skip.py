@@ -387,7 +387,8 @@ def test_the_paper_has_a_preset_that_says_it_is_not_calibrated():
 def test_a_schedule_that_is_not_given_is_the_presets(tmp_path):
     preset = Preset(patches=ddit.PatchSchedule(threshold=0.5), skip=SkipSchedule(threshold=0.1))
     preset.save(tmp_path)
-    assert Preset.load(tmp_path) == preset
+    loaded = Preset.load(tmp_path)
+    assert (loaded.patches, loaded.skip) == (preset.patches, preset.skip)
     assert ddit.apply(tiny.pipeline(), preset=tmp_path).plan.measure.threshold == 0.5
 
 

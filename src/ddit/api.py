@@ -173,7 +173,7 @@ def _load_adapter(
             f"set scales to {(1, *adapter.scales)} or fewer, or leave the adapter out (--adapter none)"
         )
     coarse = getattr(schedule, "coarse", None)
-    if coarse not in (None, type(schedule).coarse, adapter.coarse):
+    if coarse not in (None, PatchSchedule().coarse, adapter.coarse):
         raise ValueError(
             f"the schedule asks for {coarse}, the adapter was trained for {adapter.coarse}; "
             "leave coarse out of the schedule, or the adapter (--adapter none)"
@@ -227,7 +227,9 @@ def _skipping(
     speedup, patch = skip.speedup, architecture.patch_size
 
     def make(correction: float) -> Skipper:
-        policy = SkipRule(threshold, patch) if speedup is None else SkipPlan(speedup, correction)
-        return Skipper(policy, corrector)
+        if speedup is not None:
+            return Skipper(SkipPlan(speedup, correction), corrector)
+        assert threshold is not None, "a skip schedule has one wish"
+        return Skipper(SkipRule(threshold, patch), corrector)
 
     return make, corrector, speedup

@@ -23,7 +23,7 @@ def check_choice(name: str, value: object, options: Any) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
-def check_number(name: str, value: object, low: float, high: float) -> None:
+def check_number(name: str, value: Any, low: float, high: float) -> None:
     """Refuse what is no number in ``[low, high]``."""
     ok = isinstance(value, int | float) and not isinstance(value, bool)
     if not ok or not math.isfinite(value) or not low <= value <= high:

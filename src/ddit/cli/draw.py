@@ -242,6 +242,11 @@ class Drawing:
         return cls(args, pipe, method, words, settings, suffix)
 
     @property
+    def patches(self) -> Any:
+        """The schedule of patches."""
+        return self.method.patches
+
+    @property
     def seeds(self) -> list[int]:
         return [self.args.seed + i for i in range(self.args.num_images)]
 
@@ -254,7 +259,7 @@ class Drawing:
             "model": args.model,
             "call": self.settings,
             "method": self.words,
-            "patches": self.method.patches.to_dict(),
+            "patches": self.patches.to_dict(),
             "skip": self.method.skip and self.method.skip.to_dict(),
         }
 
@@ -281,8 +286,8 @@ class Drawing:
         written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
         if plot is not None:
             plot.parent.mkdir(parents=True, exist_ok=True)
-            patches = self.method.patches
-            report.plot(plot, threshold=patches.threshold if isinstance(patches, PatchSchedule) else None)
+            rule = self.patches
+            report.plot(plot, threshold=rule.threshold if isinstance(rule, PatchSchedule) else None)
             written.append(plot)
         return result, written
 

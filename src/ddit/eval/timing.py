@@ -262,13 +262,12 @@ def paper_like(total: int, costs: Mapping[int, float], speedup: float = 2.18) ->
         costs: Scale -> work of a step.
     """
     warm, scales = min(3, total), sorted(costs)
-    schedule = [1] * total
-    for coarse in range(total - warm + 1):
+
+    def of(coarse: int) -> list[int]:
         large = [scales[-1]] * (coarse // 2) + [scales[1]] * (coarse - coarse // 2)
-        schedule = [1] * warm + large + [1] * (total - warm - coarse)
-        if predicted(schedule, costs) >= speedup:
-            break
-    return schedule
+        return [1] * warm + large + [1] * (total - warm - coarse)
+
+    return min(map(of, range(total - warm + 1)), key=lambda schedule: abs(predicted(schedule, costs) - speedup))
 
 
 @torch.no_grad()

@@ -106,11 +106,8 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _count_adapter(costs: Costs, length: Mapping[Kind, int], config: Mapping[str, Any], scale: int) -> int:
     """Operations of an adapter's parts at a scale: those per large patch, and LoRA per row of its layer."""
-    if not config["asks"]:
-        return 0
-    outputs, width = config["features"] * scale * scale, config["width"]
-    inputs = outputs * (2 if config["anchored"] else 1)
-    total = 2 * length["image"] * (inputs * width + width * outputs + (inputs * outputs if config["residual"] else 0))
+    features, width = config["features"] * scale * scale, config["width"]
+    total = 2 * length["image"] * (2 * features * width + (features**2 if config["residual"] else 0))
     for name, sizes in config["layers"].items():
         kind = _kind(costs, name)
         assert kind is not None, "feed-forward layers of an architecture are among those it declares"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ddit.config import Positions, Start, check_choice, form_of_adapter
+from ddit.config import Positions, Start, check_choice
 
 OptimizerName = Literal["prodigy", "adamw"]
 Weighting = Literal["relative", "bounded", "none", "sigma_sqrt", "cosmap"]
@@ -25,8 +25,10 @@ CHOICES: dict[str, Any] = {
     "start": Start,
     "positions": Positions,
 }
-OF_ASKING = ("rank", "residual", "size_vector", "weighting")
-"""Fields that mean nothing to an adapter which does not ask the model."""
+OF_PATCHES = ("scales", "rank", "start", "positions", "residual", "size_vector", "weighting")
+"""Fields that mean nothing to a corrector."""
+OF_CORRECTOR = ("speedups",)
+"""Fields that mean nothing to an adapter for large patches."""
 LIVE = ("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out")
 """Fields that may change when a run is resumed."""
 
@@ -40,7 +42,7 @@ class TrainConfig:
     """
 
     out: str = "runs/adapter"
-    """Folder of the run: samples, checkpoints, log, and the adapter in ``adapter``."""
+    """Folder of the run: samples, checkpoints, log, and the result in ``adapter`` or ``corrector``."""
     model: str = "embedded"
     """Base: folder or hub id of a diffusers pipeline."""
     prompts: str | None = None
@@ -51,31 +53,28 @@ class TrainConfig:
     count: int | None = None
     """Number of prompts taken from the file; by default all."""
     sample_steps: tuple[int, ...] | None = None
-    """Denoising steps of a sample; by default the model's own. Several, for an adapter that does not ask, make it one
-    for all of them: each prompt is drawn with each, and drawn anew as often as it has steps."""
+    """Denoising steps of a sample; by default the model's own. A corrector may learn from several: each prompt is drawn
+    with each, and drawn anew as often as it has steps."""
     sample_batch: int = 8
     """Samples drawn at once."""
     shard: int = 64
     """Samples per file."""
     speedups: tuple[float, float] = (2.0, 6.0)
-    """Lowest and highest speedup of the runs that are learnt from, without asking large patches; each draws one
-    between. Take those of later use."""
+    """Of a corrector: lowest and highest speedup of the runs that it learns from; each draws one between."""
     height: int | None = None
     width: int | None = None
 
     scales: tuple[int, ...] = (2, 4)
     """Scales above 1 to train."""
-    asks: bool | None = None
-    """Whether large patches ask the model, as in the paper. By default they don't where steps are anchored, since the
-    work is better spent on steps at scale 1: a path past the model then mends forecasts."""
+    corrector: bool = False
+    """Train a `ddit.ForecastCorrector`, which corrects forecasts of skipped steps, instead of an adapter for large
+    patches."""
     rank: int = 32
     """Rank of LoRA; 0 leaves it out."""
     start: Start = "noise-consistent"
     """What the adapter adds to: the training-free step, or the paper's initialisation (``bilinear``)."""
     positions: Positions | None = None
     """Positions of large patches; by default ``grid``, for ``bilinear`` the paper's ``interpolated``."""
-    anchored: bool | None = None
-    """Whether large patches start from the last step at scale 1; by default yes, for ``bilinear`` no (the paper's)."""
     residual: bool = True
     """Whether there is a residual path."""
     size_vector: bool = True
@@ -99,10 +98,10 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.999
     """Decay of the average of the weights that is saved; 0 saves the last weights."""
-    weighting: Weighting = "relative"
-    """Weight of a noise level in the loss. ``relative``: sigma / (1 - sigma), since errors of anchored steps grow as
-    its inverse: all levels then count alike. ``bounded``: 1, and below sigma = .25 falling as sigma squared, since the
-    velocity of what lies inside a large patch divides by sigma. ``none`` is the paper's; the others are SD3's."""
+    weighting: Weighting = "none"
+    """Weight of a noise level in the loss. ``none`` is the paper's. ``relative``: sigma / (1 - sigma). ``bounded``: 1,
+    and below sigma = .25 falling as sigma squared, since the velocity of what lies inside a large patch divides by
+    sigma. The others are SD3's."""
 
     dtype: Dtype = "float32"
     """Of the frozen base."""
@@ -129,24 +128,16 @@ class TrainConfig:
             if name != "positions" or self.positions is not None:
                 check_choice(name, getattr(self, name), options)
         object.__setattr__(self, "scales", tuple(self.scales))
-        object.__setattr__(self, "asks", form_of_adapter(self.start, self.anchored, self.asks)[1])
-        if not self.asks:
-            default = {f.name: f.default for f in fields(self)}
-            idle = [name for name in OF_ASKING if getattr(self, name) != default[name]]
-            if idle:
-                raise ValueError(
-                    f"an adapter that does not ask the model at large patches has no {', '.join(idle)}; "
-                    "set asks too (--asks), or leave that out"
-                )
+        self._refuse_idle()
         if self.sample_steps is not None:
             object.__setattr__(self, "sample_steps", tuple(self.sample_steps))
             for number in self.sample_steps:
                 _at_least("sample_steps", number, 1)
             if len(set(self.sample_steps)) != len(self.sample_steps) or not self.sample_steps:
                 raise ValueError(f"sample_steps are {self.sample_steps}; they must be distinct, and one at least")
-            if self.asks and len(self.sample_steps) > 1:
+            if not self.corrector and len(self.sample_steps) > 1:
                 raise ValueError(
-                    f"an adapter that asks learns from runs of one number of steps, not {self.sample_steps}"
+                    f"an adapter for large patches learns from runs of one number of steps, not {self.sample_steps}"
                 )
         counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
         for name in (*counts, "validate_every", "validation"):
@@ -166,6 +157,16 @@ class TrainConfig:
         if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
             raise ValueError(f"lr is {self.lr!r}; it must be a number above 0")
 
+    def _refuse_idle(self) -> None:
+        """Refuse what would have no effect on the kind of part that is trained."""
+        default = {f.name: f.default for f in fields(self)}
+        kind, foreign = (
+            ("a corrector", OF_PATCHES) if self.corrector else ("an adapter for large patches", OF_CORRECTOR)
+        )
+        idle = [name for name in foreign if tuple_of(getattr(self, name)) != tuple_of(default[name])]
+        if idle:
+            raise ValueError(f"{kind} has no {', '.join(idle)}; leave that out, or train the other kind (--corrector)")
+
     @property
     def learning_rate(self) -> float:
         return self.lr or {"prodigy": 1.0, "adamw": 1e-4}[self.optimizer]
@@ -173,7 +174,7 @@ class TrainConfig:
     @property
     def adapter_settings(self) -> dict[str, Any]:
         """Arguments of `ddit.PatchAdapter.for_model`."""
-        names = ("scales", "rank", "start", "positions", "anchored", "residual", "size_vector", "asks")
+        names = ("scales", "rank", "start", "positions", "residual", "size_vector")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -201,6 +202,11 @@ class TrainConfig:
         """Fields in which a resumed run may not differ, and do: name -> (here, there)."""
         mine, theirs = self.to_dict(), other.to_dict()
         return {k: (v, theirs[k]) for k, v in mine.items() if k not in LIVE and v != theirs[k]}
+
+
+def tuple_of(value: Any) -> Any:
+    """Lists as tuples, so that settings read from JSON compare."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _at_least(name: str, value: object, low: int) -> None:

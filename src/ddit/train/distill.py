@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
-from ddit.anchor import Anchor
-from ddit.config import ScheduleConfig
+from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs
-from ddit.patches import detail_variance, half_log_snr
+from ddit.patches import detail_variance
 from ddit.train.config import TrainConfig
 from ddit.train.samples import Samples
+
+FINEST = 1e-3
+"""Added to what is divided by, so that the weight of pure noise is finite."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,8 @@ class Draw:
 def draw(config: TrainConfig, samples: Samples, records: int, step: int, number: int) -> Draw:
     """The same for the same seed, step and number within the step's global batch, on any number of processes."""
     rng = np.random.default_rng([config.seed, step, number])
-    among = bisect_left(samples.usable, records)
-    record, scale = samples.usable[int(rng.integers(among))], int(rng.choice(config.scales))
-    return Draw(record, scale, int(rng.choice(samples.coarse(record))))
+    record, scale = int(rng.integers(records)), int(rng.choice(config.scales))
+    return Draw(record, scale, int(rng.integers(len(samples.sigmas))))
 
 
 @dataclass
@@ -51,22 +51,16 @@ class Batch:
     """``[B]``"""
     target: Tensor
     """The model's own velocity ``[B, C, ..., H, W]``, float32."""
-    anchor: Anchor
-    """The last step at scale 1 before, on lines through the one before that."""
 
 
 def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Draw], device: Any, dtype: Any) -> Batch:
-    """Steps with large patches as they were met, with the base's own velocity there."""
-    records = [d.record for d in draws]
-    steps = [[*samples.anchors(d.record, d.step), d.step] for d in draws]
-    latents, velocities, call = samples.load(records, steps)
+    """Steps of plain runs, with the base's own velocity there."""
+    latents, velocities, call = samples.load([d.record for d in draws], [[d.step] for d in draws])
     call = {k: placed(v, device, dtype if k in architecture.batched else None) for k, v in call.items()}
-    table = torch.tensor([[samples.sigmas[i] for i in chosen] for chosen in steps], device=device)
-    (z0, z1, z), (v0, v1, v) = (list(x.to(device).float().unbind(1)) for x in (latents, velocities))
-    sigma0, sigma1, sigma = table.unbind(1)
-    anchor = Anchor.after(z1, sigma1, v1, Anchor.after(z0, sigma0, v0))
+    sigma = torch.tensor([samples.sigmas[d.step] for d in draws], device=device)
+    z, target = (x[:, 0].to(device).float() for x in (latents, velocities))
     inputs = architecture.renoised(call, z.to(dtype), sigma)
-    return Batch(inputs, [d.scale for d in draws], sigma, v, anchor)
+    return Batch(inputs, [d.scale for d in draws], sigma, target)
 
 
 def placed(value: Any, device: Any, dtype: Any) -> Any:
@@ -87,7 +81,7 @@ def groups(scales: Sequence[int]) -> dict[int, list[int]]:
 def errors(
     transformer: Any,
     architecture: Architecture,
-    form: ScheduleConfig,
+    coarse: Coarse,
     adapter: PatchAdapter | None,
     variance: Mapping[int, Tensor],
     batch: Batch,
@@ -96,14 +90,13 @@ def errors(
 ) -> Tensor:
     """Mean squared error of the coarse velocity of each row, ``[rows]``.
 
-    ``adapter=None`` is the step without: by a forecast where there are anchors, else the training-free one.
+    ``adapter=None`` is the training-free step.
     """
     velocity = architecture.coarse_step(
         transformer.forward,
         architecture.rows(batch.inputs, rows),
         scale,
-        form,
-        anchor=batch.anchor.rows(rows) if form.anchored else None,
+        coarse,
         variance=variance.get(scale),
         adapter=adapter,
     )
@@ -113,7 +106,7 @@ def errors(
 def weights(kind: str, sigma: Tensor) -> Tensor:
     """Weight of each noise level ``[B]`` in the loss (see `TrainConfig.weighting`)."""
     if kind == "relative":
-        return torch.exp(-half_log_snr(sigma))
+        return (sigma + FINEST) / (1 - sigma + FINEST)
     if kind == "bounded":
         return (sigma / 0.25).square().clamp_max(1)
     return compute_loss_weighting_for_sd3(kind, sigma)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddit.adapter import PatchAdapter
 from ddit.known import meta_transformer
 from ddit.train.config import TrainConfig
-from ddit.train.trainer import make_optimizer
+from ddit.train.trainer import make_optimizer, new_part
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
@@ -22,10 +21,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """
     transformer = meta_transformer(config.model)
     with torch.device("meta"):
-        adapter = PatchAdapter.for_model(transformer, **config.adapter_settings)
+        adapter = new_part(transformer, config)
     parts: dict[str, int] = {}
     for name, p in adapter.named_parameters():
-        part = name.split(".")[2] if adapter.asks else "path"
+        part = "path" if config.corrector else name.split(".")[2]
         parts[part] = parts.get(part, 0) + p.numel()
     trained = sum(parts.values())
     started = sum(p.numel() for name, p in adapter.named_parameters() if _STARTED.search(name))

@@ -1,8 +1,8 @@
-"""The loss of an adapter that mends forecasts: how far runs with them end up from the plain run.
+"""The loss of a corrector: how far runs with corrected forecasts end up from the plain run.
 
 The error of single forecasts is not it. A line through the model's own answers is off along the path, which the next
-step at scale 1 mends; a smaller error in any other direction stays, and is carried on by the next forecast. So runs are
-drawn anew by the pipeline's own sampler, forecasts and steps at scale 1 by turns, and gradients flow through the frozen
+called step mends; a smaller error in any other direction stays, and is carried on by the next forecast. So runs are
+drawn anew by the pipeline's own sampler, forecasts and called steps by turns, and gradients flow through the frozen
 model. They are cut every few gaps (truncated backpropagation through time), errors are not: a small one that is
 the same in every gap shows at the end of a run only. Errors count where gradients are cut, not before: runs that end
 nearest to the plain one need not be the nearest after each gap.
@@ -18,18 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddit.adapter import PatchAdapter
-from ddit.anchor import Anchor
-from ddit.config import ScheduleConfig
-from ddit.dial import Budget
 from ddit.models.base import Architecture, Inputs, first
+from ddit.skip.corrector import ForecastCorrector
+from ddit.skip.forecast import Reference
+from ddit.skip.policy import SkipPlan
 from ddit.train.config import TrainConfig
 from ddit.train.distill import placed
 from ddit.train.sampler import Sampler, cut, moved
 from ddit.train.samples import Samples
 
 STRETCH = 6
-"""Gaps between steps at scale 1 through which gradients flow together."""
+"""Gaps between called steps through which gradients flow together."""
 COMPANY = 4
 """Samples of a global batch that share a course, so that they are called together."""
 
@@ -38,9 +37,8 @@ COMPANY = 4
 class Course:
     """What chance decides for some runs of one optimiser step."""
 
-    scale: int
     fine: tuple[int, ...]
-    """Numbers of the steps at scale 1 of a plan."""
+    """Numbers of the called steps of a plan."""
     gaps: range
     """Indices into these of the gaps that runs go through, from the plain path on."""
     which: int = 0
@@ -53,7 +51,7 @@ class Course:
 
 
 def ends(fine: Sequence[int], total: int) -> list[int]:
-    """Where the gaps after each step at scale 1 end: at the next, the last at the number of steps."""
+    """Where the gaps after each called step end: at the next, the last at the number of steps."""
     return [*fine[1:], total]
 
 
@@ -62,10 +60,9 @@ def learnable(fine: Sequence[int], total: int) -> list[int]:
     return [j for j, end in enumerate(ends(fine, total)) if j > 0 and end - fine[j] > 1]
 
 
-def plan(speedup: float, scale: int, sigmas: Sequence[float]) -> tuple[int, ...]:
-    """Numbers of the steps at scale 1 under a speedup, where forecasts cost nothing."""
-    budget = Budget(ScheduleConfig(speedup=min(speedup, len(sigmas) / 2), scales=(1, scale)))
-    return tuple(i for i, s in enumerate(budget.plan(sigmas, {1: 1.0, scale: 0.0})) if s == 1)
+def plan(speedup: float, sigmas: Sequence[float]) -> tuple[int, ...]:
+    """Numbers of the called steps under a speedup."""
+    return tuple(sorted(SkipPlan(min(speedup, len(sigmas) / 2)).plan(sigmas)))
 
 
 def draw_course(config: TrainConfig, sets: Sequence[Sequence[float]], step: int, number: int) -> Course:
@@ -79,17 +76,16 @@ def draw_course(config: TrainConfig, sets: Sequence[Sequence[float]], step: int,
     """
     rng = np.random.default_rng([config.seed, step, number // COMPANY])
     low, high = np.log(config.speedups)
-    scale = int(rng.choice(config.scales))
     counts = np.array([len(sigmas) for sigmas in sets])
     which = int(rng.choice(len(sets), p=counts / counts.sum()))
     sigmas = sets[which]
-    fine = plan(float(np.exp(rng.uniform(low, high))), scale, sigmas)
+    fine = plan(float(np.exp(rng.uniform(low, high))), sigmas)
     able = learnable(fine, len(sigmas))
     if not able:
         raise ValueError(
             f"speedups {config.speedups} leave no step of {len(sigmas)} to forecasts; give higher --speedups"
         )
-    return Course(scale, fine, range(able[0], able[-1] + 1), which)
+    return Course(fine, range(able[0], able[-1] + 1), which)
 
 
 def draw_run(config: TrainConfig, count: int, step: int, number: int) -> int:
@@ -136,9 +132,9 @@ class Walk:
     """Of all guidance passes, one after another."""
     scheduler: Any
     """At the step where these start."""
-    adapter: PatchAdapter | None
+    corrector: ForecastCorrector | None
     hidden: Tensor | None = None
-    """What the adapter heard of the model's last call."""
+    """What the model's last layer read in the last call."""
 
     @property
     def sigmas(self) -> list[float]:
@@ -152,22 +148,29 @@ class Walk:
         """The same latents for all passes."""
         return z.repeat(self.runs.samples.passes, *[1] * (z.ndim - 1))
 
-    def anchor(self, z: Tensor, velocity: Tensor, step: int, before: Anchor | None) -> Anchor:
-        """The step at scale 1 that the passes answered so."""
+    def reference(self, z: Tensor, velocity: Tensor, step: int, before: Reference | None) -> Reference:
+        """The called step that the passes answered so."""
         sigma, end = (torch.full((len(velocity),), self.sigmas[k], device=z.device) for k in (step, step + 1))
-        return Anchor.after(self.each(z), sigma, velocity, before, end=end, hidden=self.hidden)
+        return Reference.after(self.each(z), sigma, velocity, before, end=end, hidden=self.hidden)
 
     def inputs(self, z: Tensor, step: int) -> Inputs:
         """Calls of all passes at a step."""
         wide = self.each(z).to(self.runs.dtype)
         return self.architecture.renoised(self.call, wide, torch.full((len(wide),), self.sigmas[step], device=z.device))
 
-    def asked(self, z: Tensor, step: int) -> Tensor:
-        """What the model answers at scale 1, all passes."""
+    def called(self, z: Tensor, step: int) -> Tensor:
+        """What the model answers, all passes."""
         height, width = z.shape[-2:]
         output = first(self.transformer.forward(**self.inputs(z, step)))
-        self.hidden = None if self.adapter is None else self.adapter.heard()
+        self.hidden = None if self.corrector is None else self.corrector.take_hidden()
         return self.architecture.velocity(output, (height, width)).float()
+
+    def forecast(self, z: Tensor, step: int, reference: Reference) -> Tensor:
+        """What a skipped step takes for the model's answers, all passes."""
+        wide = self.each(z)
+        sigma = torch.full((len(wide),), self.sigmas[step], device=z.device)
+        velocity = reference.forecast(wide, sigma)
+        return velocity if self.corrector is None else self.corrector.correct(velocity, sigma, reference)
 
     def moved(self, z: Tensor, velocity: Tensor) -> Tensor:
         """Latents at the next step."""
@@ -186,8 +189,7 @@ class Walk:
 def errors(
     transformer: Any,
     architecture: Architecture,
-    form: ScheduleConfig,
-    adapter: PatchAdapter | None,
+    corrector: ForecastCorrector | None,
     runs: Runs,
     course: Course,
 ) -> Iterator[Tensor]:
@@ -197,12 +199,12 @@ def errors(
     through the stretch.
 
     Args:
-        adapter: Attached to the transformer; ``None`` for forecasts without.
+        corrector: Attached to the transformer; ``None`` for forecasts without.
     """
     total = len(runs.samples.sigmas)
     fine, gaps = course.fine, course.gaps
     at_end, marks = ends(fine, total), course.marks
-    # Of the plain path: what the sampler looks back on, steps at scale 1 before the start, it, what to compare with.
+    # Of the plain path: what the sampler looks back on, called steps before the start, it, what to compare with.
     behind = fine[gaps[0]] if runs.sampler.looks_back else 0
     earlier = fine[max(0, gaps[0] - 2) : gaps[0]]
     there = [*earlier, fine[gaps[0]], *(at_end[j] for j in marks if at_end[j] < total)]
@@ -210,32 +212,29 @@ def errors(
     plain = ((latents[:, i], velocities[:, :, i].flatten(0, 1)) for i in range(behind, behind + len(there)))
     past = runs.sampler.mixed(velocities[:, :, :behind])
     scheduler = runs.sampler.taken_up(latents[:, :behind], past, fine[gaps[0]])
-    walk = Walk(transformer, architecture, runs, call, scheduler, adapter)
-    anchor = None
+    walk = Walk(transformer, architecture, runs, call, scheduler, corrector)
+    reference = None
     for step in earlier:
-        anchor = walk.anchor(*next(plain), step, anchor)
+        reference = walk.reference(*next(plain), step, reference)
     z, velocity = next(plain)
-    if adapter is not None:  # which listens; without one the stored answer will do
+    if corrector is not None:  # which listens; without one the stored answer will do
         with torch.no_grad():
-            velocity = walk.asked(z, fine[gaps[0]])
+            velocity = walk.called(z, fine[gaps[0]])
     for j in gaps:
         step, end = fine[j], at_end[j]
-        anchor = walk.anchor(z, velocity, step, anchor)
+        reference = walk.reference(z, velocity, step, reference)
         z = walk.moved(z, velocity)
         for k in range(step + 1, end):
-            velocity = architecture.coarse_step(
-                transformer.forward, walk.inputs(z, k), course.scale, form, anchor=anchor, adapter=adapter
-            )
-            z = walk.moved(z, velocity)
+            z = walk.moved(z, walk.forecast(z, k, reference))
         if end < total:
-            velocity = walk.asked(z, end)
+            velocity = walk.called(z, end)
         if j in marks:
             if end < total:
                 distance = walk.clean(z, velocity, end) - walk.clean(*next(plain), end)
             else:
                 distance = z - runs.clean()
             yield distance.square().flatten(1).mean(1)
-            z, velocity, anchor = z.detach(), velocity.detach(), anchor.detach()
+            z, velocity, reference = z.detach(), velocity.detach(), reference.detach()
             walk.cut()
 
 

@@ -14,7 +14,7 @@ class Sampler:
     """The scheduler of a pipeline along the noise levels of some samples.
 
     Args:
-        scheduler: Of diffusers, one that asks the model once a step, adds no noise of its own, and whose steps are
+        scheduler: Of diffusers, one that calls the model once a step, adds no noise of its own, and whose steps are
             linear in latents and velocities: Euler's, UniPC, DPM++.
         samples: Plain runs that it drew.
 
@@ -80,8 +80,8 @@ class Sampler:
     def _refusal(self, why: str) -> str:
         sampler = type(self.scheduler).__name__
         return (
-            f"the runs in {self.samples.folder}, drawn by {sampler}, can't be drawn anew, which mending forecasts "
-            f"needs: {why}; take another sampler for the pipeline, or train with --asks"
+            f"the runs in {self.samples.folder}, drawn by {sampler}, can't be drawn anew, which a corrector "
+            f"needs: {why}; take another sampler for the pipeline, or train an adapter for large patches"
         )
 
 

@@ -1,9 +1,7 @@
 """What an adapter is distilled on: runs of the base, and what the base says at each of their steps.
 
-An adapter that asks the model learns from training-free runs. They leave the plain path a little. Their latents are
-those that it meets in use, and the base's velocity there is what it should have answered (DAgger, arXiv 1011.0686). One
-that mends forecasts runs anew in training (`ddit.train.sampler`) and needs plain runs, which it should not leave.
-Sharded safetensors, resumable.
+Plain runs: the latents of every step, and what the base answered there, so that training asks no teacher. A corrector
+runs anew from them in training (`ddit.train.sampler`). Sharded safetensors, resumable.
 """
 
 from __future__ import annotations
@@ -11,34 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddit.adapter import config_hash
-from ddit.api import apply
-from ddit.config import ScheduleConfig
-from ddit.dial import Budget
 from ddit.files import replacing, write_json
 from ddit.generate import call_settings, check_call, recorded
 from ddit.models import architecture_for
-from ddit.models.base import Inputs, first
+from ddit.models.base import Inputs
 from ddit.preset import Preset, for_batch
+from ddit.pretrained import config_hash
 from ddit.progress import progress
-from ddit.schedule import Moment
 from ddit.train.config import TrainConfig
 
 MANIFEST = "samples.json"
-VERSION = 4
-"""Of the files. Version 1 held clean latents alone, version 2 runs under the rule, version 3 no sampler."""
+VERSION = 5
+"""Of the files."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +58,6 @@ class Samples:
 
     def prompt(self, index: int) -> str:
         return self.manifest["prompts"][index // self.passes]
-
-    @cached_property
-    def scales(self) -> list[list[int]]:
-        """Scale of every step of each run."""
-        count = -(-len(self.manifest["prompts"]) // self.manifest["shard"])
-        return [row for n in range(count) for row in self._read(n, lambda file: file.get_tensor("scales").tolist())]
-
-    def coarse(self, index: int) -> list[int]:
-        """Steps of a record's run with large patches that have two at scale 1 before them."""
-        scales = self.scales[index // self.passes]
-        return [i for i, scale in enumerate(scales) if scale > 1 and scales[:i].count(1) > 1]
-
-    @cached_property
-    def usable(self) -> list[int]:
-        """Records that have such steps."""
-        return [i for i in range(len(self)) if self.coarse(i)]
-
-    def anchors(self, index: int, step: int) -> list[int]:
-        """The last two steps at scale 1 before a step, newest last."""
-        scales = self.scales[index // self.passes]
-        return [i for i in range(step) if scales[i] == 1][-2:]
 
     def clean(self, index: int) -> Tensor:
         """Where a record's run ended, ``[1, C, ..., H, W]``."""
@@ -137,19 +109,6 @@ class Samples:
             ) from error
 
 
-class Varied:
-    """A speedup of its own for each sample of the batch."""
-
-    blind = True
-
-    def __init__(self, speedups: Sequence[float]) -> None:
-        self.budgets = [Budget(ScheduleConfig(speedup=s)) for s in speedups]
-
-    def choose(self, moment: Moment) -> list[int]:
-        each = zip(self.budgets, moment.stats, strict=True)
-        return [budget.choose(replace(moment, stats=[stats]))[0] for budget, stats in each]
-
-
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"samples-{number:05d}.safetensors"
 
@@ -184,11 +143,9 @@ def draw_samples(
     settings: dict[str, Any],
     prompts: list[str] | None,
     *,
-    speedups: tuple[float, float] | None,
     batch: int,
     shard: int,
     seed: int,
-    preset: Preset | None = None,
     rank: int = 0,
     processes: int = 1,
     wait: Any = lambda: None,
@@ -198,7 +155,6 @@ def draw_samples(
     Args:
         settings: Arguments of the pipeline's call.
         prompts: ``None`` takes those of the samples already begun in the folder.
-        speedups: Each run draws its own between these, evenly in their logarithm. ``None``: plain runs.
         wait: Returns when all processes have called it.
 
     Raises:
@@ -211,7 +167,6 @@ def draw_samples(
         "sampler": type(pipe.scheduler).__name__,
         "sampler_hash": config_hash(pipe.scheduler),
         "settings": settings,
-        "speedups": speedups and list(speedups),
         "seed": seed,
         "shard": shard,
         "version": VERSION,
@@ -231,7 +186,7 @@ def draw_samples(
     mine = [n for n in shards if n % processes == rank and not shard_path(folder, n).exists()]
     parts = {n: range(n * shard, min((n + 1) * shard, len(prompts))) for n in mine}
     total = sum(-(-len(part) // batch) for part in parts.values())
-    runs = _Runs(pipe, settings, speedups, preset, batch)
+    runs = _Runs(pipe, settings, batch)
     with progress("samples", total, hidden=rank > 0) as advance:
         for number, part in parts.items():
             seeds = [_seed(seed, i) for i in part]
@@ -257,11 +212,9 @@ def draw_sets(
             pipe,
             settings,
             prompts,
-            speedups=config.speedups if config.asks else None,
             batch=config.sample_batch,
             shard=config.shard,
             seed=config.seed,
-            preset=preset,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
             wait=accelerator.wait_for_everyone,
@@ -276,8 +229,6 @@ class _Runs:
 
     pipe: Any
     settings: dict[str, Any]
-    speedups: tuple[float, float] | None
-    preset: Preset | None
     batch: int
 
     @torch.no_grad()
@@ -302,23 +253,12 @@ class _Runs:
         self, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """Tensors with an axis of samples, those without, and facts."""
-        pipe, policy, variance = self.pipe, None, None
+        pipe = self.pipe
         architecture = architecture_for(pipe.transformer)
-        if self.speedups is None:
-            config = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
-        else:
-            config = ScheduleConfig(speedup=self.speedups[1])
-            low, high = (np.log(s) for s in self.speedups)
-            policy = Varied([float(np.exp(np.random.default_rng(seed).uniform(low, high))) for seed in seeds])
-            variance = self.preset.detail_variance if self.preset else None
-        with (
-            apply(pipe, config=config, policy=policy, detail_variance=variance) as handle,
-            recorded(pipe) as calls,
-        ):
+        with recorded(pipe) as calls:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(self.settings, len(seeds))
             latents = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]
-        scales = torch.tensor(handle.report.scales, dtype=torch.int8)
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         sigmas = sorted(set(levels), reverse=True)
         passes = len(calls) // len(sigmas)
@@ -326,15 +266,11 @@ class _Runs:
         final = calls[-1][0]
         clean = architecture.latents({**final, noisy: latents})
         height, width = clean.shape[-2:]
-        rows: dict[str, Tensor] = {"clean": clean, "scales": scales}
+        rows: dict[str, Tensor] = {"clean": clean}
         shared: dict[str, Tensor] = {}
         rows["latents"] = torch.stack([architecture.latents(inputs) for inputs, _ in calls[::passes]], dim=1)
         for which in range(passes):
-            answers = []
-            for step, (inputs, answer) in enumerate(calls[which::passes]):
-                if bool((scales[:, step] > 1).any()):
-                    answer = first(pipe.transformer(**inputs))  # the base itself, where the run had large patches
-                answers.append(architecture.velocity(answer, (height, width)))
+            answers = [architecture.velocity(answer, (height, width)) for _, answer in calls[which::passes]]
             rows[f"velocity{which}"] = torch.stack(answers, dim=1)
             # Of the last step, latents and noise level too: conditions may sit in them (image to video).
             for name, value in calls[which - passes][0].items():

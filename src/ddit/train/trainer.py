@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,14 +19,14 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ddit.adapter import Attachment, PatchAdapter
-from ddit.config import ScheduleConfig
+from ddit.adapter import PatchAdapter
 from ddit.files import replacing, replacing_folder, write_json
 from ddit.generate import load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
 from ddit.progress import progress
+from ddit.skip.corrector import ForecastCorrector
 from ddit.train import rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
@@ -37,7 +37,7 @@ from ddit.train.validation import save_pictures, validate, validate_runs
 
 
 def train(config: TrainConfig) -> Path:
-    """Draw samples, train, validate; returns the folder of the adapter. Run again to continue.
+    """Draw samples, train, validate; returns the folder of the result. Run again to continue.
 
     Raises:
         ValueError: When the run in ``config.out`` has other settings, or something it needs is missing or damaged.
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> Path:
             if run.step % config.validate_every == 0 or run.step == config.steps:
                 run.validate()
     accelerator.end_training()
-    return out / "adapter"
+    return result_folder(config)
 
 
 def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
@@ -100,10 +100,11 @@ class Run:
     samples: Samples
     """Those of the first number of steps."""
     samplers: list[Sampler]
-    """For an adapter that does not ask: along the samples of each number of steps."""
-    adapter: PatchAdapter
-    attachment: Attachment
-    """The adapter on the transformer."""
+    """For a corrector: along the samples of each number of steps."""
+    part: Any
+    """What is trained: a `ddit.PatchAdapter` or a `ddit.ForecastCorrector`."""
+    attachment: Any
+    """It on the transformer; has ``remove``."""
     variance: dict[int, Tensor]
     optimizer: torch.optim.Optimizer
     lr: Any
@@ -118,15 +119,10 @@ class Run:
         transformer = pipe.transformer.requires_grad_(False).eval()
         sets = draw_sets(config, accelerator, pipe, preset, prompts)
         samples = sets[0]
-        samplers = [] if config.asks else [Sampler(pipe.scheduler, drawn) for drawn in sets]
+        samplers = [Sampler(pipe.scheduler, drawn) for drawn in sets] if config.corrector else []
         first_kept = trained_records(config, samples)
         if first_kept <= 0:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
-        if config.asks and not (samples.usable and samples.usable[0] < first_kept <= samples.usable[-1]):
-            raise ValueError(
-                f"too few runs in {samples.folder} took large patches, to train on or to validate; "
-                "draw others with higher --speedups, in another folder"
-            )
         if config.pictures == 0:
             for name in ("text_encoder", "text_encoder_2", "vae"):
                 if hasattr(pipe, name):
@@ -136,30 +132,21 @@ class Run:
         architecture = architecture_for(transformer)
         torch.manual_seed(config.seed)
         measured = measured_detail(samples, config.scales, architecture.patch_size)
-        adapter: Any = PatchAdapter.for_model(
-            transformer,
-            **config.adapter_settings,
-            detail_variance=measured,
-            sampler=type(pipe.scheduler).__name__ if samplers else None,
-        )
-        attachment = adapter.to(accelerator.device).attach(transformer)
-        optimizer = make_optimizer(adapter, config)
+        part: Any = new_part(transformer, config, sampler=type(pipe.scheduler).__name__, detail_variance=measured)
+        attachment = part.to(accelerator.device).attach(transformer)
+        optimizer = make_optimizer(part, config)
         lr = get_scheduler(
             f"{config.lr_schedule}_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
             optimizer,
             num_warmup_steps=config.lr_warmup,
             num_training_steps=config.steps,
         )
-        ema = EMAModel(adapter.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
+        ema = EMAModel(part.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
         variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
-        parts = (adapter, attachment, variance, optimizer, lr, ema)
-        run = cls(config, accelerator, pipe, architecture, samples, samplers, *parts)
+        made = (part, attachment, variance, optimizer, lr, ema)
+        run = cls(config, accelerator, pipe, architecture, samples, samplers, *made)
         run._restore()
         return run
-
-    @property
-    def form(self) -> ScheduleConfig:
-        return ScheduleConfig(**self.adapter.form)
 
     @property
     def records(self) -> int:
@@ -168,7 +155,7 @@ class Run:
 
     @property
     def whole_runs(self) -> int:
-        """The same in runs, for an adapter that is judged by whole runs."""
+        """The same in runs, for a corrector, which is judged by whole runs."""
         return self.records // self.samples.passes
 
     def advance(self) -> float:
@@ -181,10 +168,10 @@ class Run:
         loss = torch.zeros((), device=accelerator.device)
         for begin in range(first, first + config.batch * config.accumulation, config.batch):
             numbers = range(begin, begin + config.batch)
-            loss += self._backward(numbers, total) if self.adapter.asks else self._backward_runs(numbers, total)
+            loss += self._backward_runs(numbers, total) if config.corrector else self._backward(numbers, total)
         self._reduce(loss)
         value = loss.item()
-        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), config.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.part.parameters(), config.clip or math.inf)
         if not (math.isfinite(value) and bool(torch.isfinite(norm))):
             raise FloatingPointError(
                 f"the loss is {value} and its gradient {float(norm)} at step {self.step}; nothing was saved since the "
@@ -193,7 +180,7 @@ class Run:
         self.optimizer.step()
         self.lr.step()
         if self.ema is not None:
-            self.ema.step(self.adapter.parameters())
+            self.ema.step(self.part.parameters())
         self.step += 1
         self._log({"step": self.step, "loss": value, "seconds": round(time.perf_counter() - started, 4)})
         return value
@@ -204,16 +191,16 @@ class Run:
 
     def errors(self, batch: Batch, scale: int, rows: list[int], adapter: PatchAdapter | None) -> Tensor:
         """See `distill.errors`."""
-        transformer, form = self.pipe.transformer, self.form
+        transformer, coarse = self.pipe.transformer, self.part.coarse
         with self.accelerator.autocast():
-            return errors(transformer, self.architecture, form, adapter, self.variance, batch, scale, rows)
+            return errors(transformer, self.architecture, coarse, adapter, self.variance, batch, scale, rows)
 
-    def run_errors(self, numbers: list[int], course: Course, adapter: PatchAdapter | None) -> Iterator[Tensor]:
+    def run_errors(self, numbers: list[int], course: Course, corrector: ForecastCorrector | None) -> Iterator[Tensor]:
         """See `rollout.errors`."""
         transformer = self.pipe.transformer
         sampler = self.samplers[course.which]
         runs = rollout.Runs(sampler, numbers, self.accelerator.device, transformer.dtype)
-        walk = rollout.errors(transformer, self.architecture, self.form, adapter, runs, course)
+        walk = rollout.errors(transformer, self.architecture, corrector, runs, course)
         while True:
             with self.accelerator.autocast():
                 error = next(walk, None)
@@ -222,7 +209,7 @@ class Run:
             yield error
 
     def _backward_runs(self, numbers: Sequence[int], total: int) -> Tensor:
-        """Gradients of this batch's part of the loss, for an adapter that does not ask the model."""
+        """Gradients of this batch's part of the loss, for a corrector."""
         share = torch.zeros((), device=self.accelerator.device)
         sets = [sampler.samples.sigmas for sampler in self.samplers]
         companies: dict[Course, list[int]] = defaultdict(list)
@@ -231,7 +218,7 @@ class Run:
             course = rollout.draw_course(self.config, sets, self.step, members[0])
             companies[course] += [rollout.draw_run(self.config, self.whole_runs, self.step, n) for n in members]
         for course, runs in companies.items():
-            for count, error in zip(rollout.weights(course), self.run_errors(runs, course, self.adapter), strict=True):
+            for count, error in zip(rollout.weights(course), self.run_errors(runs, course, self.part), strict=True):
                 loss = count * rollout.decibels(error).sum() / total
                 if loss.requires_grad:  # or nothing was forecast since gradients were cut
                     loss.backward()
@@ -239,56 +226,54 @@ class Run:
         return share
 
     def _backward(self, numbers: Sequence[int], total: int) -> Tensor:
-        """The same for one that asks; scales one after another, to hold one graph at a time."""
+        """The same for an adapter; scales one after another, to hold one graph at a time."""
         share = torch.zeros((), device=self.accelerator.device)
         batch = self.load([draw(self.config, self.samples, self.records, self.step, n) for n in numbers])
         for scale, rows in groups(batch.scales).items():
-            error = self.errors(batch, scale, rows, self.adapter)
+            error = self.errors(batch, scale, rows, self.part)
             loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
-            with self.adapter.low_rank_at(scale):
+            with self.part.low_rank_at(scale):
                 loss.backward()
             share += loss.detach()
         return share
 
     def _reduce(self, loss: Tensor) -> None:
         """Sum gradients and loss over processes. Parts whose scale no sample drew have a gradient of zero."""
-        for p in self.adapter.parameters():
+        for p in self.part.parameters():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         if self.accelerator.num_processes == 1:
             return
-        flat = torch.cat(
-            [loss.reshape(1), *(p.grad.flatten() for p in self.adapter.parameters() if p.grad is not None)]
-        )
+        flat = torch.cat([loss.reshape(1), *(p.grad.flatten() for p in self.part.parameters() if p.grad is not None)])
         summed: Any = self.accelerator.reduce(flat, reduction="sum")
         loss.copy_(summed[0])
         offset = 1
-        for p in self.adapter.parameters():
+        for p in self.part.parameters():
             assert p.grad is not None
             p.grad.copy_(summed[offset : offset + p.numel()].view_as(p))
             offset += p.numel()
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """The adapter's hooks are off inside the block, so that `ddit.apply` can put on its own."""
+        """The part's hooks are off inside the block, so that `ddit.apply` can put on its own."""
         self.attachment.remove()
         try:
             yield
         finally:
-            self.attachment = self.adapter.attach(self.pipe.transformer)
+            self.attachment = self.part.attach(self.pipe.transformer)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights are in the adapter inside the block."""
+        """The averaged weights are in use inside the block."""
         if self.ema is None:
             yield
             return
-        self.ema.store(self.adapter.parameters())
-        self.ema.copy_to(self.adapter.parameters())
+        self.ema.store(self.part.parameters())
+        self.ema.copy_to(self.part.parameters())
         try:
             yield
         finally:
-            self.ema.restore(self.adapter.parameters())
+            self.ema.restore(self.part.parameters())
 
     def validate(self) -> None:
         """Velocity errors and example pictures of the averaged weights."""
@@ -297,7 +282,7 @@ class Run:
             return
         out = Path(self.config.out)
         with self.averaged():
-            rows = validate(self) if self.adapter.asks else validate_runs(self)
+            rows = validate_runs(self) if self.config.corrector else validate(self)
             if self.config.pictures:
                 (out / "pictures").mkdir(exist_ok=True)
                 save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
@@ -309,14 +294,14 @@ class Run:
             self.accelerator.log(named, step=self.step)
 
     def save(self) -> None:
-        """A checkpoint beside the earlier ones, then the adapter; what is replaced is deleted last."""
+        """A checkpoint beside the earlier ones, then the result; what is replaced is deleted last."""
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
         out = Path(self.config.out)
         state = {
             "step": self.step,
-            "adapter": self.adapter.state_dict(),
+            "part": self.part.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr": self.lr.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -324,9 +309,9 @@ class Run:
         try:
             with replacing(out / f"checkpoint-{self.step:06d}.pt") as path:
                 torch.save(state, path)
-            self.adapter.register_to_config(steps_trained=self.step)
-            with self.averaged(), replacing_folder(out / "adapter") as path:
-                self.adapter.save_pretrained(path)
+            self.part.register_to_config(steps_trained=self.step)
+            with self.averaged(), replacing_folder(result_folder(self.config)) as path:
+                self.part.save_pretrained(path)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
@@ -346,7 +331,7 @@ class Run:
                 f"{found[-1]} can't be read ({(str(error) or repr(error)).splitlines()[0]}); "
                 "delete it to continue from the one before"
             ) from error
-        self.adapter.load_state_dict(state["adapter"])
+        self.part.load_state_dict(state["part"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr.load_state_dict(state["lr"])
         if self.ema is not None:
@@ -362,14 +347,32 @@ class Run:
             self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
 
 
+def new_part(
+    transformer: Any,
+    config: TrainConfig,
+    *,
+    sampler: str | None = None,
+    detail_variance: Mapping[int, Sequence[float]] | None = None,
+) -> PatchAdapter | ForecastCorrector:
+    """What is to be trained, for a transformer."""
+    if config.corrector:
+        return ForecastCorrector.for_model(transformer, sampler=sampler)
+    return PatchAdapter.for_model(transformer, **config.adapter_settings, detail_variance=detail_variance)
+
+
+def result_folder(config: TrainConfig) -> Path:
+    """Where the result of a run lies."""
+    return Path(config.out) / ("corrector" if config.corrector else "adapter")
+
+
 def trained_records(config: TrainConfig, samples: Samples) -> int:
-    """Number of records to train on: all but ``validation`` of them, of whole runs for an adapter judged by these."""
-    return len(samples) - config.validation * (1 if config.asks else samples.passes)
+    """Number of records to train on: all but ``validation`` of them, of whole runs for a corrector."""
+    return len(samples) - config.validation * (samples.passes if config.corrector else 1)
 
 
-def make_optimizer(adapter: PatchAdapter, config: TrainConfig) -> torch.optim.Optimizer:
-    """Prodigy (arXiv 2306.06101) or AdamW over all of the adapter."""
-    parameters = list(adapter.parameters())
+def make_optimizer(part: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Prodigy (arXiv 2306.06101) or AdamW over all weights."""
+    parameters = list(part.parameters())
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     try:

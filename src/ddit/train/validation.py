@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ddit.config import FULL, FixedSchedule, SkipSchedule
+from ddit.generate import Method
 from ddit.generate import run as generate
 from ddit.outputs import frames, save_png
 from ddit.train import rollout
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ddit.train.trainer import Run
 
 SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
-"""Noise levels that are validated: of each run the step with large patches that is nearest."""
+"""Noise levels that are validated: of each run the step that is nearest."""
 
 
 @torch.no_grad()
@@ -27,16 +28,17 @@ def validate(run: Run) -> list[dict[str, Any]]:
     """Error per scale and noise level of the adapter, and of the training-free step on the same noise."""
     rows = []
     samples = run.samples
-    records = [r for r in samples.usable if r >= run.records]
+    records = range(run.records, len(samples))
+    places = range(len(samples.sigmas))
     for scale in run.config.scales:
         for sigma in SIGMAS:
             learnt, free = [], []
-            nearest = [min(samples.coarse(r), key=lambda i: abs(samples.sigmas[i] - sigma)) for r in records]
-            draws = [Draw(r, scale, step) for r, step in zip(records, nearest, strict=True)]
+            nearest = min(places, key=lambda i, sigma=sigma: abs(samples.sigmas[i] - sigma))
+            draws = [Draw(r, scale, nearest) for r in records]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
                 batch = run.load(part)
-                for values, adapter in ((learnt, run.adapter), (free, None)):
+                for values, adapter in ((learnt, run.part), (free, None)):
                     values += run.errors(batch, scale, list(range(len(part))), adapter).tolist()
             rows.append(
                 {
@@ -54,24 +56,24 @@ def validate(run: Run) -> list[dict[str, Any]]:
 def validate_runs(run: Run) -> list[dict[str, Any]]:
     """Per number of steps and speedup, distance of whole runs from the plain one at their end in dB.
 
-    With the adapter, and without. Below zero, the lower the nearer: a PSNR of latents with its sign turned.
+    With the corrector, and without. Below zero, the lower the nearer: a PSNR of latents with its sign turned.
     """
     low, high = run.config.speedups
     numbers = list(range(run.whole_runs, run.whole_runs + run.config.validation))
-    scale, rows = min(run.config.scales), []
+    rows = []
     speedups = sorted({low, round((low * high) ** 0.5, 2), high})
     for which, speedup in product(range(len(run.samplers)), speedups):
         sigmas = run.samplers[which].samples.sigmas
-        fine = rollout.plan(speedup, scale, sigmas)
-        course = rollout.Course(scale, fine, range(len(fine)), which)
+        fine = rollout.plan(speedup, sigmas)
+        course = rollout.Course(fine, range(len(fine)), which)
         learnt, free = [], []
         for begin in range(0, len(numbers), run.config.batch):
             part = numbers[begin : begin + run.config.batch]
-            for values, adapter in ((learnt, run.adapter), (free, None)):
-                *_, last = run.run_errors(part, course, adapter)
+            for values, corrector in ((learnt, run.part), (free, None)):
+                *_, last = run.run_errors(part, course, corrector)
                 values += rollout.decibels(last).tolist()
         errors = {"error": float(np.mean(learnt)), "training_free": float(np.mean(free))}
-        told = {"step": run.step, "run_steps": len(sigmas), "speedup": speedup, "steps_at_scale_1": len(fine)}
+        told = {"step": run.step, "run_steps": len(sigmas), "speedup": speedup, "called_steps": len(fine)}
         rows.append({**told, **errors})
     return rows
 
@@ -83,12 +85,17 @@ def save_pictures(run: Run, path: Path) -> None:
     settings = run.samples.manifest["settings"]
     seeds = list(range(count))
     bands = [generate(run.pipe, prompts, seeds, settings).pictures]
-    if run.adapter.asks:
-        configs = [replace(run.form, policy="first", scales=(1, scale)) for scale in run.config.scales]
-    else:
-        configs = [replace(run.form, speedup=speedup, warmup=2) for speedup in run.config.speedups]
-    for config in configs:
+    for method in _methods(run, len(run.samples.sigmas)):
         with run.detached():
-            drawn = generate(run.pipe, prompts, seeds, settings, config=config, adapter=run.adapter)
+            drawn = generate(run.pipe, prompts, seeds, settings, method=method)
         bands.append(drawn.pictures)
     save_png(path, np.concatenate([np.concatenate(list(frames(band)), axis=1) for band in bands]))
+
+
+def _methods(run: Run, steps: int) -> list[Method]:
+    """What is drawn beside plain."""
+    part: Any = run.part
+    if run.config.corrector:
+        return [Method(patches=FULL, skip=SkipSchedule(speedup=s), corrector=part) for s in run.config.speedups]
+    half = steps // 2
+    return [Method(patches=FixedSchedule(steps=(*[s] * half, 1)), adapter=part) for s in run.config.scales]
