@@ -18,14 +18,15 @@ import cache_dit
 
 import ddit
 import tiny
-from ddit import ScheduleConfig, TeaCacheConfig
+from ddit import FixedSchedule, PatchSchedule
 from ddit.caches import CacheDitConfig, make_cache
-from ddit.schedule import Moment
-from ddit.teacache import polynomial, relative_change
+from ddit.config import FULL
+from ddit.schedule import StepContext
+from ddit.teacache import TeaCacheConfig, polynomial, relative_change
 from test_architectures import CASES, SMALL, draw, parameters
 
 SCHEDULE = (1, 1, 1, 2, 2, 1, 4, 4)
-FIXED = ScheduleConfig(policy="fixed", steps=SCHEDULE)
+FIXED = FixedSchedule(steps=SCHEDULE)
 LIKELY = {
     "teacache": lambda: TeaCacheConfig(1e9, (0.0, 0.0)),
     "first-block": lambda: FirstBlockCacheConfig(1e9),
@@ -78,12 +79,11 @@ def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch
         return answer
 
     pipe.transformer.forward = spy
-    with ddit.apply(pipe, config=FIXED, cache=config) as run:
+    with ddit.apply(pipe, patches=FIXED, cache=config) as run:
         draw(pipe, case)
     assert run.report.strip() == REUSED[cache]
     exact = [torch.equal(twin(*args, **kwargs)[0], answer) for args, kwargs, answer in calls]
-    asked = sum(len(step.compared) for step in run.report.steps)
-    assert len(calls) == case.passes * (len(SCHEDULE) + asked)
+    assert len(calls) == case.passes * len(SCHEDULE)
     assert exact.count(False) == case.passes * REUSED[cache].count("(")
 
 
@@ -93,14 +93,14 @@ def test_costs_and_removal(name, cache, monkeypatch):
     case = CASES[name]
     pipe = case.make()
     plain = draw(pipe, case)
-    run = ddit.apply(pipe, config=FIXED, cache=without_warm_up(cache, name, monkeypatch))
+    run = ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, name, monkeypatch))
     first = draw(pipe, case)
     assert torch.equal(draw(pipe, case), first), "a second run starts afresh"
     with_cache = run.report
     assert with_cache.to_dict()["reused"] == [[0] if "(" in mark else [] for mark in REUSED[cache].split()]
     run.remove()
     assert torch.equal(draw(pipe, case), plain)
-    with ddit.apply(pipe, config=FIXED) as run:
+    with ddit.apply(pipe, patches=FIXED) as run:
         draw(pipe, case)
     assert with_cache.flops_fraction < run.report.flops_fraction
 
@@ -110,7 +110,7 @@ def test_costs_and_removal(name, cache, monkeypatch):
 def test_an_exception_leaves_nothing_behind(name, cache, monkeypatch):
     case = CASES[name]
     pipe = case.make()
-    with ddit.apply(pipe, config=FIXED, cache=without_warm_up(cache, name, monkeypatch)):
+    with ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, name, monkeypatch)):
         whole = draw(pipe, case)
 
         def stop(_: Any, step: int, *rest: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_an_exception_leaves_nothing_behind(name, cache, monkeypatch):
 def test_a_users_own_cache_is_kept_apart_too(when, cache):
     case = CASES["wan"]
     pipe = case.make()
-    with ddit.apply(pipe, config=FIXED, cache=LIKELY[cache]()):
+    with ddit.apply(pipe, patches=FIXED, cache=LIKELY[cache]()):
         ours = draw(pipe, case)
 
     def enable() -> None:
@@ -141,7 +141,7 @@ def test_a_users_own_cache_is_kept_apart_too(when, cache):
         pytest.skip("cache-dit puts its own forward in place of whatever is there: it has to come first")
     if when == "before":
         enable()
-    run = ddit.apply(pipe, config=FIXED)
+    run = ddit.apply(pipe, patches=FIXED)
     if when == "after":
         enable()
     assert torch.equal(draw(pipe, case), ours) and run.report.strip() == REUSED[cache]
@@ -153,22 +153,24 @@ def test_cache_dit_leaves_nothing_behind():
     """Neither forwards nor another order of the lists of blocks, by which diffusers' caches find the first one."""
     case = CASES["flux"]
     pipe = case.make()
-    with ddit.apply(pipe, config=FIXED, cache=LIKELY["first-block"]()):
+    with ddit.apply(pipe, patches=FIXED, cache=LIKELY["first-block"]()):
         first = draw(pipe, case)
     children = list(pipe.transformer._modules)
-    with ddit.apply(pipe, config=FIXED, cache=LIKELY["cache-dit"]()):
+    with ddit.apply(pipe, patches=FIXED, cache=LIKELY["cache-dit"]()):
         draw(pipe, case)
     assert list(pipe.transformer._modules) == children and not hasattr(pipe.transformer, "_is_patched")
-    with ddit.apply(pipe, config=FIXED, cache=LIKELY["first-block"]()):
+    with ddit.apply(pipe, patches=FIXED, cache=LIKELY["first-block"]()):
         assert torch.equal(draw(pipe, case), first)
 
 
 class Alternating:
     """Even samples change their scale when odd ones do not."""
 
-    def choose(self, moment: Moment) -> list[int]:
-        step, others = moment.step, (1, 1, 1, 1, 2, 2, 2, 2)
-        return [SCHEDULE[step] if i % 2 == 0 else others[step] for i in range(len(moment.stats))]
+    scales = (1, 2, 4)
+
+    def choose(self, context: StepContext) -> list[int]:
+        step, others = context.step, (1, 1, 1, 1, 2, 2, 2, 2)
+        return [SCHEDULE[step] if i % 2 == 0 else others[step] for i in range(context.batch)]
 
 
 @every_cache
@@ -176,7 +178,7 @@ def test_samples_of_different_scale_have_states_of_their_own(cache, monkeypatch)
     case = CASES["flux"]
     pipe = case.make()
     config = without_warm_up(cache, "flux", monkeypatch)
-    with ddit.apply(pipe, config=FIXED, cache=config, policy=Alternating()) as run:
+    with ddit.apply(pipe, patches=Alternating(), cache=config) as run:
         draw(pipe, case, prompt=[tiny.PROMPT] * 3)
     # A sample that parts from the others, or joins them, starts afresh, and so do they.
     odd = {"teacache": "1 (1) (1) 1 2 2 (2) 2", "taylorseer": "1 (1) 1 1 2 2 (2) 2"}
@@ -189,7 +191,7 @@ def test_two_transformers_that_take_turns():
     case = CASES["wan2.2-a14b"]
     pipe = case.make()
     plain = draw(pipe, case)
-    with ddit.apply(pipe, config=ScheduleConfig(threshold=0.0), cache=LIKELY["first-block"]()) as run:
+    with ddit.apply(pipe, patches=PatchSchedule(threshold=0.0), cache=LIKELY["first-block"]()) as run:
         draw(pipe, case)
     strip = run.report.strip().split()
     assert strip.count("1") == 2 and strip[0] == "1", "each transformer computes its own first step"
@@ -199,10 +201,10 @@ def test_two_transformers_that_take_turns():
 def test_a_cache_that_never_answers_changes_nothing():
     case = CASES["flux"]
     pipe = case.make()
-    with ddit.apply(pipe, config=FIXED) as run:
+    with ddit.apply(pipe, patches=FIXED) as run:
         alone = draw(pipe, case)
     for cache in (TeaCacheConfig(1e-9, (0.0, 1.0)), FirstBlockCacheConfig(0.0)):
-        with ddit.apply(pipe, config=FIXED, cache=cache) as run:
+        with ddit.apply(pipe, patches=FIXED, cache=cache) as run:
             assert torch.equal(draw(pipe, case), alone)
         assert "(" not in run.report.strip()
 
@@ -232,10 +234,9 @@ def test_teacache_computes_again_once_enough_has_changed():
     """The sum of expected changes starts anew with every computed step; the first and the last always are."""
     case = CASES["flux"]
     pipe = case.make()
-    one = ScheduleConfig(policy="fixed", steps=(1,), scales=(1,))
     strips = {}
     for threshold in (0.5, 2.5, 99.0):
-        with ddit.apply(pipe, config=one, cache=TeaCacheConfig(threshold, (0.0, 1.0))) as run:
+        with ddit.apply(pipe, patches=FULL, cache=TeaCacheConfig(threshold, (0.0, 1.0))) as run:
             draw(pipe, case)
         strips[threshold] = run.report.strip()
     assert strips[0.5] == "1 1 1 1 1 1 1 1"
@@ -251,7 +252,7 @@ def test_teacache_adds_what_the_blocks_added():
     call["hidden_states"] = torch.randn(call["hidden_states"].shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = pipe.transformer(**call)[0]
-        with ddit.apply(pipe.transformer, config=ScheduleConfig(scales=(1,)), cache=LIKELY["teacache"]()) as run:
+        with ddit.apply(pipe.transformer, patches=FULL, cache=LIKELY["teacache"]()) as run:
             pipe.transformer(**call)
             later = {**call, "timestep": call["timestep"] * 0.9}
             pipe.transformer(**later)
@@ -297,7 +298,7 @@ def test_magcache_is_told_the_number_of_steps():
     case = CASES["flux"]
     pipe = case.make()
     config = make_cache("magcache:0.06")
-    with ddit.apply(pipe, config=FIXED, cache=config):
+    with ddit.apply(pipe, patches=FIXED, cache=config):
         draw(pipe, case)
     assert config.num_inference_steps == case.steps == len(config.mag_ratios)
 

@@ -5,11 +5,11 @@ import torch
 
 import ddit
 import tiny
-from ddit import PatchAdapter, ScheduleConfig
+from ddit import FixedSchedule, PatchAdapter, PatchSchedule
 
-SCALES = ScheduleConfig(policy="fixed", steps=(1, 2, 4, 2, 1, 4))
+SCALES = FixedSchedule(steps=(1, 2, 4, 2, 1, 4))
 STEPS = 6
-TWO = ScheduleConfig(policy="fixed", steps=(1, 2, 1, 2))
+TWO = FixedSchedule(steps=(1, 2, 1, 2))
 """For the whole transformer, which takes longer to compile."""
 
 
@@ -35,7 +35,7 @@ def fresh_compiler():
 def test_repeated_blocks_compile_once_per_scale(pipe, dynamic):
     """The way diffusers recommends, without graph breaks: a second run, another size of the batch's mix of scales
     and the dynamic rule make no graph that the first run has not made."""
-    ddit.apply(pipe, config=SCALES)
+    ddit.apply(pipe, patches=SCALES)
     expected = tiny.sample(pipe, steps=STEPS)
     backend = Counter()
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend=backend)
@@ -45,7 +45,7 @@ def test_repeated_blocks_compile_once_per_scale(pipe, dynamic):
     # One block of each of the two classes; by default the second shape makes a graph for all further ones.
     assert first == 2 * 3 if dynamic is False else 2 * 2 <= first <= 2 * 3
     assert torch.equal(tiny.sample(pipe, steps=STEPS), compiled)
-    ddit.apply(pipe, config=ScheduleConfig(threshold=1e9))
+    ddit.apply(pipe, patches=PatchSchedule(threshold=1e9, careful=False))
     tiny.sample(pipe, seed=1)
     assert backend.graphs == first
 
@@ -55,7 +55,7 @@ def test_scale_one_alone_makes_the_graphs_of_a_plain_run(pipe):
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     plain = tiny.sample(pipe)
     first = backend.graphs
-    with ddit.apply(pipe, config=ScheduleConfig(threshold=0.0)):
+    with ddit.apply(pipe, patches=PatchSchedule(threshold=0.0)):
         assert torch.equal(tiny.sample(pipe), plain)
     assert torch.equal(tiny.sample(pipe), plain)
     assert backend.graphs == first
@@ -64,7 +64,7 @@ def test_scale_one_alone_makes_the_graphs_of_a_plain_run(pipe):
 def test_a_compiled_transformer_is_accepted_and_given_back(pipe):
     """``torch.compile`` wraps the model in another module, and ddit goes around that."""
     plain = tiny.sample(pipe)
-    with ddit.apply(pipe, config=TWO) as handle:
+    with ddit.apply(pipe, patches=TWO) as handle:
         coarse = tiny.sample(pipe, steps=STEPS)
         costs = handle.report.flops
     backend = Counter()
@@ -72,7 +72,7 @@ def test_a_compiled_transformer_is_accepted_and_given_back(pipe):
     compiled = tiny.sample(pipe)
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
     wrapper, model = dict(vars(pipe.transformer)), dict(vars(pipe.transformer._orig_mod))
-    with ddit.apply(pipe, config=TWO) as handle:
+    with ddit.apply(pipe, patches=TWO) as handle:
         torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
         graphs = backend.graphs
         tiny.sample(pipe, steps=STEPS)
@@ -84,13 +84,13 @@ def test_a_compiled_transformer_is_accepted_and_given_back(pipe):
 
 def test_a_transformer_compiled_in_place_stays_compiled(pipe):
     """``transformer.compile()`` keeps the module: large patches run compiled as well, a graph for each scale."""
-    with ddit.apply(pipe, config=TWO):
+    with ddit.apply(pipe, patches=TWO):
         coarse = tiny.sample(pipe, steps=STEPS)
     backend = Counter()
     pipe.transformer.compile(backend=backend, dynamic=False)
     compiled, graphs = tiny.sample(pipe), backend.graphs
     before = dict(vars(pipe.transformer))
-    with ddit.apply(pipe, config=TWO) as handle:
+    with ddit.apply(pipe, patches=TWO) as handle:
         torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
         assert backend.graphs == 2 * graphs
         tiny.sample(pipe, steps=STEPS)
@@ -103,7 +103,7 @@ def test_a_transformer_compiled_in_place_stays_compiled(pipe):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_compiling_after_apply(pipe, in_place):
     """ddit sits inside: decisions are left out of compiled code, and the result is the same."""
-    handle = ddit.apply(pipe, config=TWO)
+    handle = ddit.apply(pipe, patches=TWO)
     coarse = tiny.sample(pipe, steps=STEPS)
     if in_place:
         pipe.transformer.compile(backend="eager")
@@ -126,17 +126,17 @@ def random_adapter(model) -> PatchAdapter:
 def test_an_adapter_in_compiled_blocks(pipe, first):
     """Compiled before or after: the adapter takes part, and once each scale was seen nothing is compiled again."""
     adapter = random_adapter(pipe.transformer)
-    with ddit.apply(pipe, config=SCALES):
+    with ddit.apply(pipe, patches=SCALES):
         free = tiny.sample(pipe, steps=STEPS)
-    with ddit.apply(pipe, adapter=adapter, config=SCALES):
+    with ddit.apply(pipe, adapter=adapter, patches=SCALES):
         expected = tiny.sample(pipe, steps=STEPS)
     backend = Counter()
     if first == "compile":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         tiny.sample(pipe)
-        with ddit.apply(pipe, config=SCALES):
+        with ddit.apply(pipe, patches=SCALES):
             tiny.sample(pipe, steps=STEPS)
-    ddit.apply(pipe, adapter=adapter, config=SCALES)
+    ddit.apply(pipe, adapter=adapter, patches=SCALES)
     if first == "apply":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     compiled = tiny.sample(pipe, steps=STEPS)
@@ -144,7 +144,7 @@ def test_an_adapter_in_compiled_blocks(pipe, first):
     assert not torch.allclose(compiled, free, atol=1e-3)
     graphs = backend.graphs
     assert torch.equal(tiny.sample(pipe, steps=STEPS), compiled)
-    ddit.apply(pipe, config=SCALES)
+    ddit.apply(pipe, patches=SCALES)
     torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), free, rtol=1e-4, atol=1e-5)
     if first == "apply":
         assert backend.graphs >= graphs  # without the adapter, LoRA is out of the graphs
@@ -152,11 +152,11 @@ def test_an_adapter_in_compiled_blocks(pipe, first):
 
 def test_an_adapter_in_a_transformer_compiled_whole(pipe):
     adapter = random_adapter(pipe.transformer)
-    with ddit.apply(pipe, adapter=adapter, config=TWO):
+    with ddit.apply(pipe, adapter=adapter, patches=TWO):
         expected = tiny.sample(pipe, steps=STEPS)
     backend = Counter()
     pipe.transformer.compile(backend=backend, dynamic=False)
-    with ddit.apply(pipe, adapter=adapter, config=TWO):
+    with ddit.apply(pipe, adapter=adapter, patches=TWO):
         torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), expected, rtol=1e-4, atol=1e-5)
         graphs = backend.graphs
         tiny.sample(pipe, steps=STEPS)
@@ -167,7 +167,7 @@ def test_blocks_share_graphs_with_an_adapter():
     """LoRA finds its weights through the layer, so that the code of one block serves all blocks of its class."""
     pipe = tiny.pipeline(num_layers=3, num_single_layers=3)
     adapter = random_adapter(pipe.transformer)
-    with ddit.apply(pipe, adapter=adapter, config=SCALES):
+    with ddit.apply(pipe, adapter=adapter, patches=SCALES):
         expected = tiny.sample(pipe, steps=STEPS)
         backend = Counter()
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
@@ -175,6 +175,6 @@ def test_blocks_share_graphs_with_an_adapter():
         graphs = backend.graphs
         tiny.sample(pipe, steps=STEPS)
         assert backend.graphs == graphs
-    # Two classes, three scales, the larger two also without the adapter (at the anchor), and one more for some where
+    # Two classes, three scales, the larger two also without the adapter, and one more for some where
     # the second block shows which sizes are dynamic.
     assert graphs <= 2 * 5 + 3

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from ddit import ScheduleConfig
-from ddit.adapter import PatchAdapter
+from ddit import PatchAdapter
+from ddit.config import Coarse
 from ddit.known import meta_transformer
 from ddit.models import architecture_for
 from ddit.models.flops import count
@@ -35,7 +35,7 @@ def call_of(model: Any, scale: int = 1, text: int = 20, **changes: Any) -> dict[
     """A call for one sample at a scale, of 8 x 12 tokens in up to two frames at scale 1."""
     architecture = architecture_for(model)
     call = {**architecture.example(2, 16, 24, text), **changes}
-    return call if scale == 1 else architecture.coarse_inputs(call, scale, ScheduleConfig())[0]
+    return call if scale == 1 else architecture.coarse_inputs(call, scale, Coarse())[0]
 
 
 def on_meta(call: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_exactly_those_of_a_run(name, scale):
 @pytest.mark.parametrize(
     "settings",
     [dict(rank=2), dict(rank=0), dict(rank=3, start="bilinear"), dict(rank=2, residual=False, size_vector=False)],
-    ids=["anchored", "no-lora", "paper", "no-residual"],
+    ids=["all", "no-lora", "paper", "no-residual"],
 )
 def test_with_an_adapter(name, scale, settings):
     model = MODELS[name]()
@@ -75,12 +75,6 @@ def test_with_an_adapter(name, scale, settings):
     together = count(architecture, call, adapter.config, scale)
     assert together == counted_in_a_run(model, call, adapter, scale) > alone
     assert count(architecture, call, adapter.config) == alone  # at scale 1 it is silent
-
-
-def test_an_adapter_that_does_not_ask_adds_nothing():
-    model = tiny.transformer()
-    adapter, call = PatchAdapter.for_model(model, asks=False), call_of(model, 2)
-    assert count(architecture_for(model), call, adapter.config, 2) == count(architecture_for(model), call)
 
 
 @pytest.mark.parametrize("text", [20, 512, 600])
@@ -169,9 +163,9 @@ def test_layers_of_known_models(name):
 )
 def test_known_models_in_full(name, size, tera):
     """1024 x 1024 pixels, and 480 x 832 of 81 frames, with 512 tokens of text."""
-    architecture, config = architecture_for(meta_transformer(name)), ScheduleConfig()
+    architecture = architecture_for(meta_transformer(name))
     call = architecture.example(*size, 512)
-    calls = {s: call if s == 1 else architecture.coarse_inputs(call, s, config)[0] for s in (1, 2, 4)}
+    calls = {s: call if s == 1 else architecture.coarse_inputs(call, s, Coarse())[0] for s in (1, 2, 4)}
     assert [round(count(architecture, calls[s]) / 1e12, 1) for s in (1, 2, 4)] == list(tera)
     seconds = []
     for _ in range(3):

@@ -15,13 +15,15 @@ from diffusers import ContextParallelConfig
 
 import ddit
 import tiny
-from ddit import PatchAdapter, ScheduleConfig
+from ddit import FixedSchedule, ForecastCorrector, PatchAdapter, PatchSchedule, SkipSchedule
+from ddit.config import FULL
 from test_architectures import CASES, SMALL, draw
 
-SCHEDULES = {
-    "all scales": ScheduleConfig(policy="fixed", steps=(1, 1, 1, 2, 4, 1, 2, 1)),
-    "the rule": ScheduleConfig(threshold=0.05),
-    "speedup": ScheduleConfig(speedup=2.0),
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "all scales": dict(patches=FixedSchedule(steps=(1, 1, 1, 2, 4, 1, 2, 1))),
+    "the rule": dict(patches=PatchSchedule(threshold=0.05, careful=False)),
+    "skips": dict(patches=FULL, skip=SkipSchedule(speedup=2.0)),
+    "skips by the rule": dict(patches=FULL, skip=SkipSchedule(threshold=0.1)),
 }
 
 
@@ -49,18 +51,18 @@ def spread(transformer: Any) -> None:
 
 
 def alone_and_together(name: str) -> list[tuple[Any, Any]]:
-    """Pictures and schedules of each of `SCHEDULES`, one also with mended forecasts; by this process, then by both."""
+    """Pictures and schedules of each of `SCHEDULES`, one also corrected; by this process, then by both."""
     case = CASES[name]
     pipe = case.make()
-    mending = PatchAdapter.for_model(pipe.transformer, asks=False)
+    corrector = ForecastCorrector.for_model(pipe.transformer)
     torch.manual_seed(0)
-    for parameter in mending.parameters():
+    for parameter in corrector.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     drawn = []
     for each in (lambda _: None, spread):
         each(pipe.transformer)
-        for config, adapter in [*((c, None) for c in SCHEDULES.values()), (SCHEDULES["all scales"], mending)]:
-            with ddit.apply(pipe, config=config, adapter=adapter) as run:
+        for settings in [*SCHEDULES.values(), SCHEDULES["skips"] | {"corrector": corrector}]:
+            with ddit.apply(pipe, **settings) as run:
                 picture = draw(pipe, case)
             drawn.append((picture, run.report.strip()))
     return drawn

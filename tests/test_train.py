@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ddit
 import tiny
-from ddit import PatchAdapter, ScheduleConfig
+from ddit import FixedSchedule, ForecastCorrector, PatchAdapter, SkipSchedule
 from ddit.cli import main
+from ddit.config import FULL
 from ddit.models import architecture_for
-from ddit.patches import half_log_snr
 from ddit.preset import Preset
 from ddit.train import rollout
 from ddit.train.config import TrainConfig
@@ -30,7 +30,7 @@ from ddit.train.distill import Draw, draw, make_batch
 from ddit.train.distill import weights as noise_weights
 from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
-from ddit.train.trainer import checkpoints, train
+from ddit.train.trainer import checkpoints, result_folder, train
 
 PROMPTS = [
     f"a {size} {colour} {shape} on the left on a smooth background"
@@ -40,7 +40,7 @@ PROMPTS = [
 ]
 CALL = dict(height=32, width=32, num_inference_steps=8, max_sequence_length=20)
 SPEEDUPS = (1.3, 4.0)
-"""With these a model with random weights takes large patches for some of its steps."""
+"""Of correctors."""
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,7 @@ def base(tmp_path_factory) -> Path:
     pipe.save_pretrained(folder / "model")
     Preset(call=CALL).save(folder / "model")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    for name, speedups in (("samples", SPEEDUPS), ("plain", None)):
-        draw_samples(folder / name, pipe, CALL, PROMPTS, speedups=speedups, batch=4, shard=5, seed=0)
+    draw_samples(folder / "samples", pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
     return folder
 
 
@@ -61,9 +60,7 @@ def settings(base: Path, out: Path, **changes) -> TrainConfig:
         model=str(base / "model"),
         prompts=str(base / "prompts.txt"),
         samples=str(base / "samples"),
-        speedups=SPEEDUPS,
         out=str(out),
-        asks=True,
         shard=5,
         rank=2,
         steps=6,
@@ -79,9 +76,9 @@ def settings(base: Path, out: Path, **changes) -> TrainConfig:
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def mending(base: Path, out: Path, **changes) -> TrainConfig:
-    """The same for an adapter that mends forecasts."""
-    return settings(base, out, **{"asks": False, "rank": 32, "samples": str(base / "plain"), **changes})
+def correcting(base: Path, out: Path, **changes) -> TrainConfig:
+    """The same for a corrector."""
+    return settings(base, out, **{"corrector": True, "rank": 32, "speedups": SPEEDUPS, **changes})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -95,20 +92,19 @@ def stored(base: Path) -> Samples:
     return Samples(base / "samples", json.loads((base / "samples" / "samples.json").read_text()))
 
 
-def test_samples_are_runs_with_large_patches_and_the_models_own_velocity(base):
-    """Where a run took a step at scale 1, its latents moved by that velocity; elsewhere the model is asked anew."""
+def test_samples_are_plain_runs_with_the_models_own_velocity(base):
+    """Latents moved by that velocity from step to step, and the model answers it again."""
     pipe, samples = tiny.pipeline(), stored(base)
     architecture = architecture_for(pipe.transformer)
     assert len(samples) == len(PROMPTS) and samples.passes == 1 and samples.prompt(7) == PROMPTS[7]
     assert len(samples.sigmas) == 8 and samples.sigmas == sorted(samples.sigmas, reverse=True)
     levels = torch.tensor([*samples.sigmas, 0.0])
     for record in (7, 0):
-        scales = samples.scales[record]
         latents, velocity, call = samples.load([record], [range(8)])
         path = torch.cat([latents[0], samples.clean(record)])
         moved = (path[1:] - path[:-1]) / levels.diff().reshape(-1, 1, 1, 1)
         off = (moved - velocity[0]).square().flatten(1).mean(1)
-        assert all((error < 1e-8) == (scale == 1) for error, scale in zip(off, scales, strict=True))
+        assert (off < 1e-8).all()
         for step in range(8):
             inputs = architecture.renoised(call, latents[:, step], levels[step : step + 1])
             answer = architecture.velocity(pipe.transformer(**inputs)[0], (16, 16))
@@ -119,28 +115,14 @@ def test_samples_are_runs_with_large_patches_and_the_models_own_velocity(base):
     assert call["img_ids"].shape == (64, 3)
 
 
-def test_steps_to_learn_have_two_at_scale_1_before(base):
-    samples = stored(base)
-    assert len(samples.usable) > 6
-    for record in samples.usable:
-        scales = samples.scales[record]
-        assert scales[:2] == [1, 1] and samples.coarse(record) == [i for i, s in enumerate(scales) if s > 1]
-        for step in samples.coarse(record):
-            first, second = samples.anchors(record, step)
-            assert scales[first] == scales[second] == 1 and set(scales[second + 1 : step]) <= {2, 4}
-            assert set(scales[first + 1 : second]) <= {2, 4}
-    schedules = {tuple(row) for row in samples.scales}
-    assert len(schedules) >= 3, "each run has its own speedup"
-
-
 def test_missing_shards_alone_are_drawn_again(base, tmp_path):
     pipe = tiny.pipeline()
-    first = draw_samples(tmp_path, pipe, CALL, PROMPTS, speedups=SPEEDUPS, batch=4, shard=5, seed=0)
+    first = draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
     assert len(before) == 3
     middle, expected = shard_path(tmp_path, 1), load_file(shard_path(tmp_path, 1))
     middle.unlink()
-    draw_samples(tmp_path, pipe, CALL, None, speedups=SPEEDUPS, batch=5, shard=5, seed=0)
+    draw_samples(tmp_path, pipe, CALL, None, batch=5, shard=5, seed=0)
     for name, tensor in load_file(middle).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
     changed = {p.name for p in tmp_path.glob("*.safetensors") if before[p.name] != p.stat().st_mtime_ns}
@@ -149,9 +131,9 @@ def test_missing_shards_alone_are_drawn_again(base, tmp_path):
 
 def test_two_processes_share_the_work(base, tmp_path):
     pipe = tiny.pipeline()
-    draw_samples(tmp_path, pipe, CALL, PROMPTS, speedups=SPEEDUPS, batch=4, shard=5, seed=0, rank=0, processes=2)
+    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0, rank=0, processes=2)
     assert {p.name for p in tmp_path.glob("*.safetensors")} == {shard_path(tmp_path, n).name for n in (0, 2)}
-    draw_samples(tmp_path, pipe, CALL, PROMPTS, speedups=SPEEDUPS, batch=4, shard=5, seed=0, rank=1, processes=2)
+    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0, rank=1, processes=2)
     for number in range(3):
         ours, theirs = load_file(shard_path(tmp_path, number)), load_file(shard_path(base / "samples", number))
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -163,15 +145,13 @@ def test_samples_of_something_else_are_refused(base, change):
     call = {**CALL, "num_inference_steps": 5} if change == "settings" else CALL
     prompts = PROMPTS[::-1] if change == "prompts" else PROMPTS
     with pytest.raises(ValueError, match=change):
-        draw_samples(
-            base / "samples", pipe, call, prompts, speedups=SPEEDUPS, batch=4, shard=5, seed=int(change == "seed")
-        )
+        draw_samples(base / "samples", pipe, call, prompts, batch=4, shard=5, seed=int(change == "seed"))
 
 
 def test_true_guidance_gives_a_record_per_pass(tmp_path):
     pipe = tiny.pipeline()
     call = {**CALL, "true_cfg_scale": 2.0, "negative_prompt": "a red circle"}
-    samples = draw_samples(tmp_path, pipe, call, PROMPTS[:2], speedups=SPEEDUPS, batch=2, shard=2, seed=0)
+    samples = draw_samples(tmp_path, pipe, call, PROMPTS[:2], batch=2, shard=2, seed=0)
     assert samples.passes == 2 and len(samples) == 4
     latents, velocity, inputs = samples.load([0, 1], [[2, 5], [2, 5]])
     assert latents.shape[:2] == (2, 2) and torch.equal(latents[0], latents[1])
@@ -197,14 +177,8 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
     samples, config = stored(base), settings(base, base)
     table = [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
     assert table == [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
-    assert {d.record for d in table} == {i for i in samples.usable if i < 10} and {d.scale for d in table} == {2, 4}
-    assert all(samples.scales[d.record][d.step] > 1 for d in table)
-    assert {(d.record, d.step) for d in table} == {(i, n) for i in samples.usable if i < 10 for n in samples.coarse(i)}
-
-
-def test_runs_without_large_patches_are_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="higher --speedups"):
-        train(settings(base, tmp_path, samples=str(tmp_path / "samples"), speedups=(1.0001, 1.0001)))
+    assert {d.record for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
+    assert {d.step for d in table} == set(range(8))
 
 
 def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
@@ -213,65 +187,53 @@ def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
     torch.testing.assert_close(noise_weights("none", sigma), torch.ones(4))
 
 
-def test_batches_hold_steps_as_they_were_met(base):
+def test_batches_hold_steps_of_plain_runs(base):
     samples, architecture = stored(base), architecture_for(tiny.transformer())
-    record = samples.usable[1]
-    step = samples.coarse(record)[-1]
-    batch = make_batch(architecture, samples, [Draw(record, 2, step)] * 2, "cpu", torch.float32)
-    first, second = samples.anchors(record, step)
-    latents, velocity, _ = samples.load([record], [[first, second, step]])
-    assert torch.equal(architecture.latents(batch.inputs)[0], latents[0, 2])
-    assert torch.equal(batch.target[1], velocity[0, 2]) and batch.scales == [2, 2]
-    assert batch.sigma.tolist() == pytest.approx([samples.sigmas[step]] * 2)
-    anchor = batch.anchor
-    assert torch.equal(anchor.clean.value[0], latents[0, 1] - anchor.sigma[0] * velocity[0, 1])
-    assert torch.allclose(anchor.latents[0], latents[0, 1], atol=1e-6)  # which follow from these
-    assert float(anchor.sigma[0]) == pytest.approx(samples.sigmas[second])
-    assert torch.equal(anchor.velocity.value[0], velocity[0, 1])
-    assert torch.equal(anchor.velocity.previous[0], velocity[0, 0])
-    assert float(anchor.velocity.previous_level[0]) == pytest.approx(half_log_snr(samples.sigmas[first]), rel=1e-5)
+    batch = make_batch(architecture, samples, [Draw(3, 2, 5)] * 2, "cpu", torch.float32)
+    latents, velocity, _ = samples.load([3], [[5]])
+    assert torch.equal(architecture.latents(batch.inputs)[0], latents[0, 0])
+    assert torch.equal(batch.target[1], velocity[0, 0]) and batch.scales == [2, 2]
+    assert batch.sigma.tolist() == pytest.approx([samples.sigmas[5]] * 2)
 
 
 # Training
 
 
 @pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
-@pytest.mark.parametrize("anchored", [True, False])
-def test_it_learns(base, tmp_path, start, anchored):
-    lr = 3e-5 if anchored else 3e-3  # there is less to learn from an anchor
-    changes = {"steps": 60, "lr": lr, "ema": 0.0, "validate_every": 60, "batch": 4}
-    config = settings(base, tmp_path, start=start, anchored=anchored, **changes)
+def test_it_learns(base, tmp_path, start):
+    changes = {"steps": 60, "lr": 3e-3, "ema": 0.0, "validate_every": 60, "batch": 4}
+    config = settings(base, tmp_path, start=start, **changes)
     train(config)
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert {(r["scale"], r["sigma"]) for r in rows} == {(s, x) for s in (2, 4) for x in (0.95, 0.8, 0.6, 0.4, 0.2)}
     learnt, free = np.mean([r["error"] for r in rows]), np.mean([r["training_free"] for r in rows])
-    assert learnt < (0.98 if anchored else 0.9) * free
+    assert learnt < 0.9 * free
     adapter = PatchAdapter.from_pretrained(tmp_path / "adapter")
     assert adapter.config["steps_trained"] == 60 and set(adapter.detail_variance) == {2, 4}
     pipe = tiny.pipeline()
-    with ddit.apply(pipe, adapter=adapter, config=ScheduleConfig(policy="fixed", steps=(1, 2, 4))):
+    with ddit.apply(pipe, adapter=adapter, patches=FixedSchedule(steps=(1, 2, 4))):
         assert torch.isfinite(tiny.sample(pipe)).all()
 
 
-def test_mended_forecasts_end_nearer_to_plain(base, tmp_path):
-    train(mending(base, tmp_path, steps=80, lr=3e-3, ema=0.0, batch=6, validate_every=80, speedups=(2.0, 4.0)))
+def test_corrected_forecasts_end_nearer_to_plain(base, tmp_path):
+    train(correcting(base, tmp_path, steps=80, lr=3e-3, ema=0.0, batch=6, validate_every=80, speedups=(2.0, 4.0)))
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    assert [r["speedup"] for r in rows] == [2.0, 2.83, 4.0] and [r["steps_at_scale_1"] for r in rows] == [4, 3, 2]
+    assert [r["speedup"] for r in rows] == [2.0, 2.83, 4.0] and [r["called_steps"] for r in rows] == [4, 3, 2]
     assert all(r["error"] < r["training_free"] for r in rows[1:])
     assert np.mean([r["error"] - r["training_free"] for r in rows]) < -1  # dB
-    adapter = PatchAdapter.from_pretrained(tmp_path / "adapter")
-    assert not adapter.asks and set(adapter.detail_variance) == {2, 4} and not len(adapter.parts)
+    corrector = ForecastCorrector.from_pretrained(tmp_path / "corrector")
+    assert corrector.config["steps_trained"] == 80
     pipe = tiny.pipeline()
-    with ddit.apply(pipe, adapter=adapter, config=ScheduleConfig(policy="fixed", steps=(1, 1, 2, 2))) as run:
-        assert torch.isfinite(tiny.sample(pipe)).all() and run.report.strip().startswith("1 1 - -")
+    with ddit.apply(pipe, patches=FULL, skip=SkipSchedule(speedup=2), corrector=corrector) as run:
+        assert torch.isfinite(tiny.sample(pipe)).all() and "-" in run.report.strip()
 
 
 def test_courses_depend_on_seed_and_step_alone(base):
-    config, sets = mending(base, base, speedups=(1.3, 4.0)), [stored(base).sigmas]
+    config, sets = correcting(base, base, speedups=(1.3, 4.0)), [stored(base).sigmas]
     courses = [rollout.draw_course(config, sets, step, 0) for step in range(60)]
     assert courses == [rollout.draw_course(config, sets, step, 3) for step in range(60)]
     assert courses != [rollout.draw_course(config, sets, step, 4) for step in range(60)]
-    assert {c.scale for c in courses} == {2, 4} and len({c.fine for c in courses}) >= 4
+    assert len({c.fine for c in courses}) >= 4
     for course in courses:
         able = rollout.learnable(course.fine, 8)
         assert {course.gaps[0], course.gaps[-1]} <= set(able), "there are forecasts to learn"
@@ -290,28 +252,35 @@ def test_runs_anew_need_a_path_of_fixed_guidance(base, tmp_path):
     """Weights of guidance passes are read off a run; one that moved by something else is refused."""
     pipe = tiny.pipeline()
     call = {**CALL, "true_cfg_scale": 2.5, "negative_prompt": "a red circle"}
-    samples = draw_samples(tmp_path / "cfg", pipe, call, PROMPTS[:2], speedups=None, batch=2, shard=2, seed=0)
+    samples = draw_samples(tmp_path / "cfg", pipe, call, PROMPTS[:2], batch=2, shard=2, seed=0)
     guidance = Sampler(pipe.scheduler, samples).guidance
     torch.testing.assert_close(guidance, torch.tensor([2.5, -1.5]), rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match=r"no fixed mix.*--asks"):
-        Sampler(pipe.scheduler, stored(base))  # runs under a speedup: forecasts moved them
+    moved = dict(load_file(shard_path(tmp_path / "cfg", 0)))
+    moved["latents"] = moved["latents"] + torch.randn_like(moved["latents"])  # by something else than the model
+    save_file(moved, shard_path(tmp_path / "cfg", 0))
+    with pytest.raises(ValueError, match=r"no fixed mix.*an adapter for large patches"):
+        Sampler(pipe.scheduler, samples)
 
 
 def test_samples_of_another_sampler_are_refused(base):
     pipe = tiny.pipeline()
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with pytest.raises(ValueError, match="with other sampler, sampler_hash"):
-        draw_samples(base / "plain", pipe, CALL, PROMPTS, speedups=None, batch=4, shard=5, seed=0)
+        draw_samples(base / "samples", pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
 
 
 def test_several_numbers_of_steps(base, tmp_path):
     """Each has samples of its own, and is validated."""
-    config = mending(base, tmp_path, samples=None, sample_steps=(8, 5), steps=6, validate_every=6, speedups=(2.0, 4.0))
+    config = correcting(
+        base, tmp_path, samples=None, sample_steps=(8, 5), steps=6, validate_every=6, speedups=(2.0, 4.0)
+    )
     train(config)
     assert {p.parent.name for p in tmp_path.glob("samples/*/samples.json")} == {"8-steps", "5-steps"}
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert [(r["run_steps"], r["speedup"]) for r in rows] == [(n, s) for n in (8, 5) for s in (2.0, 2.83, 4.0)]
-    assert PatchAdapter.from_pretrained(tmp_path / "adapter").config["sampler"] == "FlowMatchEulerDiscreteScheduler"
+    assert (
+        ForecastCorrector.from_pretrained(tmp_path / "corrector").config["sampler"] == "FlowMatchEulerDiscreteScheduler"
+    )
     train(replace(config, steps=7))
     with pytest.raises(ValueError, match="one number of steps"):
         settings(base, tmp_path, sample_steps=(8, 5))
@@ -319,18 +288,15 @@ def test_several_numbers_of_steps(base, tmp_path):
         replace(config, sample_steps=(8, 8))
 
 
-def test_settings_of_adapters_that_ask_are_refused_for_one_that_does_not():
-    assert TrainConfig().asks is False and TrainConfig(start="bilinear").asks is True
-    assert TrainConfig(anchored=False).asks is True
-    with pytest.raises(ValueError, match=r"has no rank, weighting; .*--asks"):
-        TrainConfig(rank=8, weighting="none")
-    with pytest.raises(ValueError, match="anchored=True"):
-        PatchAdapter.for_model(tiny.transformer(), asks=False, anchored=False)
-    with pytest.raises(ValueError, match="anchored"):
-        TrainConfig(asks=False, anchored=False)
+def test_settings_of_the_other_kind_are_refused():
+    with pytest.raises(ValueError, match=r"a corrector has no rank, weighting; .*--corrector"):
+        TrainConfig(corrector=True, rank=8, weighting="relative")
+    with pytest.raises(ValueError, match=r"an adapter for large patches has no speedups"):
+        TrainConfig(speedups=(2.0, 3.0))
+    assert TrainConfig.from_dict(json.loads(json.dumps(TrainConfig(corrector=True).to_dict()))).corrector
 
 
-@pytest.mark.parametrize("made", [settings, mending])
+@pytest.mark.parametrize("made", [settings, correcting])
 def test_prodigy_checkpointing_and_pictures(base, tmp_path, made):
     config = made(
         base, tmp_path, optimizer="prodigy", lr=None, gradient_checkpointing=True, pictures=2, steps=3, tracker=None
@@ -339,16 +305,16 @@ def test_prodigy_checkpointing_and_pictures(base, tmp_path, made):
     assert (tmp_path / "pictures" / "step-000003.png").is_file()
 
 
-@pytest.mark.parametrize("made", [settings, mending])
+@pytest.mark.parametrize("made", [settings, correcting])
 def test_gradient_checkpointing_changes_nothing(base, tmp_path, made):
     for name, checkpointing in (("a", False), ("b", True)):
         train(made(base, tmp_path / name, gradient_checkpointing=checkpointing))
-    a, b = weights(tmp_path / "a" / "adapter"), weights(tmp_path / "b" / "adapter")
+    a, b = (weights(next((tmp_path / x).glob("*/*.safetensors")).parent) for x in "ab")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("made", [settings, mending])
+@pytest.mark.parametrize("made", [settings, correcting])
 def test_a_killed_run_ends_bit_equal(base, tmp_path, made):
     """kill -9 in the middle, then the same command."""
     whole = made(base, tmp_path / "whole", steps=40, optimizer="prodigy", lr=1.0)
@@ -366,7 +332,7 @@ def test_a_killed_run_ends_bit_equal(base, tmp_path, made):
     log = (tmp_path / "killed" / "train.jsonl").read_text().splitlines()
     assert 0 < len(log) < 40
     assert subprocess.run(command, capture_output=True, env=threads).returncode == 0
-    a, b = weights(tmp_path / "whole" / "adapter"), weights(tmp_path / "killed" / "adapter")
+    a, b = (weights(result_folder(run)) for run in (whole, config))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -379,9 +345,9 @@ def test_checkpoints_rotate_and_steps_may_grow(base, tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch(base, tmp_path):
-    train(settings(base, tmp_path / "a", batch=4, anchored=False))
-    train(settings(base, tmp_path / "b", batch=2, accumulation=2, anchored=False))
-    a, b = weights(tmp_path / "a" / "adapter"), weights(tmp_path / "b" / "adapter")
+    train(settings(base, tmp_path / "a", batch=4))
+    train(settings(base, tmp_path / "b", batch=2, accumulation=2))
+    a, b = (weights(next((tmp_path / x).glob("*/*.safetensors")).parent) for x in "ab")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
 
@@ -492,7 +458,7 @@ def test_prompts_of_the_grammar(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", [settings, mending])
+@pytest.mark.parametrize("made", [settings, correcting])
 def test_two_processes_learn_what_one_learns(base, tmp_path, made):
     """`accelerate launch` with gloo: the same global batch, the same losses and weights."""
     one = made(base, tmp_path / "one", batch=4)
@@ -511,26 +477,26 @@ def test_two_processes_learn_what_one_learns(base, tmp_path, made):
         for name in ("one", "two")
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    a, b = weights(tmp_path / "one" / "adapter"), weights(tmp_path / "two" / "adapter")
+    a, b = (weights(next((tmp_path / x).glob("*/*.safetensors")).parent) for x in ("one", "two"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("made", [settings, mending])
+@pytest.mark.parametrize("made", [settings, correcting])
 def test_tensorboard(base, tmp_path, made):
     pytest.importorskip("tensorboard")
     train(made(base, tmp_path, steps=2, validate_every=2, tracker="tensorboard"))
     assert list((tmp_path / "ddit").glob("**/events*"))
 
 
-@pytest.mark.parametrize("made", [settings, mending])
+@pytest.mark.parametrize("made", [settings, correcting])
 def test_dry_run_counts_what_training_holds(base, tmp_path, capsys, made):
     """Against the real thing: parameters, optimizer state and average of a run on this base."""
     command = ["train", "--dry-run", "--model", str(base / "model"), "--json", str(tmp_path / "p.json")]
-    assert main([*command, *(["--asks", "--rank", "2"] if made is settings else [])]) == 0
+    assert main([*command, *(["--rank", "2"] if made is settings else ["--corrector"])]) == 0
     figures = json.loads((tmp_path / "p.json").read_text())
     train(made(base, tmp_path / "run", steps=1, optimizer="prodigy", lr=None))
-    count = sum(t.numel() for t in weights(tmp_path / "run" / "adapter").values())
+    count = sum(t.numel() for t in weights(result_folder(made(base, tmp_path / "run"))).values())
     assert figures["adapter_parameters"] == count
     state = torch.load(checkpoints(tmp_path / "run")[0], weights_only=True)
     held = [v for s in state["optimizer"]["state"].values() for v in s.values() if torch.is_tensor(v) and v.numel() > 1]

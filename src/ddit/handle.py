@@ -268,7 +268,7 @@ class Handle:
 
     def _new_run(self, arch: Architecture, inputs: Inputs) -> RunState:
         plan, scheduler = self.plan, getattr(self._pipe, "scheduler", None)
-        total, sigmas = run_of(scheduler)
+        total, sigmas = run_of(scheduler, getattr(plan.pipe, "_num_timesteps", None))
         examples = self._examples(arch, inputs)
         deterministic = not adds_noise(scheduler)
         readable = arch.obstacle(inputs) is None
@@ -345,12 +345,17 @@ CLOSE = 2**-8
 """How far a timestep in bfloat16 may lie from the scheduler's own noise level."""
 
 
-def run_of(scheduler: Any) -> tuple[int | None, list[float]]:
-    """Number of steps of a scheduler's run, from where it begins (image to image), and their noise levels, if known."""
+def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[float]]:
+    """Number of steps of a scheduler's run, from where it begins (image to image), and their noise levels, if known.
+
+    Args:
+        told: The pipeline's own number of steps: one may begin midway without telling the scheduler (Wan V2V).
+    """
     timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
     if timesteps is None:
         return None, []
-    total = len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+    left = len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+    total = min(left, told or left)
     if sigmas is None or len(sigmas) <= total:
         return total, []
     return total, [float(sigma) for sigma in sigmas[:-1][-total:]]  # the last one is where the run ends

@@ -228,7 +228,7 @@ class RunState:
 
     def record(self, velocity: Tensor, scales: Sequence[int], seconds: float) -> None:
         """Take in the answer ``[B, C, ..., H, W]`` to a call, computed at these scales."""
-        if self.skipper is not None:
+        if self.skipper is not None and self.deterministic:
             called = [scale > 0 and i not in self.cached for i, scale in enumerate(scales)]
             self.skipper.observe(
                 self.passes,
