@@ -349,13 +349,14 @@ def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[fl
     """Number of steps of a scheduler's run, from where it begins (image to image), and their noise levels, if known.
 
     Args:
-        told: The pipeline's own number of steps: one may begin midway without telling the scheduler (Wan V2V).
+        told: The pipeline's own number of steps, for one that does not tell the scheduler where it begins (Wan V2V).
     """
     timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
     if timesteps is None:
         return None, []
-    left = len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
-    total = min(left, told or left)
+    begin = getattr(scheduler, "begin_index", None)
+    left = len(timesteps) - (begin or 0)
+    total = min(left, told or left) if begin is None else left
     if sigmas is None or len(sigmas) <= total:
         return total, []
     return total, [float(sigma) for sigma in sigmas[:-1][-total:]]  # the last one is where the run ends
