@@ -54,7 +54,7 @@ def test_custom_policy_sees_step_total_and_statistics(pipe):
     seen = []
 
     class Mine:
-        scales = (1, 2)
+        scales: tuple[int, ...] = (1, 2)
         needs_statistics = True
 
         def choose(self, context):
@@ -71,7 +71,7 @@ def test_custom_policy_sees_step_total_and_statistics(pipe):
 @pytest.mark.parametrize("chosen", [[3], [8], [], [1, 1], ["2"], [None], None, 2])
 def test_nonsense_of_a_policy_is_refused(chosen):
     class Bad:
-        scales = (1, 2, 4)
+        scales: tuple[int, ...] = (1, 2, 4)
 
         def choose(self, context):
             return chosen
@@ -650,7 +650,7 @@ def test_image_to_image_from_the_same_pipe(pipe, settings):
     kwargs: dict[str, Any] = dict(image=picture(1), strength=0.6, steps=10)
     handle = ddit.apply(pipe, **settings)
     tiny.sample(pipe, steps=20)
-    second = FluxImg2ImgPipeline.from_pipe(pipe)
+    second: Any = FluxImg2ImgPipeline.from_pipe(pipe)
     second.set_progress_bar_config(disable=True)
     shared = tiny.sample(second, **kwargs)
     report = handle.report
