@@ -495,6 +495,8 @@ def test_dry_run_counts_what_training_holds(base, tmp_path, capsys, made):
     command = ["train", "--dry-run", "--model", str(base / "model"), "--json", str(tmp_path / "p.json")]
     assert main([*command, *(["--rank", "2"] if made is settings else ["--corrector"])]) == 0
     figures = json.loads((tmp_path / "p.json").read_text())
+    assert f"{figures['trains']}: " in capsys.readouterr().out
+    assert figures["trains"] == ("adapter" if made is settings else "corrector")
     train(made(base, tmp_path / "run", steps=1, optimizer="prodigy", lr=None))
     count = sum(t.numel() for t in weights(result_folder(made(base, tmp_path / "run"))).values())
     assert figures["adapter_parameters"] == count

@@ -1,4 +1,4 @@
-"""What training an adapter takes, counted on the meta device: no weights are needed, only the base's configuration."""
+"""What training an adapter or a corrector takes, counted on the meta device: no weights are needed, only the base's configuration."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """
     transformer = meta_transformer(config.model)
     with torch.device("meta"):
-        adapter = new_part(transformer, config)
+        trainee = new_part(transformer, config)
     parts: dict[str, int] = {}
-    for name, p in adapter.named_parameters():
+    for name, p in trainee.named_parameters():
         part = "path" if config.corrector else name.split(".")[2]
         parts[part] = parts.get(part, 0) + p.numel()
     trained = sum(parts.values())
-    started = sum(p.numel() for name, p in adapter.named_parameters() if _STARTED.search(name))
+    started = sum(p.numel() for name, p in trainee.named_parameters() if _STARTED.search(name))
     # Prodigy keeps the first weights, but for those that are all zero.
     state = started * _state_per_parameter(config, 1.0) + (trained - started) * _state_per_parameter(config, 0.0)
     base = sum(p.numel() for p in transformer.parameters())
@@ -42,6 +42,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     return {
         "base": type(transformer).__name__,
         "base_parameters": base,
+        "trains": trainee.noun,
         "adapter_parameters": trained,
         "adapter_parameters_by_part": parts,
         "adapter_file_bytes": {"float32": 4 * trained, "bfloat16": 2 * trained},
@@ -68,9 +69,10 @@ def table(figures: dict[str, Any]) -> str:
     """The figures of `plan` for the screen."""
     lines = [
         f"{figures['base']}: {figures['base_parameters'] / 1e9:.2f} billion parameters, frozen",
-        f"adapter: {figures['adapter_parameters'] / 1e6:.1f} million parameters ("
+        f"{figures['trains']}: {figures['adapter_parameters'] / 1e6:.1f} million parameters ("
         + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in figures["adapter_parameters_by_part"].items())
         + ")",
     ]
-    lines += [f"  {name:10} {value / 2**30:7.2f} GiB" for name, value in figures["bytes"].items()]
+    named = {figures["trains"] if name == "adapter" else name: value for name, value in figures["bytes"].items()}
+    lines += [f"  {name:10} {value / 2**30:7.2f} GiB" for name, value in named.items()]
     return "\n".join(lines)

@@ -106,6 +106,7 @@ class Run:
     attachment: Any
     """It on the transformer; has ``remove``."""
     variance: dict[int, Tensor]
+    """For an adapter: scale -> variance of the detail that pooling loses."""
     optimizer: torch.optim.Optimizer
     lr: Any
     ema: EMAModel | None
@@ -131,7 +132,7 @@ class Run:
             transformer.enable_gradient_checkpointing()
         architecture = architecture_for(transformer)
         torch.manual_seed(config.seed)
-        measured = measured_detail(samples, config.scales, architecture.patch_size)
+        measured = {} if config.corrector else measured_detail(samples, config.scales, architecture.patch_size)
         part: Any = new_part(transformer, config, sampler=type(pipe.scheduler).__name__, detail_variance=measured)
         attachment = part.to(accelerator.device).attach(transformer)
         optimizer = make_optimizer(part, config)
