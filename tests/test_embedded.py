@@ -115,6 +115,7 @@ SMALL = TrainingConfig(
 )
 
 
+@pytest.mark.slow
 def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch):
     """Stop right after the first checkpoint, run again: bit-equal to a run that was never stopped."""
     whole = training.train(tmp_path / "whole", SMALL)
@@ -156,6 +157,7 @@ def test_places_are_read_off_the_prompt():
         assert named_places(scene.prompt) == asked
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_finished_model(tmp_path):
     """No step taken: what comes out is what went in."""
     first = training.train(tmp_path / "first", SMALL)
