@@ -20,7 +20,8 @@ from ddit.cli.common import (
     positive,
 )
 from ddit.config import Difference, PolicyName, Positions, ScheduleConfig, Start
-from ddit.files import write_json
+from ddit.extras import has, require
+from ddit.files import replacing, write_json
 
 DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
 
@@ -80,7 +81,9 @@ def _generate(args: argparse.Namespace) -> None:
     out = args.out
     if args.prompts is not None:
         out = (out or Path("out/ddit")) / "00001.json"
-    check_run(args, (out, args.json, args.plot))
+    check_run(args, (out or Path("out/ddit.png"), args.json, args.plot))
+    if args.plot is not None:
+        require("matplotlib", "--plot")
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give a prompt to draw, or --prompts FILE with one per line")
     if args.prompts is not None:
@@ -112,7 +115,11 @@ def _demo(args: argparse.Namespace) -> None:
     from ddit.cli import parser
 
     stem = args.out.with_suffix("")
-    files = ["--out", str(args.out), "--json", f"{stem}.json", "--plot", f"{stem}-plot.png"]
+    files = ["--out", str(args.out), "--json", f"{stem}.json"]
+    if has("matplotlib"):
+        files += ["--plot", f"{stem}-plot.png"]
+    else:
+        print("no plot of the schedule: it needs the package matplotlib, pip install 'ddit[plot]'")
     print(f"{DEMO_PROMPT!r}, plain and with dynamic patches, by turns", flush=True)
     _generate(parser().parse_args(["generate", DEMO_PROMPT, "--compare", "--repeats", "3", *files]))
 
@@ -239,7 +246,10 @@ class Drawing:
         if plot is not None:
             plot.parent.mkdir(parents=True, exist_ok=True)
             by_threshold = self.config.policy == "dynamic" and not self.config.speedup
-            report.plot(plot, threshold=self.config.threshold if by_threshold else None)
+            with replacing(plot) as part:
+                named = part.with_name(part.name + (plot.suffix or ".png"))  # the ending tells the format
+                report.plot(named, threshold=self.config.threshold if by_threshold else None)
+                named.replace(part)
             written.append(plot)
         return result, written
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ddit.adapter import Attachment, PatchAdapter
 from ddit.config import ScheduleConfig
+from ddit.extras import require
 from ddit.files import replacing, replacing_folder, write_json
 from ddit.generate import load_pipeline
 from ddit.models import architecture_for
@@ -69,6 +70,8 @@ def train(config: TrainConfig) -> Path:
 
 def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
     """Check the run's settings against those it began with; returns the prompts where the samples need them."""
+    if config.optimizer == "prodigy":
+        require("prodigyopt", "the optimizer Prodigy")
     saved = out / "train.json"
     if saved.exists():
         try:
