@@ -10,6 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 import ddit
 import tiny
@@ -204,8 +205,6 @@ def test_loaded_in_half_precision(pipe, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut short", "missing", "extra", "shape", "no config", "foreign config", "pickle"])
 def test_damaged_files_are_refused_with_the_folder_named(pipe, tmp_path, damage):
-    from safetensors.torch import load_file, save_file
-
     adapter_for(pipe.transformer).save_pretrained(tmp_path)
     path, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
     weights = load_file(path)
@@ -353,3 +352,24 @@ def test_two_adapters_on_one_transformer_are_refused(pipe):
     with ddit.apply(pipe, adapter=adapter):
         pass
     assert not any("_ddit" in name for m in pipe.transformer.modules() for name in vars(m))
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (lambda w: w * torch.nan, "holds NaN or infinity.*get the files anew"),
+        (lambda w: w + torch.inf, "holds NaN or infinity"),
+        (lambda w: w + 3e7, r"holds 3e\+07, which no training makes"),
+        (lambda w: (100 * w).to(torch.int32), "is of type I32, not floating-point"),
+        (lambda w: w.to(torch.int8), "is of type I8"),
+    ],
+)
+def test_weights_that_no_training_makes_are_refused(pipe, tmp_path, broken, told):
+    PatchAdapter.for_model(pipe.transformer, rank=2).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    values = load_file(file)
+    key = next(iter(values))
+    save_file({**values, key: broken(values[key]).contiguous()}, file)
+    with pytest.raises(ValueError, match=told) as raised:
+        PatchAdapter.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(raised.value)

@@ -29,13 +29,25 @@ GROUPS = (
     ("ddit.models.base",),
     ("ddit.models.flops",),
     ("ddit.pretrained", "ddit.preset", "ddit.teacache"),
-    ("ddit.patches", "ddit.schedule", "ddit.report", "ddit.config", "ddit.progress", "ddit.files", "ddit.memory"),
+    (
+        "ddit.patches",
+        "ddit.schedule",
+        "ddit.report",
+        "ddit.config",
+        "ddit.progress",
+        "ddit.files",
+        "ddit.memory",
+        "ddit.extras",
+        "ddit.kinds",
+    ),
 )
 OUTSIDE = {
     "ddit.config": set(),
     "ddit.report": {"matplotlib"},
     "ddit.progress": {"rich"},
     "ddit.files": set(),
+    "ddit.extras": set(),
+    "ddit.kinds": set(),
     "ddit.memory": {"torch"},
 }
 """Packages that modules of the last group may import; torch and einops where nothing is said here."""

@@ -336,6 +336,22 @@ def test_a_killed_run_ends_bit_equal(base, tmp_path, made):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_what_a_kill_in_the_last_save_left_out_is_made(base, tmp_path):
+    import shutil
+
+    config = settings(base, tmp_path, steps=2)
+    train(config)
+    kept = weights(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "validation.jsonl").unlink()
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1}\n{"st')
+    train(config)
+    now = weights(tmp_path / "adapter")
+    assert all(torch.equal(kept[k], now[k]) for k in kept) and (tmp_path / "validation.jsonl").is_file()
+    assert [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").open()] == [1, 2]
+
+
 def test_checkpoints_rotate_and_steps_may_grow(base, tmp_path):
     train(settings(base, tmp_path))
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000004.pt", "checkpoint-000006.pt"]

@@ -15,8 +15,14 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to instead of ``path``; takes its place when the block ends, and is removed if it fails.
 
-    A kill at any moment leaves the old file or the new one, never half of one.
+    A kill at any moment leaves the old file or the new one, never half of one. A link stays: what it names is replaced.
+
+    Raises:
+        OSError: For a folder, a pipe or a device.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file; name one that is, or one that is not there yet")
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
@@ -28,10 +34,15 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """As `replacing`, for a folder; while the two change places the old one is called ``path.old``."""
+    path = Path(os.path.realpath(path))
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if path.exists():
         path.rename(old)
     partial.rename(path)

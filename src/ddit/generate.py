@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ddit.caches import Config as CacheConfig
 from ddit.config import FixedSchedule, Patches, SkipSchedule
 from ddit.embedded import CORRECTOR_FOLDER, MODEL_FOLDER, video
 from ddit.handle import Handle
+from ddit.kinds import fits, told
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
@@ -196,12 +197,23 @@ def check_call(pipe: Any, settings: dict[str, Any]) -> None:
         near = count // group * group + 1
         raise ValueError(f"frames is {count}; this model takes one more than a multiple of {group}, such as {near}")
     takes = inspect.signature(type(pipe).__call__).parameters
+    hints = _hints(type(pipe).__call__)
     for name, value in settings.items():
         if name not in takes or name in SET:
             allowed = ", ".join(sorted(takes.keys() - {"self"} - SET))
             raise ValueError(f"{type(pipe).__name__} can't be called with {name}; it takes {allowed}")
         if isinstance(takes[name].default, int | float) and not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r}; {type(pipe).__name__} takes a number there")
+        if name in hints and not fits(value, hints[name]):
+            raise ValueError(f"{name} is {value!r}; {type(pipe).__name__} takes {told(hints[name])} there")
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Annotations of a call; none where they can't be looked up."""
+    try:
+        return get_type_hints(function)
+    except Exception:  # names that only type checkers import
+        return {}
 
 
 def draws_video(pipe: Any) -> bool:

@@ -71,7 +71,8 @@ def save_png(path: Path, picture: np.ndarray) -> None:
     """One picture ``[H, W, 3]`` in [0, 1]."""
     from PIL import Image
 
-    Image.fromarray(eight_bits(picture)).save(path)
+    with replacing(path) as partial:
+        Image.fromarray(eight_bits(picture)).save(partial, format="PNG")
 
 
 def _save_clip(path: Path, clip: np.ndarray, fps: int) -> None:

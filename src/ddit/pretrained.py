@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers import ConfigMixin, ModelMixin
+from safetensors import safe_open
 from torch import nn
 
 Part = TypeVar("Part", bound="TrainedPart")
@@ -37,16 +38,19 @@ class TrainedPart(ModelMixin, ConfigMixin):
             if not isinstance(config, dict) or config.get("_class_name") != cls.__name__:
                 found = config.get("_class_name") if isinstance(config, dict) else None
                 raise ValueError(f"its config.json is that of a {found}, not of a {cls.__name__}")
+            check_types(Path(name))
             loaded: Any = super().from_pretrained(name, **settings)
             part, info = loaded
         except Exception as error:  # diffusers, safetensors and the hub each raise their own
             raise ValueError(
-                f"{noun} {name!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}"
+                f"{noun} {name!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}; "
+                "name one that is whole, or get its files anew"
             ) from error
         wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
         if wrong:
             told = "; ".join(f"{kind.replace('_', ' ')}: {_some(keys)}" for kind, keys in wrong.items())
             raise ValueError(f"the weights of {noun} {name!r} don't fit its config.json ({told}); get the files anew")
+        check_weights(part, f"{noun} {name!r}")
         return part
 
     def check(self, transformer: nn.Module) -> None:
@@ -70,6 +74,40 @@ class TrainedPart(ModelMixin, ConfigMixin):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise TypeError(f"a {self.noun} has no forward of its own; pass it to ddit.apply")
+
+
+LARGEST = 1e4
+"""Beyond this no weight of a trained part lies; float16 ends at 6.5e4."""
+
+
+def check_weights(part: nn.Module, named: str) -> None:
+    """Refuse weights that training can't have made: they would turn pictures into noise without a word.
+
+    Raises:
+        ValueError: For weights that are not finite, or out of range.
+    """
+    for name, weight in part.state_dict().items():
+        if not bool(weight.isfinite().all()):
+            wrong = "holds NaN or infinity"
+        elif weight.numel() and float(weight.abs().max()) > LARGEST:
+            wrong = f"holds {float(weight.abs().max()):.2g}, which no training makes"
+        else:
+            continue
+        raise ValueError(f"{named} is broken: its weight {name} {wrong}; get the files anew, or train it again")
+
+
+def check_types(folder: Path) -> None:
+    """Refuse files on this machine whose weights are whole numbers, which loading would cast without a word.
+
+    Raises:
+        ValueError: Naming the file and the first such weight.
+    """
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no iterator of its own)
+                kind = file.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")):
+                    raise ValueError(f"in {path.name} the weight {name} is of type {kind}, not floating-point")
 
 
 def config_hash(transformer: Any) -> str:

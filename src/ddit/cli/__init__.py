@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ddit import __version__
-from ddit.cli.common import add_command, check_writable, command_line, environment
+from ddit.cli.common import add_command, check_outputs, check_writable, command_line, environment
 from ddit.cli.draw import add_draw
 from ddit.cli.embedded import add_embedded
 from ddit.cli.measure import add_measure
@@ -23,12 +23,25 @@ from ddit.train.config import CHOICES, TrainConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 for bad input."""
+    try:
+        return _run(argv)
+    finally:
+        _let_go_of_stdout()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = parser().parse_args(argv)
     warnings.showwarning = _show_warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         args.command(args)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if _nobody_reads():
+            return 0
+        print(f"ddit: error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError, ArithmeticError, ModuleNotFoundError) as error:
         print(f"ddit: error: {error}", file=sys.stderr)
         return 2
@@ -36,6 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ddit: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _let_go_of_stdout() -> None:
+    """What can't be printed any more goes nowhere, quietly, and not into a traceback while Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of standard output was closed, as ``| head`` does."""
+    import select
+
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,12 +117,7 @@ def _optional_type(annotation: str) -> type:
 def _train(args: argparse.Namespace) -> None:
     values: dict[str, Any] = {}
     if args.config is not None:
-        import yaml
-
-        try:
-            values = yaml.safe_load(args.config.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{args.config} is neither YAML nor JSON: {error}") from error
+        values = _read_settings(args.config)
         if not isinstance(values, dict):
             raise ValueError(f"{args.config} must hold names and values of training settings")
     flags = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
@@ -99,8 +126,7 @@ def _train(args: argparse.Namespace) -> None:
         _plan(config, args.json)
         return
     out = Path(config.out)
-    for path in (out / "train.json", *([args.json] if args.json else [])):
-        check_writable(path)
+    check_outputs([*(out / name for name in ("train.json", "train.jsonl", "validation.jsonl")), args.json])
     from accelerate import PartialState
 
     from ddit.train.trainer import train
@@ -116,6 +142,16 @@ def _train(args: argparse.Namespace) -> None:
         about |= {"processes": state.num_processes, "peak_memory_bytes": _peak_memory(state.device.type)}
         write_json(args.json, {**about, "settings": config.to_dict(), **curves})
         print(f"wrote {args.json}")
+
+
+def _read_settings(path: Path) -> Any:
+    """What a YAML or JSON file holds."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
 
 
 def _peak_memory(device: str) -> int | None:

@@ -84,6 +84,9 @@ def check_writable(path: Path) -> None:
     """Try the nearest folder that exists; permissions alone don't tell (read-only file systems)."""
     import tempfile
 
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is not a regular file; name one that is, or one that is not there yet")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
@@ -94,6 +97,19 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{path} can't be written; name a file in a folder that can") from error
+
+
+def check_outputs(paths: Sequence[Path | None]) -> None:
+    """Refuse outputs that can't be written, and two that are one file."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path is None:
+            continue
+        check_writable(path)
+        real = os.path.realpath(path)
+        if real in seen:
+            raise ValueError(f"two outputs are one file, {seen[real]} and {path}; give each a name of its own")
+        seen[real] = path
 
 
 def check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
@@ -107,9 +123,7 @@ def check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
     for name, _ in args.call:
         if hasattr(args, CALL_FLAGS.get(name, "")):
             raise ValueError(f"{name} is set by --{CALL_FLAGS[name]}; leave it out of --call")
-    for path in outputs:
-        if path is not None:
-            check_writable(path)
+    check_outputs(outputs)
 
 
 def environment(device: str) -> dict[str, Any]:

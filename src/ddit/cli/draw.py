@@ -21,7 +21,8 @@ from ddit.cli.common import (
     positive,
 )
 from ddit.config import FULL, PatchSchedule, Positions, Start
-from ddit.files import write_json
+from ddit.extras import require
+from ddit.files import replacing, write_json
 from ddit.methods import WORDS, patches_of, skip_of
 from ddit.preset import Preset
 
@@ -98,7 +99,9 @@ def _generate(args: argparse.Namespace) -> None:
     out = args.out
     if args.prompts is not None:
         out = (out or Path("out/ddit")) / "00001.json"
-    check_run(args, (out, args.json, args.plot))
+    check_run(args, (out or Path("out/ddit.png"), args.json, args.plot))
+    if args.plot is not None:
+        require("matplotlib", "--plot")
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give a prompt to draw, or --prompts FILE with one per line")
     if args.prompts is not None:
@@ -288,7 +291,11 @@ class Drawing:
         if plot is not None:
             plot.parent.mkdir(parents=True, exist_ok=True)
             rule = self.patches
-            report.plot(plot, threshold=rule.threshold if isinstance(rule, PatchSchedule) else None)
+            threshold = rule.threshold if isinstance(rule, PatchSchedule) else None
+            with replacing(plot) as part:
+                named = part.with_name(part.name + (plot.suffix or ".png"))  # the ending tells the format
+                report.plot(named, threshold=threshold)
+                named.replace(part)
             written.append(plot)
         return result, written
 

@@ -9,14 +9,15 @@ from typing import Any
 from ddit.cli.common import (
     add_command,
     call_options,
+    check_outputs,
     check_run,
-    check_writable,
     command_line,
     environment,
     model_options,
     positive,
 )
 from ddit.config import PatchSchedule
+from ddit.extras import require
 from ddit.files import write_json
 
 PAPER = "paper"
@@ -97,7 +98,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         if args.model not in ("embedded", args.suite):
             raise ValueError(f"suite {args.suite} is of another model than {args.model}; leave one of them out")
         args.model, args.suite = args.suite, "quality"
-    check_run(args, (args.out.with_suffix(".json"),))
+    check_run(args, [args.out.with_suffix(end) for end in (".json", ".md", ".png")])
+    require("matplotlib", "the figure of a measurement")
     from ddit.eval.suites import SuiteConfig, run_suite
     from ddit.generate import EMBEDDED
 
@@ -162,9 +164,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    for path in (args.out and args.out.with_suffix(".json"), args.trace):
-        if path is not None:
-            check_writable(path)
+    named = [args.out.with_suffix(end) for end in (".json", ".md")] if args.out is not None else []
+    check_outputs([*named, args.trace])
     from ddit.eval import bench
 
     scales = sorted({1, *args.scales})

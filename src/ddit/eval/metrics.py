@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torch import Tensor, nn
 
 from ddit.outputs import eight_bits
 
@@ -26,8 +25,7 @@ MOST = 80.0
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio ``[B]`` in dB of pictures ``[B, C, H, W]`` in [0, 1]; infinite if equal."""
     _check_pictures(a, b)
-    value = peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0, dim=(1, 2, 3), reduction="none")
-    return value.float()
+    return (-10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10()).float()
 
 
 def decibels(a: np.ndarray, b: np.ndarray) -> list[float]:
@@ -49,11 +47,24 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     if min(a.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"pictures are {a.shape[2]}x{a.shape[3]} pixels; SSIM needs {SSIM_WINDOW} a side or more")
     # In single precision, 26 times as fast as double: they differ by 3e-4 where pictures are flat, elsewhere by 1e-6.
-    value = structural_similarity_index_measure(
-        a.float(), b.float(), data_range=1.0, kernel_size=SSIM_WINDOW, reduction="none"
-    )
-    assert isinstance(value, Tensor)
-    return value.float()
+    a, b = a.float(), b.float()
+    mean_a, mean_b = _windowed(a), _windowed(b)
+    variance_a = (_windowed(a * a) - mean_a**2).clamp(min=0)
+    variance_b = (_windowed(b * b) - mean_b**2).clamp(min=0)
+    covariance = _windowed(a * b) - mean_a * mean_b
+    light = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (variance_a + variance_b + 0.03**2)
+    return (light * structure).mean((1, 2, 3))
+
+
+def _windowed(x: Tensor) -> Tensor:
+    """Weighted means of pictures ``[B, C, H, W]`` around every pixel; edges are mirrored."""
+    at = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    weights = (-((at / 1.5) ** 2) / 2).exp()
+    weights = weights / weights.sum()
+    flat = nn.functional.pad(x.flatten(0, 1).unsqueeze(1), [SSIM_WINDOW // 2] * 4, mode="reflect")
+    smooth = nn.functional.conv2d(nn.functional.conv2d(flat, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
+    return smooth.view(*x.shape[:2], *smooth.shape[-2:])
 
 
 class FrechetTo:

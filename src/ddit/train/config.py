@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from ddit.config import Positions, Start, check_choice
+from ddit.kinds import fits, told
 
 OptimizerName = Literal["prodigy", "adamw"]
 Weighting = Literal["relative", "bounded", "none", "sigma_sqrt", "cosmap"]
@@ -124,9 +125,11 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, options in CHOICES.items():
-            if name != "positions" or self.positions is not None:
-                check_choice(name, getattr(self, name), options)
+            value = getattr(self, name)
+            if name != "positions" or value is not None:
+                check_choice(name, value, options)
         object.__setattr__(self, "scales", tuple(self.scales))
         self._refuse_idle()
         if self.sample_steps is not None:
@@ -167,6 +170,23 @@ class TrainConfig:
         if idle:
             raise ValueError(f"{kind} has no {', '.join(idle)}; leave that out, or train the other kind (--corrector)")
 
+    def _check_kinds(self) -> None:
+        """Refuse values that are not of the kind of their field."""
+        for name, hint in get_type_hints(type(self)).items():
+            value: Any = getattr(self, name)
+            # Choices and numbers below zero or not whole are told of with what is allowed.
+            if name in CHOICES or fits(value, hint) or (hint is int and not isinstance(value, str | list | tuple)):
+                continue
+            exponent = isinstance(value, str) and "e" in value.lower() and _is_number(value)
+            advice = "; in YAML write a point before the exponent, as in 1.0e-4" if exponent else ""
+            raise ValueError(f"{name} is {value!r}; it must be {told(hint)}{advice}")
+        if (
+            not self.scales
+            or any(s < 2 or s & (s - 1) for s in self.scales)
+            or len(set(self.scales)) < len(self.scales)
+        ):
+            raise ValueError(f"scales are {tuple(self.scales)}; they must be distinct powers of two above 1")
+
     @property
     def learning_rate(self) -> float:
         return self.lr or {"prodigy": 1.0, "adamw": 1e-4}[self.optimizer]
@@ -193,7 +213,7 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The inverse of `to_dict`; unknown names are refused."""
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(f"unknown training settings {unknown}; allowed are {sorted(known)}")
         return cls(**values)
@@ -207,6 +227,13 @@ class TrainConfig:
 def tuple_of(value: Any) -> Any:
     """Lists as tuples, so that settings read from JSON compare."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _at_least(name: str, value: object, low: int) -> None:

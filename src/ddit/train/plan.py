@@ -1,4 +1,4 @@
-"""What training an adapter or a corrector takes, counted on the meta device: no weights are needed, only the base's configuration."""
+"""What training an adapter or a corrector takes, counted on the meta device from the configuration of the base."""
 
 from __future__ import annotations
 

@@ -193,8 +193,7 @@ def draw_samples(
             tensors, facts = runs.draw([prompts[i] for i in part], seeds, advance)
             if not path.exists() and rank == 0:
                 write_json(path, {**asked, **facts, "prompts": prompts})
-            with replacing(shard_path(folder, number)) as target:
-                save_file(tensors, target)
+            _save_shard(tensors, shard_path(folder, number))
     wait()
     return Samples(folder, json.loads(path.read_text()))
 
@@ -283,6 +282,17 @@ class _Runs:
         told = {k: v for k, v in final.items() if k != "return_dict" and isinstance(v, bool | int | float | list)}
         visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
         return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told, **visited}
+
+
+def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        with replacing(path) as target:
+            save_file(tensors, target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} can't be written ({error}); the samples before it are kept. "
+            "Free some space and run the same command"
+        ) from error
 
 
 def _seed(seed: int, number: int) -> int:

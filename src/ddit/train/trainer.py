@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ddit.adapter import PatchAdapter
+from ddit.extras import require
 from ddit.files import replacing, replacing_folder, write_json
 from ddit.generate import load_pipeline
 from ddit.models import architecture_for
@@ -54,6 +55,7 @@ def train(config: TrainConfig) -> Path:
         accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list)})
     if run.step >= config.steps:
         accelerator.print(f"{config.out} has its {run.step} steps; ask for more with --steps")
+    run.make_up()
     with progress("train", config.steps, done=run.step, hidden=not accelerator.is_main_process) as advance:
         while run.step < config.steps:
             started = time.perf_counter()
@@ -69,6 +71,8 @@ def train(config: TrainConfig) -> Path:
 
 def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
     """Check the run's settings against those it began with; returns the prompts where the samples need them."""
+    if config.optimizer == "prodigy":
+        require("prodigyopt", "the optimizer Prodigy")
     saved = out / "train.json"
     if saved.exists():
         try:
@@ -321,6 +325,21 @@ class Run:
         for old in checkpoints(out)[: -self.config.keep]:
             old.unlink()
 
+    def make_up(self) -> None:
+        """Make what a run lacks that was killed between its checkpoint and what comes after it."""
+        out = Path(self.config.out)
+        if self.accelerator.is_main_process:
+            for name in ("train", "validation"):
+                keep_until(out / f"{name}.jsonl", self.step)
+        self.accelerator.wait_for_everyone()
+        if self.step == 0:
+            return
+        if saved_step(result_folder(self.config)) != self.step:
+            self.save()
+        due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
+        if due and not any(row["step"] == self.step for row in read_lines(out / "validation.jsonl")):
+            self.validate()
+
     def _restore(self) -> None:
         found = checkpoints(Path(self.config.out))
         if not found:
@@ -364,6 +383,34 @@ def new_part(
 def result_folder(config: TrainConfig) -> Path:
     """Where the result of a run lies."""
     return Path(config.out) / ("corrector" if config.corrector else "adapter")
+
+
+def saved_step(folder: Path) -> int | None:
+    """Steps of the result in a folder; ``None`` where there is no whole one."""
+    try:
+        found = json.loads((folder / "config.json").read_text())["steps_trained"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found if (folder / "diffusion_pytorch_model.safetensors").is_file() else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log, but for a last one cut short."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the rows of a log that come after a step, since they are made again."""
+    if path.is_file():
+        rows = [row for row in read_lines(path) if row["step"] <= step]
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def trained_records(config: TrainConfig, samples: Samples) -> int:
