@@ -281,7 +281,7 @@ def expected_error(sigmas: list[float], fine: list[int]) -> float:
 
 @pytest.mark.parametrize("count", range(8))
 def test_called_steps_lie_where_forecasts_err_least(count):
-    chosen = sorted(places(SIGMAS, 2, count))
+    chosen = sorted(places(SIGMAS, 1, count))
     every = [expected_error(SIGMAS, [1, *others]) for others in combinations(range(2, 12), count)]
     assert len(chosen) == count and expected_error(SIGMAS, [1, *chosen]) == pytest.approx(min(every), rel=0.01)
 
@@ -290,6 +290,13 @@ def test_called_steps_lie_where_forecasts_err_least(count):
 def test_where_most_steps_are_called_no_two_in_a_row_are_forecast(shift):
     sigmas = [shift * (1 - i / 50) / (1 + (shift - 1) * (1 - i / 50)) for i in range(50)]
     assert max(b - a for a, b in pairwise(called_steps(1.5, sigmas))) <= 2
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_a_plan_made_anew_midway_is_the_best_of_what_is_left(count):
+    chosen = sorted(places(SIGMAS, 3, count, first=6))
+    every = [expected_error(SIGMAS, [3, *others]) for others in combinations(range(6, 12), count)]
+    assert len(chosen) == count and expected_error(SIGMAS, [3, *chosen]) == pytest.approx(min(every), rel=0.01)
 
 
 def test_a_run_that_begins_midway_spends_what_a_whole_one_does():
@@ -343,6 +350,16 @@ def test_a_pipeline_meets_what_was_asked(speedup):
     assert report.asked == speedup and report.to_dict()["asked_speedup"] == speedup
     assert f"asked for {speedup:g}x" in repr(report)
     assert torch.equal(ours, plain) == (speedup == 1)
+
+
+@pytest.mark.parametrize("steps", [(1, 1, 1, *[4] * 12, 1), (1, 1, *[2] * 20, 1), (4, 4, 1)])
+def test_what_patches_save_pays_for_calls(steps):
+    """The budget is the whole run's: with patches as well, a run takes half of a plain one's work, not less."""
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe, patches=ddit.FixedSchedule(steps=steps), skip=SkipSchedule(speedup=2)) as run:
+        tiny.sample(pipe, steps=30)
+    assert abs(30 * run.report.flops_fraction - 15) <= 1
+    assert run.report.counts[0] < 15 < 30 - run.report.counts[0]
 
 
 def test_without_skipping_nothing_is_asked():

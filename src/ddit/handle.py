@@ -281,9 +281,11 @@ class Handle:
         skipper, correction = None, 0
         if plan.corrector is not None and readable:
             correction = plan.corrector.count_flops(arch.latents(inputs))
+        costs: dict[int, float] = {}
         if plan.make_skipper is not None:
-            share = correction / arch.count_flops(examples[1]) if correction else 0.0
-            skipper = plan.make_skipper(share)
+            flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
+            costs = {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}}
+            skipper = plan.make_skipper(correction / flops[1])
         return RunState(
             plan.policy,
             plan.measure,
@@ -291,6 +293,7 @@ class Handle:
             deterministic,
             total,
             sigmas,
+            costs,
             examples=examples,
             correction_flops=correction,
         )

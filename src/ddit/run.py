@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -96,6 +96,10 @@ class RunState:
     """Number of steps, where known."""
     sigmas: Sequence[float] = ()
     """Noise levels of all steps; empty where nobody knows."""
+    costs: Mapping[int, float] = field(default_factory=dict)
+    """Scale -> work of a step in full steps; empty where nobody asks."""
+    spent: list[float] = field(default_factory=list)
+    """Per sample, work of the steps so far."""
     path: Path = field(default_factory=lambda: Path(0))
     levels: list[float] = field(default_factory=list)
     """Noise levels of the last two steps."""
@@ -162,7 +166,7 @@ class RunState:
         stats = self._statistics(len(z), patch_size)
         self.levels = [*self.levels, sigma][-2:]
         self.velocities, self.passes, self.cached_in_step = [], 0, set()
-        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas)
+        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas, self._count(len(z)))
         chosen, allowed = self._choose(context), self.policy.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
@@ -172,6 +176,14 @@ class RunState:
         self.scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
         return self.scales
+
+    def _count(self, batch: int) -> list[float]:
+        """`spent` with the last step; that of a step is known when all its passes are answered."""
+        if not self.costs:
+            return []
+        last = self.steps[-1].scales if self.steps else ()
+        self.spent = [a + b for a, b in zip(self.spent, (self.costs[s] for s in last), strict=True)] or [0.0] * batch
+        return self.spent
 
     def _choose(self, context: StepContext) -> Sequence[int]:
         if getattr(self.policy, "needs_statistics", False) and not self.deterministic:

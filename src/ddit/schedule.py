@@ -132,6 +132,8 @@ class StepContext:
     """Noise level of the latents."""
     sigmas: Sequence[float] = ()
     """Noise levels of all steps of the run; empty where nobody knows."""
+    spent: Sequence[float] = ()
+    """Per sample, work of the run so far in full steps; empty where nobody counts."""
 
     @property
     def batch(self) -> int:

@@ -106,6 +106,9 @@ class SkipRule:
 class SkipPlan:
     """As many called steps as ``1 / speedup`` of a plain run pays for, where forecasts between them err least.
 
+    The budget is the whole run's, patches included: work that coarse steps save pays for further calls. So each sample
+    has a plan of its own, made anew whenever a run has cost another amount than it expected.
+
     Args:
         speedup: Times less work than a plain run of as many steps.
         correction: Work of a corrector for each gap between called steps, in calls of the model.
@@ -116,7 +119,11 @@ class SkipPlan:
     def __init__(self, speedup: float, correction: float = 0.0) -> None:
         self.speedup = speedup
         self.correction = correction
-        self._called: set[int] = set()
+        self._plans: list[set[int]] = []
+        self._expected: list[float] = []
+        """Per sample, what its plan expected to have cost by now, in full steps."""
+        self._last: list[int] = []
+        """Per sample, the last called step."""
 
     def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
         if not context.sigmas:
@@ -125,11 +132,26 @@ class SkipPlan:
                 "apply ddit to the pipeline, or give skip a threshold"
             )
         if context.step == 0:
-            self._called = self.plan(context.sigmas)
-        return [context.step not in self._called] * context.batch
+            self._plans, self._expected = [self.plan(context.sigmas)] * context.batch, [0.0] * context.batch
+            self._last = [0] * context.batch
+        for i, now in enumerate(called):
+            self._last[i] = context.step - 1 if now else self._last[i]
+        for i, spent in enumerate(context.spent):
+            if abs(spent - self._expected[i]) > TOLERANCE and context.step >= WARMUP:
+                self._plans[i] = self._from(context, self._last[i], spent)
+                self._expected[i] = spent
+        wished = [context.step not in plan for plan in self._plans]
+        self._expected = [cost + (not skip) for cost, skip in zip(self._expected, wished, strict=True)]
+        return wished
+
+    def _from(self, context: StepContext, last: int, spent: float) -> set[int]:
+        """Called steps from this one on, for what is left of the budget."""
+        left = len(context.sigmas) / self.speedup - spent
+        count = min(max(round(left), 0), len(context.sigmas) - context.step)
+        return places(context.sigmas, last, count, first=context.step)
 
     def plan(self, sigmas: Sequence[float]) -> set[int]:
-        """Numbers of the called steps of a run, whose work comes as near to the budget as whole steps can."""
+        """Numbers of the called steps of a run of full steps, whose work comes as near to the budget as steps can."""
         total = len(sigmas)
         warmup = min(WARMUP, total)
 
@@ -144,11 +166,15 @@ class SkipPlan:
                 stacklevel=2,
             )
         count = min(range(total - warmup + 1), key=lambda n: (abs(work(n) - total / self.speedup), -n))
-        return {*range(warmup), *places(sigmas, warmup, count)}
+        return {*range(warmup), *places(sigmas, warmup - 1, count)}
 
 
-def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
-    """Numbers of the called steps after the warm-up for which the others' forecasts are expected to err least.
+TOLERANCE = 0.25
+"""Full steps by which a run may cost more or less than its plan expected before it is planned anew."""
+
+
+def places(sigmas: Sequence[float], last: int, count: int, first: int | None = None) -> set[int]:
+    """Numbers of the called steps to come for which the others' forecasts are expected to err least.
 
     A straight forecast is off by the square of its distance in lambda, in which velocities bend evenly. Those between
     two called steps add up in the latents, each times its step in sigma, and grow until the picture is done
@@ -157,8 +183,9 @@ def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
 
     Args:
         sigmas: Noise levels of all steps of a run, falling.
-        warmup: Number of steps at its beginning that are not chosen, at least 1.
-        count: Number of steps to choose, at most those after the warm-up.
+        last: Number of the last called step.
+        count: Number of steps to choose, at most those that may be.
+        first: Number of the first step that may be chosen, by default the one after ``last``.
     """
     total = len(sigmas)
     levels = np.array([half_log_snr(sigma) for sigma in sigmas])
@@ -168,8 +195,10 @@ def places(sigmas: Sequence[float], warmup: int, count: int) -> set[int]:
     errors = np.full((total, total + 1), np.inf)
     gaps = np.triu_indices(total)
     errors[:, 1:][gaps] = (each.cumsum(1) * [amplified(end) for end in ends])[gaps] ** 2
+    if first is not None:
+        errors[last, last + 1 : first] = np.inf  # those are past
 
-    least, before = errors[warmup - 1], []
+    least, before = errors[last], []
     for _ in range(count):
         sums = least[:total, None] + errors
         before.append(sums.argmin(0))
