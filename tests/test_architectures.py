@@ -205,7 +205,7 @@ def test_positions_change_the_answer_and_centres_at_scale_one_are_the_models_own
     grid, interpolated = Coarse(), Coarse(positions="interpolated")
     with arch.placed((rows, columns), 1, interpolated):
         torch.testing.assert_close(first(forward(**{**inputs, "return_dict": False})), answer)
-    low = [arch.low_velocity(forward, inputs, 2, coarse) for coarse in (grid, interpolated)]
+    low = [arch.coarse_step(forward, inputs, 2, coarse) for coarse in (grid, interpolated)]
     assert low[0].shape == low[1].shape and (low[0] - low[1]).abs().max() > 1e-4
     assert not pipe.transformer.get_submodule(arch.embedding)._forward_hooks
 

@@ -31,6 +31,8 @@ def apply(
     *,
     patches: Patches | Policy | None = None,
     skip: SkipSchedule | None = None,
+    speedup: float | None = None,
+    quality: float | None = None,
     adapter: PatchAdapter | str | Path | None = None,
     corrector: ForecastCorrector | str | Path | None = None,
     detail_variance: Mapping[int, Sequence[float]] | None = None,
@@ -48,6 +50,9 @@ def apply(
         patches: A `PatchSchedule` (the paper's rule), a `FixedSchedule` (a list of scales), or a policy of your own
             (`ddit.schedule.Policy`). By default the preset's, or else ``PatchSchedule()``.
         skip: In which steps the model is not called at all. By default in none.
+        speedup: How many times less work a run shall take than a plain one: patches as above, and as many skipped steps
+            as are still needed. Short for ``skip=SkipSchedule(speedup=...)``.
+        quality: Likewise for ``skip=SkipSchedule(quality=...)``.
         adapter: A `PatchAdapter`, or the folder or hub id of one: what makes large patches as good as small ones. It
             brings its own form of a coarse step.
         corrector: A `ForecastCorrector`, or the folder or hub id of one: corrects forecasts of skipped steps.
@@ -66,6 +71,10 @@ def apply(
         ValueError: For an unsupported model, settings that can't be honoured together, an adapter of another base model
             or without the schedule's scales, variances that don't fit the scales, or a cache that does not work here.
     """
+    if speedup is not None or quality is not None:
+        if skip is not None:
+            raise ValueError("skip says already when to skip; leave out speedup and quality, or skip")
+        skip = SkipSchedule(speedup=speedup, quality=quality)
     found = [model for model in (getattr(pipe_or_transformer, n, None) for n in _TRANSFORMERS) if model is not None]
     transformers = found or [pipe_or_transformer]
     plan = _settle(

@@ -160,7 +160,8 @@ class Handle:
         inputs = arch.bind(args, kwargs)
         if self._run_begins():
             self._start_over()
-        sigma = self._sigma(arch.sigma(inputs))
+        told = arch.sigma(inputs)
+        sigma = self._sigma(told)
         obstacle = arch.obstacle(inputs)
         if obstacle is not None:
             return self._plain_step(seat, inputs, sigma, obstacle, args, kwargs)
@@ -176,34 +177,44 @@ class Handle:
             velocity = arch.velocity(first(answer), size)
             self._state.record(velocity.detach(), scales, time.perf_counter() - started)
             return answer
-        velocity = self._mixed_step(seat, inputs, scales, size)
+        velocity = self._mixed_step(seat, inputs, scales, (z, told))
         self._state.record(velocity.detach(), scales, time.perf_counter() - started)
         return arch.answer(velocity.to(z.dtype), inputs)
 
-    def _mixed_step(self, seat: Seat, inputs: Inputs, scales: Sequence[int], size: tuple[int, int]) -> Tensor:
-        """One call with a scale for each sample: samples of one scale run together. ``[B, C, ..., H, W]``, float32."""
+    def _mixed_step(self, seat: Seat, inputs: Inputs, scales: Sequence[int], noisy: tuple[Tensor, Tensor]) -> Tensor:
+        """One call with a scale for each sample: samples of one scale run together. ``[B, C, ..., H, W]``, float32.
+
+        Args:
+            noisy: Latents and noise level of the call.
+        """
         groups: dict[int, list[int]] = defaultdict(list)
         for sample, scale in enumerate(scales):
             groups[scale].append(sample)
-        parts = [self._group(seat, inputs, scale, samples, size) for scale, samples in groups.items()]
+        parts = [self._group(seat, inputs, scale, samples, noisy) for scale, samples in groups.items()]
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([sample for samples in groups.values() for sample in samples])
         return torch.cat(parts)[order.argsort()]
 
-    def _group(self, seat: Seat, inputs: Inputs, scale: int, samples: list[int], size: tuple[int, int]) -> Tensor:
+    def _group(
+        self, seat: Seat, inputs: Inputs, scale: int, samples: list[int], noisy: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Velocity of samples of one scale."""
-        arch = seat.architecture
-        rows = inputs if len(samples) == len(self._state.scales) else arch.rows(inputs, samples)
+        arch, (z, sigma) = seat.architecture, noisy
+        rows = inputs
+        if len(samples) < len(z):
+            rows, z, sigma = arch.rows(inputs, samples), z[samples], sigma[samples]
         if scale == 0:
-            return self._state.forecast(samples, arch.latents(rows), arch.sigma(rows))
+            return self._state.forecast(samples, z, sigma)
         if scale == 1:
+            size = (z.shape[-2], z.shape[-1])
             return arch.velocity(first(self._full(seat, samples, **rows)), size).float()
         return arch.coarse_step(
             self._forward(seat, scale, samples),
             rows,
             scale,
             self.plan.coarse,
+            noisy=(z, sigma),
             variance=self.plan.variance.get(scale),
             adapter=self.adapter,
         )

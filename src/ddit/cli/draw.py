@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from ddit.cli.common import (
     add_command,
     call_options,
+    check_outputs,
     check_run,
-    check_writable,
     command_line,
     environment,
     model_options,
@@ -131,7 +131,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     """Plain, patches, and patches with skipping: one prompt, one seed, by turns."""
-    check_writable(args.out)
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"{args.out} must end in .png")
+    check_outputs([args.out, args.out.with_suffix(".json")])
     from ddit import generate as lib
     from ddit import outputs
     from ddit.config import SkipSchedule

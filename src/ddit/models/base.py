@@ -76,6 +76,7 @@ class Architecture(ABC):
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
         self._signature = inspect.signature(type(transformer).forward)
+        self._counted: dict[Any, int] = {}
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
         """Name every argument of a call of ``transformer.forward``."""
@@ -186,18 +187,14 @@ class Architecture(ABC):
 
     def coarse_inputs(self, inputs: Inputs, scale: int, coarse: Coarse) -> tuple[Inputs, Tensor]:
         """Inputs of a call at ``scale``, and the shrunk latents among them in float32."""
-        z, sigma = self.latents(inputs), self.sigma(inputs)
+        return self._coarse_call(inputs, self.latents(inputs), self.sigma(inputs), scale, coarse)
+
+    def _coarse_call(
+        self, inputs: Inputs, z: Tensor, sigma: Tensor, scale: int, coarse: Coarse
+    ) -> tuple[Inputs, Tensor]:
         padded = pad_to_multiple(z.float(), scale * self.patch_size)
         small, level = coarse_input(padded, sigma, scale, self.patch_size, coarse.start)
         return self.coarse(inputs, small.to(z.dtype), level, scale, coarse), small
-
-    def low_velocity(self, forward: Callable[..., Any], inputs: Inputs, scale: int, coarse: Coarse) -> Tensor:
-        """Velocity of what pooling keeps ``[B, C, ..., H/s, W/s]``, float32: one call on the coarse grid."""
-        call, small = self.coarse_inputs(inputs, scale, coarse)
-        height, width = small.shape[-2:]
-        with self.placed((height // self.patch_size, width // self.patch_size), scale, coarse):
-            output = self.velocity(first(forward(**call)), (height, width)).float()
-        return low_velocity(small, output, self.sigma(inputs), scale, coarse.start)
 
     def coarse_step(
         self,
@@ -206,6 +203,7 @@ class Architecture(ABC):
         scale: int,
         coarse: Coarse,
         *,
+        noisy: tuple[Tensor, Tensor] | None = None,
         variance: Tensor | None = None,
         adapter: Adapter | None = None,
     ) -> Tensor:
@@ -214,26 +212,31 @@ class Architecture(ABC):
         Args:
             forward: The transformer's own forward.
             coarse: How; an adapter's own form where there is one.
+            noisy: The call's latents ``[B, C, ..., H, W]`` and noise level ``[B]``, where they have been read already.
             variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
             adapter: Adds what it learnt, attached to the transformer.
 
         Returns:
             Velocity ``[B, C, ..., H, W]``, float32.
         """
-        z, sigma = self.latents(inputs), self.sigma(inputs)
-        multiple = scale * self.patch_size
-        padded = pad_to_multiple(z.float(), multiple)
-        if adapter is None:
-            learnt, pooled = None, self.low_velocity(forward, inputs, scale, coarse)
-        else:
-            patches = pack(patch_features(padded, sigma, scale, coarse.start), multiple)
-            with adapter.at(scale, patches) as call:
-                pooled = self.low_velocity(forward, inputs, scale, coarse)
-            learnt = unpack(call.correction.float(), multiple, padded.shape)
+        z, sigma = noisy or (self.latents(inputs), self.sigma(inputs))
+        padded = pad_to_multiple(z.float(), scale * self.patch_size)
+        call, small = self._coarse_call(inputs, z, sigma, scale, coarse)
+        height, width = small.shape[-2:]
+        grid = (height // self.patch_size, width // self.patch_size)
+        seen: AbstractContextManager[Any] = nullcontext()
+        if adapter is not None:
+            features = patch_features(padded, sigma, scale, coarse.start)
+            seen = adapter.at(scale, pack(features, scale * self.patch_size))
+        with self.placed(grid, scale, coarse), seen as learnt:
+            output = self.velocity(first(forward(**call)), (height, width)).float()
+        pooled = low_velocity(small, output, sigma, scale, coarse.start)
         velocity = grow(pooled, scale, self.patch_size, coarse.start)
         if coarse.start == "noise-consistent":
             velocity = velocity + detail_velocity(padded, sigma, scale, variance)
-        return crop(velocity if learnt is None else velocity + learnt, *z.shape[-2:])
+        if learnt is not None:
+            velocity = velocity + unpack(learnt.correction.float(), scale * self.patch_size, padded.shape)
+        return crop(velocity, *z.shape[-2:])
 
     def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
         """Floating-point operations of one call, in closed form (`ddit.models.flops`).
@@ -242,7 +245,12 @@ class Architecture(ABC):
             inputs: Arguments at this scale.
             adapter: Counted along at scales above 1.
         """
-        return count(self, inputs, None if adapter is None else adapter.config, scale)
+        config = None if adapter is None or scale == 1 else adapter.config
+        shapes = [(name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor)]
+        key = (*shapes, scale, str(config))
+        if key not in self._counted:
+            self._counted[key] = count(self, inputs, config, scale)
+        return self._counted[key]
 
 
 class PackedArchitecture(Architecture):
