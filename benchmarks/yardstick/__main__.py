@@ -115,6 +115,8 @@ def judge(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> FluxPipeline:
     """The finished pipeline, or one with the averages of a checkpoint of the flow."""
     if not args.checkpoint:
+        if not (args.out / "model").exists():
+            raise SystemExit(f"no model in {args.out}; make one with train-image, or name a --checkpoint")
         pipe = FluxPipeline.from_pretrained(args.out / "model", dtype=torch.float32)
     else:
         settings = Settings(**json.loads((args.out / "settings.json").read_text()))

@@ -96,8 +96,11 @@ def train_judge(folder: Path, drawn: Drawings, settings: Settings, device: str, 
 
 def load_judge(folder: Path) -> Judge:
     """The one trained in a run's folder."""
+    path = folder / "judge.safetensors"
+    if not path.exists():
+        raise SystemExit(f"no {path}; make it with train-image --only judge")
     judge = Judge()
-    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    judge.load_state_dict(load_file(path))
     return judge.eval()
 
 
