@@ -87,9 +87,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         fit(_line(parts))
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    fit(_line(tmp_path))
+    kept = (tmp_path / "line.pt").read_bytes()
+    stage = _line(tmp_path, steps=20)
+    stage.loss = lambda step, rng: (stage.model(torch.full((1, 3), torch.nan)).sum(), {})
+    with pytest.raises(FloatingPointError, match="line: the loss is nan"):
+        fit(stage)
+    assert (tmp_path / "line.pt").read_bytes() == kept
+
+
 def test_all_stages_of_the_flow_and_a_pipeline_that_draws(tmp_path):
     torch.manual_seed(0)
-    settings = Settings(batch=2, low_steps=2, high_steps=2, distil_steps=1, workers=1)
+    settings = Settings(batch=1, low_steps=1, high_steps=1, distil_steps=1, high_mix=(0.0, 1.0, 0.0))
     latents = {size: np.random.default_rng(0).normal(size=(4, (size // 8) ** 2, 16)) for size in SIZES}
     prompts = [scene.prompt for scene in islice(scenes(0, "train"), 4)]
     text = TextEncoders().eval()
@@ -99,7 +109,7 @@ def test_all_stages_of_the_flow_and_a_pipeline_that_draws(tmp_path):
     vae = components.make_vae()
     assert torch.isfinite(vae_loss(vae, torch.zeros(1, 3, 64, 64), 2, torch.Generator()))
     make_pipeline(vae, text, flow.transformer).to(dtype=torch.float16).save_pretrained(tmp_path / "model")
-    pipe = FluxPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(prompts[:1], height=64, width=64, num_inference_steps=2, guidance_scale=3.0, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()

@@ -17,13 +17,13 @@ from PIL import Image
 from benchmarks.yardstick.autoencoder import encode, train_vae
 from benchmarks.yardstick.components import make_pipeline
 from benchmarks.yardstick.config import SIZES, Settings, gpu
-from benchmarks.yardstick.data import Drawings, cached_drawings, drawings, sheet, to_model
+from benchmarks.yardstick.data import cached_drawings, drawings, sheet, to_model
 from benchmarks.yardstick.fit import Deadline, OutOfTime
 from benchmarks.yardstick.flow import Flow, Source, train_flow
 from benchmarks.yardstick.judge import Judge, adherence, frechet, load_judge, train_judge
 from benchmarks.yardstick.scenes import Scene, scenes
 from benchmarks.yardstick.text import train_text
-from ddit.files import write_json
+from ddit.files import replacing_folder, write_json
 
 
 def main() -> None:
@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train-image":
             command.add_argument("--seconds", type=float, help="stop after so long; the same command goes on")
             command.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="change settings")
-            command.add_argument("--only", choices=("vae", "text", "flow", "judge"), help="end after this stage")
+            command.add_argument(
+                "--only", choices=("vae", "text", "flow", "judge"), help="train this stage and those it needs"
+            )
         if name in ("sample", "judge"):
             command.add_argument("--size", type=int, default=128)
             command.add_argument("--steps", type=int, default=50)
@@ -76,23 +78,19 @@ def train_image(args: argparse.Namespace) -> None:
 
 def _train(out: Path, settings: Settings, device: str, deadline: Deadline, only: str | None) -> None:
     drawn = cached_drawings(out / "drawings", settings.pictures, settings.seed, settings.workers)
-    vae = train_vae(out, drawn.pictures, settings, device, deadline)
-    if only == "vae":
-        return
-    encoders = train_text(out, settings, device, deadline)
-    if only == "text":
-        return
     if only != "judge":
-        source = _source(out, vae, drawn, encoders, settings, device)
+        vae = train_vae(out, drawn.pictures, settings, device, deadline)
+    if only in ("text", "flow", None):
+        encoders = train_text(out, settings, device, deadline)
+    if only in ("flow", None):
+        latents = {size: encode(out, vae, drawn.pictures, size, device) for size in SIZES}
+        source = Source(latents, drawn.masks, drawn.prompts, encoders, settings, device)
         flow, _ = train_flow(out, source, device, deadline)
-        make_pipeline(vae, encoders, flow.transformer).to(dtype=torch.float16).save_pretrained(out / "model")
-    if only != "flow":
+        pipe = make_pipeline(vae, encoders, flow.transformer).to(dtype=torch.float16)
+        with replacing_folder(out / "model") as partial:
+            pipe.save_pretrained(partial)
+    if only in ("judge", None):
         train_judge(out, drawn, settings, device, deadline)
-
-
-def _source(out: Path, vae: Any, drawn: Drawings, encoders: Any, settings: Settings, device: str) -> Source:
-    latents = {size: encode(out, vae, drawn.pictures, size, device) for size in SIZES}
-    return Source(latents, drawn.masks, drawn.prompts, encoders, settings, device)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -117,7 +115,9 @@ def judge(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> FluxPipeline:
     """The finished pipeline, or one with the averages of a checkpoint of the flow."""
     if not args.checkpoint:
-        pipe = FluxPipeline.from_pretrained(args.out / "model", torch_dtype=torch.float32)
+        if not (args.out / "model").exists():
+            raise SystemExit(f"no model in {args.out}; make one with train-image, or name a --checkpoint")
+        pipe = FluxPipeline.from_pretrained(args.out / "model", dtype=torch.float32)
     else:
         settings = Settings(**json.loads((args.out / "settings.json").read_text()))
         flow = Flow()

@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.yardstick import components
 from benchmarks.yardstick.config import SIZES, Settings
 from benchmarks.yardstick.data import to_model
-from benchmarks.yardstick.fit import Deadline, Stage, cosine, fit, noise_from, precision
-from ddit.files import replacing
+from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit, noise_from, precision
+from ddit.files import replacing, replacing_folder
 
 
 def train_vae(folder: Path, pictures: np.ndarray, settings: Settings, device: str, deadline: Deadline) -> Any:
@@ -31,7 +31,7 @@ def train_vae(folder: Path, pictures: np.ndarray, settings: Settings, device: st
     vae: Any = components.make_vae().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = max(8, settings.batch // 3)
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         x = crops(pictures, rng, count=batch, size=64).to(device)
         scale = int(rng.choice([2, 4]))
         with precision(device):
@@ -42,7 +42,8 @@ def train_vae(folder: Path, pictures: np.ndarray, settings: Settings, device: st
     with torch.no_grad():
         z = vae.encode(crops(pictures, np.random.default_rng(0), count=64, size=64).to(device)).latent_dist.mean
     vae.register_to_config(shift_factor=float(z.mean()), scaling_factor=float(1 / z.std()))
-    vae.save_pretrained(folder / "vae")
+    with replacing_folder(folder / "vae") as partial:
+        vae.save_pretrained(partial)
     return vae
 
 

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from ddit.files import replacing
 from ddit.progress import progress
 
-Loss = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
+Figures = dict[str, Tensor | float]
+Loss = Callable[[int, np.random.Generator], tuple[Tensor, Figures]]
 """Loss of a step, and figures for the log; called with the step's number and a generator of its own."""
 LOG_EVERY = 10
-"""Steps between two lines of the log."""
+"""Steps between two lines of the log; a loss is looked at as often, and before it is saved, as GPUs wait for it."""
+SAVE_SECONDS = 120.0
+"""Most seconds between two checkpoints, steps that take longer aside."""
 
 
 class OutOfTime(Exception):
@@ -71,29 +74,33 @@ def fit(stage: Stage, deadline: Deadline | None = None) -> dict[str, Tensor]:
     trained = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
     first = _resume(stage, average)
+    log = stage.checkpoint.with_suffix(".jsonl")
+    _cut(log, first)
     stage.model.train()
-    started = time.monotonic()
+    started = saved = time.monotonic()
+    values: dict[str, float] = {}
     with progress(stage.name, stage.steps, done=first) as advance:
         for step in range(first, stage.steps):
             figures = _step(stage, step, trained, average)
-            advance(**figures)
-            if (step + 1) % LOG_EVERY == 0:
-                rate = (step + 1 - first) / (time.monotonic() - started)
-                _log(stage.checkpoint.with_suffix(".jsonl"), {"step": step + 1, **figures, "steps_per_s": rate})
+            done, now = step + 1, time.monotonic()
             late = deadline is not None and deadline.passed
-            if (step + 1) % stage.every == 0 or step + 1 == stage.steps or late:
-                _save(stage, average, step + 1)
-            if late and step + 1 < stage.steps:
-                raise OutOfTime(f"{stage.name}: out of time after {step + 1} of {stage.steps} steps")
+            save = late or done == stage.steps or done % stage.every == 0 or now > saved + SAVE_SECONDS
+            if save or done % LOG_EVERY == 0:
+                values = _checked(stage, done, figures)
+            advance(**values)
+            if done % LOG_EVERY == 0:
+                _log(log, {"step": done, **values, "steps_per_s": (done - first) / (now - started)})
+            if save:
+                _save(stage, average, done)
+                saved = time.monotonic()
+            if late and done < stage.steps:
+                raise OutOfTime(f"{stage.name}: out of time after {done} of {stage.steps} steps")
     stage.model.eval()
     return average
 
 
-def _step(stage: Stage, step: int, trained: dict[str, Any], average: dict[str, Tensor]) -> dict[str, float]:
+def _step(stage: Stage, step: int, trained: dict[str, Any], average: dict[str, Tensor]) -> Figures:
     loss, figures = stage.loss(step, np.random.default_rng([stage.seed, step]))
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{stage.name}: the loss is {value} at step {step}; lower the learning rate")
     factor = stage.schedule(step, stage.steps)
     for optimizer in stage.optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -107,7 +114,14 @@ def _step(stage: Stage, step: int, trained: dict[str, Any], average: dict[str, T
     decay = min(stage.ema, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in trained.values()], 1 - decay)
-    return {"loss": round(value, 5), **figures}
+    return {"loss": loss.detach(), **figures}
+
+
+def _checked(stage: Stage, done: int, figures: Figures) -> dict[str, float]:
+    values = {name: round(float(value), 5) for name, value in figures.items()}
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(f"{stage.name}: the loss is {values['loss']} at step {done}; lower the learning rate")
+    return values
 
 
 def _resume(stage: Stage, average: dict[str, Tensor]) -> int:
@@ -135,6 +149,13 @@ def _save(stage: Stage, average: dict[str, Tensor], step: int) -> None:
     }
     with replacing(stage.checkpoint) as partial:
         torch.save(state, partial)
+
+
+def _cut(log: Path, first: int) -> None:
+    """Drop the lines of steps after the checkpoint, which are run again."""
+    if log.exists():
+        whole = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        log.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= first))
 
 
 def _log(path: Path, figures: dict[str, float]) -> None:

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 from benchmarks.yardstick.components import WIDTH, TextEncoders, grid_ids, make_transformer
 from benchmarks.yardstick.config import SIZES, Settings
-from benchmarks.yardstick.fit import Deadline, Loss, Stage, constant, cosine, fit, noise_from, precision, trapezoid
+from benchmarks.yardstick.fit import (
+    Deadline,
+    Figures,
+    Loss,
+    Stage,
+    constant,
+    cosine,
+    fit,
+    noise_from,
+    precision,
+    trapezoid,
+)
 from benchmarks.yardstick.muon import Muon
 from benchmarks.yardstick.scenes import MOST
 
@@ -175,13 +186,13 @@ def _matching(flow: Flow, source: Source, mix: tuple[float, ...]) -> Loss:
     """Flow matching with guidance 1: mean squared error to ``eps - x``."""
     settings = source.settings
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         batch = source.batch(rng, mix, settings.unconditional)
         with precision(source.device):
             output = flow.velocity(batch.noisy, batch.sigma, batch.text, torch.ones_like(batch.sigma))
             aside = flow.mask_loss(batch.covers)
         error = F.mse_loss(output.float(), batch.eps - batch.x)
-        figures = {"flow": error.item(), "masks": aside.item(), "tokens": batch.x.shape[1]}
+        figures: Figures = {"flow": error.detach(), "masks": aside.detach(), "tokens": batch.x.shape[1]}
         return error + settings.mask_weight * aside, figures
 
     return loss
@@ -191,7 +202,7 @@ def _distilling(flow: Flow, teacher: Flow, source: Source) -> Loss:
     """Guidance distillation (arXiv 2210.03142): one call answers as the teacher's two, combined, do."""
     low, high = source.settings.guidance
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         batch = source.batch(rng, source.settings.high_mix, 0.0)
         one = torch.ones_like(batch.sigma)
         empty = source.text(np.full(len(one), -1))

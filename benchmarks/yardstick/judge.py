@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.yardstick.config import Settings
 from benchmarks.yardstick.data import Drawings, to_model
-from benchmarks.yardstick.fit import Deadline, Stage, cosine, fit, noise_from
+from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit, noise_from
 from benchmarks.yardstick.scenes import (
     APART,
     BACKGROUNDS,
@@ -82,7 +82,7 @@ def train_judge(folder: Path, drawn: Drawings, settings: Settings, device: str, 
     answers, grounds = labels([parse(prompt) for prompt in drawn.prompts])
     spots = torch.from_numpy(drawn.spots)
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         rows = rng.integers(len(answers), size=48)
         x = disturb(to_model(drawn.pictures[rows]).to(device), noise_from(rng, device))
         where, what, ground = (t[rows].to(device) for t in (spots, answers, grounds))
@@ -96,8 +96,11 @@ def train_judge(folder: Path, drawn: Drawings, settings: Settings, device: str, 
 
 def load_judge(folder: Path) -> Judge:
     """The one trained in a run's folder."""
+    path = folder / "judge.safetensors"
+    if not path.exists():
+        raise SystemExit(f"no {path}; make it with train-image --only judge")
     judge = Judge()
-    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    judge.load_state_dict(load_file(path))
     return judge.eval()
 
 

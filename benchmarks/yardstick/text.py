@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.yardstick.components import TEXT_WIDTH, TextEncoders
 from benchmarks.yardstick.config import Settings
-from benchmarks.yardstick.fit import Deadline, Stage, cosine, fit
+from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit
 from benchmarks.yardstick.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -47,7 +47,7 @@ def train_text(folder: Path, settings: Settings, device: str, deadline: Deadline
     parts = {name: nn.Linear(TEXT_WIDTH, width) for name, width in heads.items()}
     model = nn.ModuleDict({"encoders": encoders, **parts}).to(device)
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         batch = [scene for scene in (random_scene(rng, told=0.4) for _ in range(160)) if scene.split == "train"]
         pooled, tokens = encoders(encoders.ids([scene.prompt for scene in batch]).to(device))
         return parse_loss(batch, model["noun"](tokens), model["whole"](pooled)), {}
