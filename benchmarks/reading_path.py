@@ -1,4 +1,4 @@
-"""What a reader has to open to follow FLUX with the paper's method: files, functions, lines and depth of one coarse step.
+"""What a reader opens to follow FLUX with the paper's method: files, functions, lines and depth of one coarse step.
 
     python -m benchmarks.reading_path
 
