@@ -39,6 +39,7 @@ GROUPS = (
         "ddit.memory",
         "ddit.extras",
         "ddit.kinds",
+        "ddit.tell",
     ),
 )
 OUTSIDE = {
@@ -48,13 +49,22 @@ OUTSIDE = {
     "ddit.files": set(),
     "ddit.extras": set(),
     "ddit.kinds": set(),
+    "ddit.tell": set(),
     "ddit.memory": {"torch"},
 }
 """Packages that modules of the last group may import; torch and einops where nothing is said here."""
 WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}}
 """Modules of the last group that one of them may import; `ddit.config` alone where nothing is said here."""
 ONLY = {
-    "ddit.skip": {"ddit.models", "ddit.models.base", "ddit.pretrained", "ddit.patches", "ddit.schedule", "ddit.config"},
+    "ddit.skip": {
+        "ddit.models",
+        "ddit.models.base",
+        "ddit.pretrained",
+        "ddit.patches",
+        "ddit.schedule",
+        "ddit.config",
+        "ddit.tell",
+    },
     "ddit.pretrained": set(),
     "ddit.teacache": set(),
     "ddit.models.flops": set(),

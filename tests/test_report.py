@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +191,13 @@ def test_a_run_that_no_dynamic_schedule_is_for_is_remarked_once(patches, steps, 
     said = [str(w.message) for w in recwarn.list if "patches" in str(w.message)]
     assert len(said) == (word is not None)
     assert word is None or re.search(word, said[0])
+
+
+def test_warnings_name_the_users_line(pipe):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ddit.apply(pipe, preset="paper"):
+            tiny.sample(pipe)
+    ours = [w for w in caught if "ddit calibrate" in str(w.message) or "no step used" in str(w.message)]
+    assert len(ours) == 2
+    assert {Path(w.filename).name for w in ours} <= {"test_report.py", "tiny.py"}

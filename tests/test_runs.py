@@ -622,8 +622,8 @@ def test_a_fixed_schedule_holds_under_a_sampler_that_adds_noise(pipe, recwarn):
 
 @torch.no_grad()
 def test_guidance_that_pauses_calls_the_model_when_it_comes_back():
-    """Guidance inside an interval: the second pass has answers too old to forecast from, and is called until the first
-    one is called too."""
+    """Guidance inside an interval: the second pass has answers too old to forecast from. It is called where the first
+    is skipped, then both are, until each can forecast again."""
     transformer = tiny.transformer()
     record = Record(transformer)
     handle = skipping(transformer, (1, 1, 0, 1, 1, 0, 0, 1, 0))
@@ -637,8 +637,9 @@ def test_guidance_that_pauses_calls_the_model_when_it_comes_back():
             velocities.append(transformer(**inputs | call).sample)
         called.append(len(record.calls) - before)
         z = z + (then - now) * torch.stack(velocities).mean(0)
-    assert called == [2, 2, 0, 1, 1, 1, 1, 2, 0]
+    assert called == [2, 2, 0, 1, 1, 1, 2, 2, 0]
     assert handle.report.strip() == "1 1 - 1 1 1 1 1 -" and z.isfinite().all()
+    assert handle.report.flops_fraction == pytest.approx((2 + 2 + 0.5 + 2 + 0) / 9)  # half of step 5, all of step 6
 
 
 # --- pipelines that share a transformer, sizes and steps that change ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from ddit.models.base import Architecture
 from ddit.preset import Preset
 from ddit.schedule import Fixed, Policy, Rule
 from ddit.seat import MARK, parallel_config
+from ddit.tell import warn
 
 if TYPE_CHECKING:
     from ddit.skip.corrector import ForecastCorrector
@@ -114,7 +114,7 @@ def _settle(
     """Check everything and load what is named, before anything changes."""
     asked = {"patches": patches, "skip": skip}
     if known.origin:
-        warnings.warn(f"the preset holds {known.origin}; 'ddit calibrate' measures this model's own", stacklevel=4)
+        warn(f"the preset holds {known.origin}; 'ddit calibrate' measures this model's own")
     schedule = known.patches if patches is None else patches
     if adapter is not None:
         adapter = _load_adapter(adapter, architectures, schedule)
@@ -220,10 +220,9 @@ def _skipping(
             )
         sampler, learnt = type(getattr(pipe, "scheduler", None)).__name__, corrector.config["sampler"]
         if pipe is not None and learnt not in (None, sampler):
-            warnings.warn(
+            warn(
                 f"the corrector learnt under {learnt} and this pipeline samples by {sampler}, under which it may "
-                "lose; compare with corrector=None (--corrector none)",
-                stacklevel=5,
+                "lose; compare with corrector=None (--corrector none)"
             )
     threshold = skip.threshold
     if skip.quality is not None:

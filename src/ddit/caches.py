@@ -91,7 +91,7 @@ class Cache:
         self.architecture = architecture
         self.transformer: Any = architecture.transformer
         self._config = config
-        self._groups: dict[tuple[int, int, tuple[int, ...]], _Group] = {}
+        self._groups: dict[tuple[int, int, int, tuple[int, ...]], _Group] = {}
         self._computed = False
         self._ratios: Any = None
         self._last: Any = None
@@ -165,6 +165,7 @@ class Cache:
         scale: int,
         samples: Sequence[int],
         reused: Callable[[Sequence[int]], None],
+        run: int = 0,
     ) -> Callable[..., Any]:
         """The transformer's forward for some samples of a step, with states of their own.
 
@@ -173,6 +174,7 @@ class Cache:
             steps: Number of steps, where known.
             guidance: Number of the guidance pass in the step, from 0.
             reused: Called with the samples where the cache did not run the blocks.
+            run: Tells runs apart that take turns.
         """
         if not self.active:
             self._found = None
@@ -181,7 +183,7 @@ class Cache:
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            name = self._name(step, guidance, scale, samples)
+            name = self._name(run, step, guidance, scale, samples)
             with self.transformer.cache_context(name, step_index=step, num_inference_steps=steps):
                 for manager in self._managers():
                     state = manager.get_state()
@@ -195,12 +197,12 @@ class Cache:
 
         return cached
 
-    def _name(self, step: int, guidance: int, scale: int, samples: Sequence[int]) -> str:
+    def _name(self, run: int, step: int, guidance: int, scale: int, samples: Sequence[int]) -> str:
         """Name of the states, a new one unless the same samples ran at this scale in the step before."""
-        stale = {key for key, group in self._groups.items() if group.step < step - 1}
+        stale = {key for key, group in self._groups.items() if key[0] == run and group.step < step - 1}
         self._drop({self._groups.pop(key).name for key in stale})
-        key = (guidance, scale, tuple(samples))
-        group = self._groups.setdefault(key, _Group(f"{guidance} {scale} {list(samples)} from {step}", step))
+        key = (run, guidance, scale, tuple(samples))
+        group = self._groups.setdefault(key, _Group(f"{run} {guidance} {scale} {list(samples)} from {step}", step))
         group.step = step
         return group.name
 
@@ -240,10 +242,10 @@ class Cache:
             for name in names:
                 manager._state_cache.pop(name, None)
 
-    def start_over(self) -> None:
-        """Forget everything, before a new generation."""
-        self._drop({group.name for group in self._groups.values()})
-        self._groups = {}
+    def start_over(self, run: int = 0) -> None:
+        """Forget everything of a run."""
+        mine = {key for key in self._groups if key[0] == run}
+        self._drop({self._groups.pop(key).name for key in mine})
 
     def remove(self) -> None:
         """Take off what this class put on."""

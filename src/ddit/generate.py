@@ -6,7 +6,6 @@ import difflib
 import inspect
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -31,6 +30,7 @@ from ddit.pretrained import Part
 from ddit.report import Report
 from ddit.schedule import Policy
 from ddit.skip.corrector import ForecastCorrector
+from ddit.tell import warn
 
 EMBEDDED: dict[str, tuple[Path, Path]] = {
     "embedded": (MODEL_FOLDER, CORRECTOR_FOLDER),
@@ -167,7 +167,7 @@ def check_prompt(prompt: str, model: str) -> None:
     for word in prompt.split():
         if word not in words:
             near = difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words[8:14]
-            warnings.warn(f"the model {model} doesn't know {word!r}; near are {', '.join(near)}", stacklevel=2)
+            warn(f"the model {model} doesn't know {word!r}; near are {', '.join(near)}")
 
 
 SET = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
+import threading
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from ddit.report import Report
 from ddit.run import RunState, Skipping
 from ddit.schedule import Policy, Rule
 from ddit.seat import Seat
+from ddit.tell import warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +50,43 @@ class Plan:
     """What was asked for in words, for `Handle.__repr__`."""
 
 
+@dataclass
+class Current:
+    """What one thread draws."""
+
+    state: RunState
+    begun: bool = False
+    """Whether ``state`` belongs to a run."""
+    finished: RunState | None = None
+    """The last run."""
+    pipe: Any = None
+    """The pipeline that calls the transformer, where there is one."""
+    _timesteps: Any = None
+
+    @property
+    def scheduler(self) -> Any:
+        return getattr(self.pipe, "scheduler", None)
+
+    def follow(self, pipe: Any, start_over: Callable[[], None]) -> None:
+        """Note who calls. A pipeline that has set its timesteps anew begins a new run, even if the last one broke."""
+        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        if timesteps is not self._timesteps:
+            start_over()
+        self.pipe, self._timesteps = pipe, timesteps
+
+
 class Handle:
     """Dynamic patches on a transformer, or two that take turns, until `remove`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._pipe = plan.pipe
-        self._state = RunState(plan.policy, plan.measure)
-        self._begun = False
-        self._finished: RunState | None = None
+        self._local = threading.local()
+        self._lock = threading.RLock()
+        """Held during a call: threads take turns step by step, each with a run of its own."""
+        self._drawing: set[int] = set()
+        """Threads with a run under way."""
+        self._latest: RunState | None = None
         self._share = 0.0
-        self._timesteps: Any = None
         self._warned: set[str] = set()
         self._active = False
         self._seats: list[Seat] = []
@@ -106,12 +135,13 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        """What ran in the current run, or the last one.
+        """What ran in this thread's current run, or its last one; in a thread without any, the last run of all.
 
         Raises:
             RuntimeError: Before any run.
         """
-        run = self._state if self._state.steps else self._finished
+        here = self._current
+        run = here.state if here.state.steps else here.finished or self._latest
         if run is None:
             raise RuntimeError("there is no report before a run; call the pipeline first")
         scales = sorted({1, *(s for step in run.steps for s in step.scales if s)})
@@ -136,6 +166,14 @@ class Handle:
     ) -> None:
         self.remove()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the transformer has no ddit on it."""
+
+    def __reduce__(self) -> str:
+        raise pickle.PicklingError(
+            "ddit is on this transformer: call remove() before pickling, and ddit.apply after it"
+        )
+
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"
         names = " and ".join(type(a.transformer).__name__ for a in self.plan.architectures)
@@ -147,19 +185,30 @@ class Handle:
     def _call(self, seat: Seat, *args: Any, **kwargs: Any) -> Any:
         if not self._active:
             return seat.forward(*args, **kwargs)
-        try:
-            return self._step(seat, args, kwargs)
-        except BaseException:
-            self._forget()
-            raise
+        with self._lock:
+            try:
+                return self._step(seat, args, kwargs)
+            except BaseException:
+                self._forget()
+                raise
+
+    @property
+    def _current(self) -> Current:
+        """The run under way in this thread."""
+        if not hasattr(self._local, "current"):
+            self._local.current = Current(RunState(self.plan.policy, self.plan.measure))
+        return self._local.current
+
+    @property
+    def _state(self) -> RunState:
+        return self._current.state
 
     def _step(self, seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
         seat.check()
         arch = seat.architecture
         inputs = arch.bind(args, kwargs)
-        if self._run_begins():
-            self._start_over()
+        self._current.follow(calling_pipeline(arch.transformer) or self.plan.pipe, self._start_over)
         told = arch.sigma(inputs)
         sigma = self._sigma(told)
         obstacle = arch.obstacle(inputs)
@@ -237,6 +286,7 @@ class Handle:
             scale=scale,
             samples=samples,
             reused=self._state.reused,
+            run=threading.get_ident(),
         )
 
     def _plain_step(
@@ -249,45 +299,51 @@ class Handle:
             self._begin(seat.architecture, inputs, self._state.continues(tokens, sigma))
             self._state.force(tokens, sigma)
         self._state.forced = obstacle
-        self._warn(f"ddit keeps every step full: {obstacle}", stacklevel=6)
+        self._warn(f"ddit keeps every step full: {obstacle}")
         answer = self._full(seat, range(len(tokens)), *args, **kwargs)
         self._state.passes += 1
         self._state.add_seconds(time.perf_counter() - started)
         return answer
 
-    def _warn(self, message: str, stacklevel: int) -> None:
+    def _warn(self, message: str) -> None:
+        """Say something once."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=stacklevel)
+            warn(message)
 
     # Runs
-
-    def _run_begins(self) -> bool:
-        """Whether the pipeline has set its timesteps anew: a new run, even where the last one broke half-way."""
-        before, self._timesteps = self._timesteps, getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-        return self._timesteps is not before
 
     def _begin(self, arch: Architecture, inputs: Inputs, continues: bool) -> None:
         """Start over if a call does not continue the run under way."""
         if not continues:
             self._start_over()
-        if not self._begun:
-            self._state = self._new_run(arch, inputs)
-            self._begun = True
+        if not self._current.begun:
+            self._refuse_shared_cache()
+            self._drawing.add(threading.get_ident())
+            self._current.state = self._new_run(arch, inputs)
+            self._current.begun = True
         elif len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
             self._state.examples = self._examples(arch, inputs)
 
+    def _refuse_shared_cache(self) -> None:
+        """Caches of other libraries reset all their states when a run ends, those of other threads too."""
+        others = (self._drawing - {threading.get_ident()}) & {thread.ident for thread in threading.enumerate()}
+        if others and any(seat.cache.active for seat in self._seats):
+            raise RuntimeError(
+                "a cache serves one run at a time, and another thread draws with this transformer: "
+                "put a lock around the pipeline's call, or leave the cache out"
+            )
+
     def _new_run(self, arch: Architecture, inputs: Inputs) -> RunState:
-        plan, scheduler = self.plan, getattr(self._pipe, "scheduler", None)
-        total, sigmas = run_of(scheduler, getattr(plan.pipe, "_num_timesteps", None))
+        plan, scheduler = self.plan, self._current.scheduler
+        total, sigmas = run_of(scheduler, getattr(self._current.pipe, "_num_timesteps", None))
         examples = self._examples(arch, inputs)
         deterministic = not adds_noise(scheduler)
         readable = arch.obstacle(inputs) is None
         if not deterministic and (plan.make_skipper is not None or getattr(plan.policy, "needs_statistics", False)):
             self._warn(
                 f"{type(scheduler).__name__} adds noise of its own, so that latents do not tell what comes next: "
-                "ddit keeps full steps; take a deterministic sampler, or a FixedSchedule",
-                stacklevel=7,
+                "ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
             )
         skipper, correction = None, 0
         if plan.corrector is not None and readable:
@@ -322,7 +378,7 @@ class Handle:
     def _sigma(self, told: Tensor) -> float:
         """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be rounded."""
         rounded = float(told[0])
-        scheduler: Any = getattr(self._pipe, "scheduler", None)
+        scheduler = self._current.scheduler
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None:
             return rounded
@@ -336,15 +392,16 @@ class Handle:
 
     def _start_over(self) -> None:
         if self._state.steps:
-            self._finished = self._state.finished()
-            self._remark(self._finished)
+            self._latest = self._current.finished = self._state.finished()
+            self._remark(self._latest)
         self._forget()
 
     def _forget(self) -> None:
         """Forget the run under way."""
-        self._state, self._begun = RunState(self.plan.policy, self.plan.measure), False
+        self._current.state, self._current.begun = RunState(self.plan.policy, self.plan.measure), False
+        self._drawing.discard(threading.get_ident())
         for seat in self._seats:
-            seat.cache.start_over()
+            seat.cache.start_over(threading.get_ident())
 
     def _remark(self, run: RunState) -> None:
         """Say once when a whole run was not what a dynamic schedule is for."""
@@ -352,7 +409,24 @@ class Handle:
             return
         said = run.policy.remark([step.scales for step in run.steps], [step.statistics for step in run.steps])
         if said is not None and not self._warned:
-            self._warn(said, stacklevel=5)
+            self._warn(said)
+
+
+def calling_pipeline(transformer: Any) -> Any:
+    """The pipeline whose call this is, ``None`` for a bare transformer.
+
+    Several pipelines may share a transformer (``from_pipe``), each with a scheduler and a thread of its own; the
+    transformer is told of none. So the pipeline is looked for among the callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
+            caller = frame.f_locals["self"]
+            held = [getattr(caller, name, None) for name in ("transformer", "transformer_2")]
+            if hasattr(caller, "scheduler") and any(getattr(x, "_orig_mod", x) is transformer for x in held):
+                return caller
+        frame = frame.f_back
+    return None
 
 
 CLOSE = 2**-8

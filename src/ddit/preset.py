@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.tell import warn
 
 FILE = "ddit.json"
 VERSION = 3
@@ -52,16 +52,14 @@ class QualityCurve:
 
         likeness = np.minimum.accumulate(self.psnr)[::-1]
         if psnr > likeness[-1]:
-            warnings.warn(
-                f"a quality of {psnr:g} dB is above {likeness[-1]:.1f}, the most that was measured: no step is skipped",
-                stacklevel=3,
+            warn(
+                f"a quality of {psnr:g} dB is above {likeness[-1]:.1f}, the most that was measured: no step is skipped"
             )
             return 0.0
         if psnr < likeness[0]:
-            warnings.warn(
+            warn(
                 f"a quality of {psnr:g} dB is below {likeness[0]:.1f}, the least that was measured, and that is taken; "
-                "ask for a speedup to go farther",
-                stacklevel=3,
+                "ask for a speedup to go farther"
             )
         return float(np.exp(np.interp(psnr, likeness, np.log(self.thresholds)[::-1])))
 

@@ -21,10 +21,17 @@ class Step:
     """Per sample, scale -> statistic of the rule; empty where there were too few latents."""
     seconds: float
     """Host time inside the transformer's calls of this step, all guidance passes together."""
+    shares: tuple[float, ...] = ()
+    """Of each sample's guidance passes, the share in which the model was called; empty where that is as ``scales`` say.
+    A pass that comes back after a pause can't be forecast, and is called where others are skipped."""
     reused: frozenset[int] = frozenset()
     """Samples for which a cache answered."""
     corrected: frozenset[int] = frozenset()
     """Samples for which a corrector looked at the last called step."""
+
+    def share(self, sample: int) -> float:
+        """Of a sample's guidance passes, the share that its scale's cost is to be paid for."""
+        return self.shares[sample] if self.shares else 1.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Report:
     def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None, correction: int = 0) -> float:
         chosen = range(len(self.steps[0].scales)) if samples is None else samples
         spent = [
-            {0: 0, **costs}[step.scales[i]] * (self.reused_share if i in step.reused else 1)
+            {0: 0, **costs}[step.scales[i]] * step.share(i) * (self.reused_share if i in step.reused else 1)
             + correction * (i in step.corrected)
             for step in self.steps
             for i in chosen

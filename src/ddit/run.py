@@ -105,6 +105,8 @@ class RunState:
     """Noise levels of the last two steps."""
     passes: int = 0
     """Guidance passes of the current step that are answered."""
+    answered: list[int] = field(default_factory=list)
+    """Per sample, how many of these the model answered."""
     velocities: list[Tensor] = field(default_factory=list)
     """Their answers, where the next step of the path has to be projected onto them."""
     scales: list[int] = field(default_factory=list)
@@ -174,6 +176,7 @@ class RunState:
         if self.skipper is not None and self.deterministic:
             skipped = self.skipper.choose(context, moved, called)
         self.scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
+        self.answered = [0] * len(z)
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
         return self.scales
 
@@ -181,8 +184,13 @@ class RunState:
         """`spent` with the last step; that of a step is known when all its passes are answered."""
         if not self.costs:
             return []
-        last = self.steps[-1].scales if self.steps else ()
-        self.spent = [a + b for a, b in zip(self.spent, (self.costs[s] for s in last), strict=True)] or [0.0] * batch
+        if not self.steps:
+            self.spent = [0.0] * batch
+        else:
+            last = self.steps[-1]
+            self.spent = [
+                a + self.costs[s] * last.share(i) for i, (a, s) in enumerate(zip(self.spent, last.scales, strict=True))
+            ]
         return self.spent
 
     def _choose(self, context: StepContext) -> Sequence[int]:
@@ -216,6 +224,10 @@ class RunState:
         if scales != self.scales:
             shown = tuple(s or now for s, now in zip(self.steps[-1].scales, scales, strict=True))
             self.steps[-1] = replace(self.steps[-1], scales=shown)
+        self.answered = [count + (scale > 0) for count, scale in zip(self.answered, scales, strict=True)]
+        shares = tuple(count / (self.passes + 1) for count in self.answered)
+        if shares != self.steps[-1].shares and (self.steps[-1].shares or min(shares) < 1):
+            self.steps[-1] = replace(self.steps[-1], shares=shares)
         return scales
 
     def forecast(self, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor:

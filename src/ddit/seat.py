@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -48,11 +51,12 @@ class Seat:
         self._saved: dict[str, Any] = {}
         self._patched: dict[str, Any] = {
             MARK: mark,
-            self._place: _wrapped(self.forward, functools.partial(call, self)),
+            self._place: Wrapped(transformer, "forward", self.forward, functools.partial(call, self)),
         }
         reset = getattr(transformer, "_reset_stateful_cache", None)
         if reset is not None:
-            self._patched["_reset_stateful_cache"] = _wrapped(reset, functools.partial(end, reset))
+            ending = functools.partial(end, reset)
+            self._patched["_reset_stateful_cache"] = Wrapped(transformer, "_reset_stateful_cache", reset, ending)
         for name, value in self._patched.items():
             if name in vars(transformer):
                 self._saved[name] = vars(transformer)[name]
@@ -95,12 +99,34 @@ class Seat:
         self.cache.remove()
 
 
-def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """The replacement under the original's name and signature, which pipelines inspect."""
+class Wrapped:
+    """A replacement under the original's name and signature, which pipelines inspect.
 
-    @torch.compiler.disable  # for those who compile the whole transformer after `apply`
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return replacement(*args, **kwargs)
+    A copy of the transformer gets the method of its own class instead, so that it works alone, without ddit.
 
-    return wrapper
+    Args:
+        owner: The transformer.
+        name: Of the method of its class.
+        original: What stood there.
+        replacement: Takes its arguments.
+    """
+
+    def __init__(self, owner: Any, name: str, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.__signature__ = inspect.signature(original)
+        self._owner = owner
+        self._name = name
+        # For those who compile the whole transformer after `apply`.
+        self._replacement = torch.compiler.disable(replacement)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._replacement(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._owner))
+        return None if copied is None else types.MethodType(getattr(type(copied), self._name), copied)
+
+    def __reduce__(self) -> str:
+        raise pickle.PicklingError(
+            "ddit is on this transformer: call remove() before pickling, and ddit.apply after it"
+        )

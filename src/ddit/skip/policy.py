@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ddit.patches import where_rows
 from ddit.schedule import StepContext, statistics
 from ddit.skip.forecast import SPLIT, amplified, difference_per_sigma, growth, half_log_snr
+from ddit.tell import warn
 
 NODES = 3
 """Called steps that the rule looks back on, so that its difference is of the paper's order."""
@@ -160,10 +160,9 @@ class SkipPlan:
             return warmup + count + min(count + 1, total - warmup - count) * self.correction
 
         if self.speedup > total / work(0) + 1e-9:
-            warnings.warn(
+            warn(
                 f"a speedup of {self.speedup:g} can't be reached with {total} steps, of which {warmup} are warm-up: "
-                f"the most is {total / work(0):.2f}; take fewer steps instead",
-                stacklevel=2,
+                f"the most is {total / work(0):.2f}; take fewer steps instead"
             )
         count = min(range(total - warmup + 1), key=lambda n: (abs(work(n) - total / self.speedup), -n))
         return {*range(warmup), *places(sigmas, warmup - 1, count)}

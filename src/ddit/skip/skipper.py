@@ -33,14 +33,21 @@ class PassMemory:
         self.corrected: set[int] = set()
         """Samples whose present reference ``correction`` is about."""
 
-    def renew(self, now: Sequence[bool], made: Reference, step: int, kinds: Sequence[Hashable]) -> None:
-        """These samples' newest reference is this one."""
+    def alike(self, kinds: Sequence[Hashable], since: Sequence[int]) -> list[bool]:
+        """Per sample, whether its reference is of the same kind, and no older than the last called step."""
+        known = zip(self.count, self.kind, kinds, self.step, since, strict=True)
+        return [count > 0 and old == new and step >= last for count, old, new, step, last in known]
+
+    def renew(
+        self, now: Sequence[bool], made: Reference, step: int, kinds: Sequence[Hashable], alike: Sequence[bool]
+    ) -> None:
+        """These samples' newest reference is this one, a further one where it is alike."""
         if self.reference is None:
             self.step, self.kind, self.count = [-1] * len(now), [None] * len(now), [0] * len(now)
         self.reference = made if self.reference is None else _where(now, made, self.reference)
         for i, called in enumerate(now):
             if called:
-                self.count[i] = self.count[i] + 1 if self.kind[i] == kinds[i] else 1
+                self.count[i] = self.count[i] + 1 if alike[i] else 1
                 self.step[i], self.kind[i] = step, kinds[i]
         self.corrected -= {i for i, called in enumerate(now) if called}
 
@@ -58,7 +65,11 @@ class Skipper:
         self.corrector = corrector
         self._passes: list[PassMemory] = []
         self._called: list[int] = []
-        """Per sample, the last step in which the model was called."""
+        """Per sample, the last step in which the model answered the first pass."""
+        self._before: list[int] = []
+        """The same before the last one."""
+        self._active = 0
+        """Guidance passes of the last step: all are called together until each can forecast."""
 
     @property
     def watches(self) -> bool:
@@ -73,9 +84,10 @@ class Skipper:
         """Per sample, whether this step is skipped; see `SkipPolicy.choose`."""
         if not self._called:
             called = [False] * context.batch
-            self._called = [-1] * context.batch
+            self._called = self._before = [-1] * context.batch
         wished = self.policy.choose(context, moved, called)
-        return [wish and self.ready(0, i) for i, wish in enumerate(wished)]
+        active, self._active = range(max(self._active, 1)), 0
+        return [wish and all(self.ready(which, i) for which in active) for i, wish in enumerate(wished)]
 
     def ready(self, which: int, sample: int) -> bool:
         """Whether a guidance pass can forecast for a sample: two answers alike, the last one in the last called step.
@@ -85,7 +97,7 @@ class Skipper:
         if which >= len(self._passes) or self._passes[which].reference is None:
             return False
         memory = self._passes[which]
-        return memory.count[sample] > 1 and memory.step[sample] == self._called[sample]
+        return memory.count[sample] > 1 and memory.step[sample] >= self._called[sample]
 
     def observe(
         self,
@@ -108,21 +120,24 @@ class Skipper:
             sigma, end: Noise level of this step and of the next.
             hidden: What the model's last layer read ``[B, N, width]``, for a corrector.
         """
+        self._active = which + 1
         while len(self._passes) <= which:
             self._passes.append(PassMemory())
         if not any(called):
             return
         memory, level = self._passes[which], latents.new_full((len(latents),), sigma)
         until = None if self.corrector is None else torch.full_like(level, end)
-        before = memory.reference
+        before, alike = memory.reference, [False] * len(called)
         if before is not None:
-            # Where the patches changed, or there was nothing yet, the line starts anew.
+            # Where the patches changed, the pass was away, or there was nothing yet, the line starts anew.
             flat = Reference.after(latents, level, velocity, end=until)
-            alike = [count > 0 and old == new for count, old, new in zip(memory.count, memory.kind, kinds, strict=True)]
+            alike = memory.alike(kinds, self._before if which else self._called)
             before = _where(alike, before, flat)
         made = Reference.after(latents, level, velocity, before, end=until, hidden=hidden)
-        memory.renew(called, made, step, kinds)
+        memory.renew(called, made, step, kinds, alike)
         if which == 0:
+            pairs = zip(called, self._called, self._before, strict=True)
+            self._before = [last if now else before for now, last, before in pairs]
             self._called = [step if now else old for now, old in zip(called, self._called, strict=True)]
 
     def forecast(self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor) -> tuple[Tensor, list[int]]:

@@ -1,0 +1,146 @@
+"""One transformer, several runs: threads, pipelines that share it, copies."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+import ddit
+import tiny
+from ddit import FixedSchedule, PatchSchedule, SkipSchedule
+from ddit.config import FULL
+from ddit.handle import calling_pipeline
+
+METHODS = {
+    "rule": {"patches": PatchSchedule(threshold=1e9, careful=False)},
+    "fixed": {"patches": FixedSchedule(steps=(1, 2, 4, 1))},
+    "skip rule": {"patches": FULL, "skip": SkipSchedule(threshold=0.05)},
+    "skip plan": {"patches": FULL, "skip": SkipSchedule(speedup=3)},
+}
+
+
+def shared(pipe):
+    """Another pipeline on the same transformer, with a scheduler of its own: diffusers' recipe for servers."""
+    other = FluxPipeline(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def draw_from(pipe, text, seed: int, steps: int):
+    """Latents from encoded text: tokenizers of several threads disturb each other."""
+    embeds, pooled, _ = text
+    other = shared(pipe)
+    return tiny.sample(other, prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, seed=seed, steps=steps)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_threads_draw_what_each_draws_alone(pipe, name):
+    """Four at once, of different lengths; each has a report of its own."""
+    lengths = {0: 12, 1: 8, 2: 20, 3: 12}
+    text = pipe.encode_prompt(tiny.PROMPT, tiny.PROMPT, max_sequence_length=20)
+    with ddit.apply(pipe, **METHODS[name]) as handle:
+        alone = {}
+        for seed, steps in lengths.items():
+            alone[seed] = draw_from(pipe, text, seed, steps), handle.report.scales
+        drawn, broken, together = {}, [], threading.Barrier(len(lengths))
+
+        def draw(seed: int, steps: int) -> None:
+            try:
+                together.wait()
+                drawn[seed] = draw_from(pipe, text, seed, steps), handle.report.scales
+            except Exception as error:
+                broken.append(error)
+
+        workers = [threading.Thread(target=draw, args=item) for item in lengths.items()]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not broken and len(drawn) == len(lengths)
+    for seed, (latents, scales) in alone.items():
+        torch.testing.assert_close(drawn[seed][0], latents, rtol=1e-4, atol=1e-4)
+        assert drawn[seed][1] == scales
+
+
+def test_a_cache_serves_one_thread_at_a_time(pipe):
+    """Refused while another run is under way, and served after it."""
+    with ddit.apply(pipe, cache="first-block:0.5"):
+        alone = tiny.sample(shared(pipe))
+        refused = []
+
+        def intrude(*_):
+            if not refused:
+                worker = threading.Thread(target=lambda: refused.append(error_of(shared(pipe))))
+                worker.start()
+                worker.join()
+            return {}
+
+        assert torch.equal(tiny.sample(pipe, callback_on_step_end=intrude), alone)
+        assert "put a lock around the pipeline's call" in str(refused[0])
+        assert torch.equal(tiny.sample(shared(pipe)), alone)
+
+
+def error_of(pipe) -> Exception | None:
+    try:
+        tiny.sample(pipe)
+    except RuntimeError as error:
+        return error
+    return None
+
+
+def test_a_thread_without_a_run_reads_the_last_report_of_all(pipe):
+    with ddit.apply(pipe, **METHODS["fixed"]) as handle:
+        tiny.sample(pipe)
+    seen = []
+    worker = threading.Thread(target=lambda: seen.append(handle.report.strip()))
+    worker.start()
+    worker.join()
+    assert seen == [handle.report.strip()] == ["1 2 4 1 1 1 1 1"]
+
+
+def test_the_calling_pipeline_is_found(pipe):
+    """Of several on one transformer, the one that runs; none for a bare transformer."""
+    found, other = [], shared(pipe)
+    forward = pipe.transformer.forward
+
+    def spy(*args, **kwargs):
+        found.append(calling_pipeline(pipe.transformer))
+        return forward(*args, **kwargs)
+
+    pipe.transformer.forward = spy
+    for runs in (pipe, other):
+        tiny.sample(runs, steps=2)
+    assert found == [pipe, pipe, other, other]
+    assert calling_pipeline(pipe.transformer) is None
+
+
+@pytest.mark.parametrize("what", ["pipeline", "transformer"])
+def test_a_copy_works_on_its_own_weights_without_ddit(pipe, what):
+    plain = tiny.sample(pipe)
+    with ddit.apply(pipe, **METHODS["fixed"]):
+        ours = tiny.sample(pipe)
+        if what == "pipeline":
+            twin = copy.deepcopy(pipe)
+        else:
+            twin = FluxPipeline(**{**pipe.components, "transformer": copy.deepcopy(pipe.transformer)})
+            twin.set_progress_bar_config(disable=True)
+        assert torch.equal(tiny.sample(twin), plain)
+        with torch.no_grad():
+            for weight in twin.transformer.parameters():
+                weight.zero_()
+        assert not torch.equal(tiny.sample(twin), plain)
+        assert torch.equal(tiny.sample(pipe), ours)
+    assert torch.equal(tiny.sample(pipe), plain)
+    with ddit.apply(twin, **METHODS["fixed"]) as handle:
+        tiny.sample(twin)
+        assert handle.report.strip() == "1 2 4 1 1 1 1 1"
+
+
+def test_pickling_is_refused_with_a_reason_while_applied(pipe):
+    with ddit.apply(pipe), pytest.raises(pickle.PicklingError, match=r"call remove\(\) before pickling"):
+        pickle.dumps(pipe.transformer)
+    back = pickle.loads(pickle.dumps(pipe.transformer))
+    assert torch.equal(back.proj_out.weight, pipe.transformer.proj_out.weight)
