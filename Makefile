@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/ddit demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: lint
 	$(BIN)/python -m pytest

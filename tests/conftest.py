@@ -1,5 +1,9 @@
 """Settings for all tests: pytest puts this folder on the path, so that `import tiny` works."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: of workers beside each other, none spins for the others
+
 import diffusers
 import pytest
 import torch

@@ -55,7 +55,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     shown = capsys.readouterr().out
     saved = json.loads(out.with_suffix(".json").read_text())
     assert table(saved["counts"]) == out.with_suffix(".md").read_text() and "wan2.1-1.3b" in shown
-    assert len(saved["counts"]) == 2 and saved["command"].startswith("ddit ")
+    assert len(saved["counts"]) == 2 and saved["command"].startswith("ddit")
 
 
 @pytest.mark.parametrize(

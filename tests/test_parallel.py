@@ -68,7 +68,9 @@ def alone_and_together(name: str) -> list[tuple[Any, Any]]:
     return drawn
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
 def test_one_picture_on_two_processes(name, tmp_path):
     """Both decide alike, and draw what one alone does."""
     first, second = in_two(alone_and_together, name, folder=tmp_path)
