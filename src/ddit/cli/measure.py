@@ -18,7 +18,7 @@ from ddit.cli.common import (
 )
 from ddit.config import PatchSchedule
 from ddit.extras import require
-from ddit.files import write_json
+from ddit.files import write_json, write_text
 
 PAPER = "paper"
 EMBEDDED_SUITES = ("embedded", "embedded-video")
@@ -187,7 +187,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.out is not None:
         about = {"command": command_line(), "environment": environment(args.device)}
         write_json(args.out.with_suffix(".json"), {**about, "counts": results})
-        args.out.with_suffix(".md").write_text("\n".join(tables))
+        write_text(args.out.with_suffix(".md"), "\n".join(tables))
         print(f"wrote {args.out.with_suffix('.json')}")
 
 

@@ -19,7 +19,7 @@ from ddit.eval import compare, quality
 from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
-from ddit.files import write_json
+from ddit.files import write_json, write_text
 from ddit.generate import (
     Method,
     call_settings,
@@ -211,8 +211,7 @@ def _load(config: SuiteConfig) -> tuple[Any, Preset]:
 
 def _show(config: SuiteConfig, table: str) -> None:
     """Write a suite's table, and print it."""
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.with_suffix(".md").write_text(table)
+    write_text(config.out.with_suffix(".md"), table)
     print(table)
 
 
