@@ -219,6 +219,10 @@ class Handle:
             self._begin(arch, inputs, self._state.continues(z, sigma))
             with torch.no_grad():
                 self._state.decide(z, sigma, arch.patch_size)
+            if self._state.broken:
+                self._warn(
+                    "the latents hold NaN or infinity: every step is full from here on, as broken as it is without ddit"
+                )
         scales = self._state.pass_scales()
         size = (z.shape[-2], z.shape[-1])
         if set(scales) == {1}:
@@ -387,6 +391,12 @@ class Handle:
         return exact if abs(exact - rounded) <= CLOSE else rounded
 
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Pipelines call this when a run ends."""
+        if self._active and len(self._seats) == 1 and not self._state.steps:
+            self._warn(
+                "a run ended in which ddit was never asked: a hook that was there before ddit.apply has been removed, "
+                "and diffusers took ddit off with it. Call ddit.apply again"
+            )
         self._start_over()
         return reset(*args, **kwargs)
 
