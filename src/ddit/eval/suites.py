@@ -177,7 +177,7 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     if not config.methods:
         steps = config.run_steps or (_steps(call_settings(preset, **config.settings), pipe),)
         known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
-        methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
+        methods = compare.methods(steps, teacache=known, adapter=config.adapter)
         config = replace(config, methods=tuple(methods), adapter=None)
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
     drawn = _race(config, pipe, preset)
