@@ -30,9 +30,10 @@ def add_measure(commands: Any) -> None:
     model_options(evaluate)
     evaluate.add_argument(
         "--suite",
-        choices=("quality", *EMBEDDED_SUITES),
+        choices=("quality", "proxy", *EMBEDDED_SUITES),
         default="quality",
-        help=f"{' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
+        help="proxy is the proxy card, how far a small model behaves like the real ones; "
+        f"{' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
     )
     evaluate.add_argument(
         "--methods", nargs="+", help="such as plain plain:run_steps=20 ddit:threshold=0.01 ddit:speedup=3,patches=full"

@@ -15,7 +15,7 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
-from ddit.eval import compare, quality
+from ddit.eval import compare, proxy, quality
 from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
@@ -76,6 +76,7 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
     suites = {
         "quality": _quality,
         "compare": _compare,
+        "proxy": _proxy,
     }
     figures = suites[suite](config)
     return _write(config, {**about, "suite": suite, **figures})
@@ -195,6 +196,23 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
         path = config.out.with_name(f"{config.out.name}-{speed}x.png")
         save_grid(path, [drawn.methods[i] for i in shown], [drawn.results[i] for i in shown], drawn.first(6))
     return {**drawn.figures, "best_at_least_as_fast": best}
+
+
+def _proxy(config: SuiteConfig) -> dict[str, Any]:
+    """The proxy card of a model that a grammar of the project judges; see `ddit.eval.proxy`."""
+    if config.texts or config.methods:
+        raise ValueError("the proxy card has methods and prompts of its own; leave --methods and --prompt-file out")
+    pipe, preset = _load(config)
+    architecture = architecture_for(pipe.transformer)
+    known = bool(preset.teacache) or architecture.teacache_coefficients() is not None
+    settings = {**config.settings, "num_inference_steps": proxy.STEPS}
+    config = replace(config, methods=tuple(proxy.entries(teacache=known)), adapter=None, settings=settings)
+    drawn = _race(config, pipe, preset)
+    card = proxy.card(drawn.figures["methods"], architecture, video=draws_video(pipe))
+    table = proxy.markdown(card)
+    write_text(config.out.with_suffix(".md"), table + "\n" + config.out.with_suffix(".md").read_text())
+    print(table)
+    return {**drawn.figures, "card": proxy.to_dicts(card)}
 
 
 def _steps(settings: dict[str, Any], pipe: Any) -> int:
