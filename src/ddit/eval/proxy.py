@@ -1,7 +1,7 @@
 """The proxy card: how far a small model behaves like FLUX.1-dev and Wan 2.1, row by row beside what is published.
 
-A claim about acceleration that was measured on a small model means as much as the rows it rests on. Rows on patches (room
-in a token, half resolution, fewer steps) must pass; rows on likeness (PSNR, SSIM) say how a race is to be read.
+A claim about acceleration that was measured on a small model means as much as the rows it rests on. Rows on patches
+(room in a token, half resolution, fewer steps) must pass; rows on likeness (PSNR, SSIM) say how a race is to be read.
 """
 
 from __future__ import annotations
