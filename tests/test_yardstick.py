@@ -1,5 +1,6 @@
 """The training of the image yardstick, in miniature."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ from benchmarks.yardstick import components
 from benchmarks.yardstick.autoencoder import vae_loss
 from benchmarks.yardstick.components import LATENTS, WIDTH, TextEncoders, make_pipeline
 from benchmarks.yardstick.config import SIZES, Settings
-from benchmarks.yardstick.data import drawings
+from benchmarks.yardstick.data import Drawings, drawings
 from benchmarks.yardstick.drawing import draw
 from benchmarks.yardstick.fit import Deadline, OutOfTime, Stage, cosine, fit
 from benchmarks.yardstick.flow import Flow, Source, train_flow
@@ -87,6 +88,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         fit(_line(parts))
 
 
+def test_a_stage_with_a_time_of_its_own_ends_early_at_a_rate_of_zero(tmp_path):
+    shares = []
+    stage = replace(_line(tmp_path, steps=10**9), seconds=0.3)
+    stage.schedule = lambda step, share: shares.append(share) or cosine(step, share)
+    fit(stage)
+    assert 0.9 < shares[-1] < 1 and shares == sorted(shares)
+    done = len(shares)
+    fit(stage)
+    assert len(shares) == done
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     fit(_line(tmp_path))
     kept = (tmp_path / "line.pt").read_bytes()
@@ -103,7 +115,8 @@ def test_all_stages_of_the_flow_and_a_pipeline_that_draws(tmp_path):
     latents = {size: np.random.default_rng(0).normal(size=(4, (size // 8) ** 2, 16)) for size in SIZES}
     prompts = [scene.prompt for scene in islice(scenes(0, "train"), 4)]
     text = TextEncoders().eval()
-    source = Source(latents, np.zeros((4, 3, 32, 32), np.uint8), prompts, text, settings, "cpu")
+    drawn = Drawings(prompts, np.empty(0), np.zeros((4, 3, 32, 32), np.uint8), np.empty(0))
+    source = Source.made(latents, drawn, text, settings, "cpu")
     flow, average = train_flow(tmp_path, source, "cpu", Deadline())
     assert isinstance(flow, Flow) and all(torch.isfinite(value).all() for value in average.values())
     vae = components.make_vae()

@@ -84,7 +84,7 @@ def _train(out: Path, settings: Settings, device: str, deadline: Deadline, only:
         encoders = train_text(out, settings, device, deadline)
     if only in ("flow", None):
         latents = {size: encode(out, vae, drawn.pictures, size, device) for size in SIZES}
-        source = Source(latents, drawn.masks, drawn.prompts, encoders, settings, device)
+        source = Source.made(latents, drawn, encoders, settings, device)
         flow, _ = train_flow(out, source, device, deadline)
         pipe = make_pipeline(vae, encoders, flow.transformer).to(dtype=torch.float16)
         with replacing_folder(out / "model") as partial:

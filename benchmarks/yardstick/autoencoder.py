@@ -83,11 +83,11 @@ def encode(folder: Path, vae: Any, pictures: np.ndarray, size: int, device: str)
         print(f"encoding at {size} pixels", flush=True)
         shift, scaling, batches = vae.config["shift_factor"], vae.config["scaling_factor"], []
         for start in range(0, len(pictures), 50):
-            x = F.avg_pool2d(to_model(pictures[start : start + 50]).to(device), max(SIZES) // size)
+            x = F.avg_pool2d(to_model(pictures[start : start + 50], device), max(SIZES) // size)
             x = x.contiguous(memory_format=torch.channels_last)
             z = (vae.encode(x).latent_dist.mean - shift) * scaling
             packed = rearrange(z, "b c (h dy) (w dx) -> b (h w) (c dy dx)", dy=2, dx=2)
             batches.append(packed.half().cpu().numpy())
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(batches))
-    return np.load(path, mmap_mode="r")
+    return np.load(path)

@@ -22,6 +22,10 @@ class Settings:
     """Of the flow at 128 pixels (stage B)."""
     distil_steps: int = 800
     """Of the distillation of guidance (stage C)."""
+    low_seconds: float | None = None
+    high_seconds: float | None = None
+    distil_seconds: float | None = None
+    """These stages end after so long even if their steps are not done, the learning rate having fallen in time."""
     judge_steps: int = 3_000
     batch: int = 24
     """Pictures in a batch at 128 pixels; twice as many at 64, four times as many at 32."""

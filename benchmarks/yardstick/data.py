@@ -71,9 +71,9 @@ def _make_shard(path: Path, seed: int) -> None:
         np.savez(file, prompts=np.array(prompts), pictures=pictures, masks=masks, spots=spots)
 
 
-def to_model(pictures: np.ndarray) -> Tensor:
+def to_model(pictures: np.ndarray, device: str = "cpu") -> Tensor:
     """uint8 ``[N, H, W, 3]`` -> float ``[N, 3, H, W]`` in [-1, 1]."""
-    return rearrange(torch.from_numpy(pictures), "n h w c -> n c h w").float() / 127.5 - 1
+    return rearrange(torch.from_numpy(pictures).to(device), "n h w c -> n c h w").float() / 127.5 - 1
 
 
 def sheet(pictures: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:

@@ -53,12 +53,18 @@ class Stage:
     optimizers: list[torch.optim.Optimizer]
     loss: Loss
     steps: int
-    schedule: Callable[[int, int], float]
-    """Factor of the learning rates at a step of so many."""
+    schedule: Callable[[int, float], float]
+    """Factor of the learning rates at a step, given the share of the stage that is done."""
     seed: int
     ema: float = 0.0
     every: int = 200
     """Steps between checkpoints."""
+    seconds: float | None = None
+    """The stage ends after so long if its steps are not done by then, its learning rate having fallen in time."""
+
+    def done(self, step: int, elapsed: float) -> float:
+        """Share of the stage, 1 at its end."""
+        return max(step / self.steps, elapsed / (self.seconds or math.inf))
 
 
 def fit(stage: Stage, deadline: Deadline | None = None) -> dict[str, Tensor]:
@@ -73,35 +79,38 @@ def fit(stage: Stage, deadline: Deadline | None = None) -> dict[str, Tensor]:
     """
     trained = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
-    first = _resume(stage, average)
+    first, before = _resume(stage, average)
     log = stage.checkpoint.with_suffix(".jsonl")
     _cut(log, first)
     stage.model.train()
     started = saved = time.monotonic()
     values: dict[str, float] = {}
     with progress(stage.name, stage.steps, done=first) as advance:
-        for step in range(first, stage.steps):
-            figures = _step(stage, step, trained, average)
-            done, now = step + 1, time.monotonic()
+        step, share = first, stage.done(first, before)
+        while share < 1:
+            figures = _step(stage, step, share, trained, average)
+            step, now = step + 1, time.monotonic()
+            elapsed = before + now - started
+            share = stage.done(step, elapsed)
             late = deadline is not None and deadline.passed
-            save = late or done == stage.steps or done % stage.every == 0 or now > saved + SAVE_SECONDS
-            if save or done % LOG_EVERY == 0:
-                values = _checked(stage, done, figures)
+            save = late or share >= 1 or step % stage.every == 0 or now > saved + SAVE_SECONDS
+            if save or step % LOG_EVERY == 0:
+                values = _checked(stage, step, figures)
             advance(**values)
-            if done % LOG_EVERY == 0:
-                _log(log, {"step": done, **values, "steps_per_s": (done - first) / (now - started)})
+            if step % LOG_EVERY == 0:
+                _log(log, {"step": step, **values, "steps_per_s": (step - first) / (now - started)})
             if save:
-                _save(stage, average, done)
+                _save(stage, average, step, elapsed)
                 saved = time.monotonic()
-            if late and done < stage.steps:
-                raise OutOfTime(f"{stage.name}: out of time after {done} of {stage.steps} steps")
+            if late and share < 1:
+                raise OutOfTime(f"{stage.name}: out of time after {step} of {stage.steps} steps")
     stage.model.eval()
     return average
 
 
-def _step(stage: Stage, step: int, trained: dict[str, Any], average: dict[str, Tensor]) -> Figures:
+def _step(stage: Stage, step: int, share: float, trained: dict[str, Any], average: dict[str, Tensor]) -> Figures:
     loss, figures = stage.loss(step, np.random.default_rng([stage.seed, step]))
-    factor = stage.schedule(step, stage.steps)
+    factor = stage.schedule(step, share)
     for optimizer in stage.optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -124,10 +133,10 @@ def _checked(stage: Stage, done: int, figures: Figures) -> dict[str, float]:
     return values
 
 
-def _resume(stage: Stage, average: dict[str, Tensor]) -> int:
-    """Load the checkpoint into the stage and the averages; returns the number of steps done."""
+def _resume(stage: Stage, average: dict[str, Tensor]) -> tuple[int, float]:
+    """Load the checkpoint into the stage and the averages; returns the number of steps done, and their seconds."""
     if not stage.checkpoint.exists():
-        return 0
+        return 0, 0.0
     device = next(stage.model.parameters()).device
     try:
         state = torch.load(stage.checkpoint, weights_only=True, map_location=device)
@@ -137,15 +146,16 @@ def _resume(stage: Stage, average: dict[str, Tensor]) -> int:
     for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     average.update(state["average"])
-    return state["step"]
+    return state["step"], state.get("elapsed", 0.0)
 
 
-def _save(stage: Stage, average: dict[str, Tensor], step: int) -> None:
+def _save(stage: Stage, average: dict[str, Tensor], step: int, elapsed: float) -> None:
     state = {
         "model": stage.model.state_dict(),
         "average": average,
         "optimizers": [optimizer.state_dict() for optimizer in stage.optimizers],
         "step": step,
+        "elapsed": elapsed,
     }
     with replacing(stage.checkpoint) as partial:
         torch.save(state, partial)
@@ -163,19 +173,19 @@ def _log(path: Path, figures: dict[str, float]) -> None:
         file.write(json.dumps({k: round(v, 5) for k, v in figures.items()}) + "\n")
 
 
-def cosine(step: int, steps: int, warmup: int = 50) -> float:
+def cosine(step: int, share: float, warmup: int = 50) -> float:
     """Linear warm-up, then a cosine to zero."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def constant(step: int, steps: int, warmup: int = 100) -> float:
+def constant(step: int, share: float, warmup: int = 100) -> float:
     """Linear warm-up, then 1."""
     return min(1.0, (step + 1) / warmup)
 
 
-def trapezoid(step: int, steps: int, warmup: int = 100, decay_from: float = 0.7) -> float:
+def trapezoid(step: int, share: float, warmup: int = 100, decay_from: float = 0.7) -> float:
     """Linear warm-up, constant, then linear to zero."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / ((1 - decay_from) * steps))
+    return min(1.0, (step + 1) / warmup, (1 - share) / (1 - decay_from))
 
 
 def precision(device: str) -> Any:

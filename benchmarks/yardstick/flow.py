@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.yardstick.components import WIDTH, TextEncoders, grid_ids, make_transformer
 from benchmarks.yardstick.config import SIZES, Settings
+from benchmarks.yardstick.data import Drawings
 from benchmarks.yardstick.fit import (
     Deadline,
     Figures,
@@ -51,6 +52,14 @@ class Flow(nn.Module):
         self.masks = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, MOST * self.SIDE**2))
         self._features: Tensor | None = None
         self.transformer.single_transformer_blocks[self.BLOCK].register_forward_hook(self._read)
+
+    def compile_blocks(self) -> None:
+        """Compile each block, anew for each size; the one that is read stays as it is, as its hook would break it."""
+        torch._dynamo.config.recompile_limit = 32
+        transformer = self.transformer
+        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+            if block is not transformer.single_transformer_blocks[self.BLOCK]:
+                block.compile(dynamic=False)
 
     def _read(self, _module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         self._features = output[1]
@@ -97,21 +106,32 @@ class Batch:
 class Source:
     """Latents at every size, what covers what, and prompts."""
 
-    latents: dict[int, np.ndarray]
-    masks: np.ndarray
-    prompts: list[str]
-    encoders: TextEncoders
+    latents: dict[int, Tensor]
+    """Size -> ``[P, N, 16]``, float16"""
+    masks: Tensor
+    """``[P, 3, 32, 32]`` uint8"""
+    pooled: Tensor
+    """``[P + 1, 128]`` of the prompts and, last, of the empty one"""
+    tokens: Tensor
+    """``[P + 1, 24, 128]``"""
     settings: Settings
     device: str
 
-    def __post_init__(self) -> None:
-        ids = torch.cat([self.encoders.ids([""]), self.encoders.ids(self.prompts)])
-        self.ids = ids.to(self.device)
-
+    @classmethod
     @torch.no_grad()
-    def text(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def made(
+        cls, latents: dict[int, np.ndarray], drawn: Drawings, encoders: TextEncoders, settings: Settings, device: str
+    ) -> Source:
+        """All on the device, prompts as the encoders' vectors."""
+        ids = encoders.ids([*drawn.prompts, ""])
+        pooled, tokens = zip(*(encoders(part.to(device)) for part in ids.split(500)), strict=True)
+        there = {size: torch.from_numpy(x).to(device) for size, x in latents.items()}
+        masks = torch.from_numpy(drawn.masks).to(device)
+        return cls(there, masks, torch.cat(pooled), torch.cat(tokens), settings, device)
+
+    def text(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of prompts by number; -1 is the empty one."""
-        return self.encoders(self.ids[torch.from_numpy(rows + 1).to(self.device)])
+        return self.pooled[rows], self.tokens[rows]
 
     def batch(self, rng: np.random.Generator, mix: tuple[float, ...], drop: float) -> Batch:
         """Pictures of one size at logit-normal noise levels (SD3, arXiv 2403.03206).
@@ -120,15 +140,15 @@ class Source:
         """
         settings, device = self.settings, self.device
         size = int(rng.choice(SIZES, p=mix))
-        rows = np.sort(rng.integers(len(self.prompts), size=settings.batch * max(SIZES) // size))
-        x = torch.from_numpy(self.latents[size][rows].astype(np.float32)).to(device)
-        covers = torch.from_numpy(self.masks[rows]).to(device).float() / 255
+        count = settings.batch * max(SIZES) // size
         generator = noise_from(rng, device)
+        rows = torch.randint(len(self.masks), (count,), generator=generator, device=device)
+        x, covers = self.latents[size][rows].float(), self.masks[rows].float() / 255
         eps = torch.randn(x.shape, generator=generator, device=device)
         mean = settings.noise_mean + math.log(size / min(SIZES))
         logit = mean + settings.noise_std * torch.randn(len(x), generator=generator, device=device)
         sigma = torch.sigmoid(logit)
-        words = np.where(rng.random(len(rows)) < drop, -1, rows)
+        words = rows.where(torch.rand(count, generator=generator, device=device) >= drop, -1)
         return Batch(x, torch.lerp(x, eps, sigma[:, None, None]), eps, sigma, self.text(words), covers)
 
 
@@ -138,18 +158,19 @@ def train_flow(folder: Path, source: Source, device: str, deadline: Deadline) ->
     torch.manual_seed(settings.seed + 2)
     flow = Flow().to(device)
     if settings.compile:
-        flow.transformer.compile(dynamic=False)
-    for name, steps, mix, schedule in (
-        ("flow-64", settings.low_steps, settings.low_mix, constant),
-        ("flow-128", settings.high_steps, settings.high_mix, trapezoid),
+        flow.compile_blocks()
+    for name, steps, seconds, mix, schedule in (
+        ("flow-64", settings.low_steps, settings.low_seconds, settings.low_mix, constant),
+        ("flow-128", settings.high_steps, settings.high_seconds, settings.high_mix, trapezoid),
     ):
-        stage = _stage(folder, name, flow, _matching(flow, source, mix), steps, schedule, settings)
+        stage = _stage(folder, name, flow, _matching(flow, source, mix), (steps, seconds), schedule, settings)
         flow.load_state_dict(fit(stage, deadline), strict=False)
     flow._features = None  # part of a graph if the last step was cut short, and not to be copied
     teacher = copy.deepcopy(flow.requires_grad_(False).eval())
     flow.requires_grad_(True).masks.requires_grad_(False)
     loss = _distilling(flow, teacher, source)
-    stage = _stage(folder, "flow-guided", flow, loss, settings.distil_steps, cosine, settings, factor=0.3)
+    length = settings.distil_steps, settings.distil_seconds
+    stage = _stage(folder, "flow-guided", flow, loss, length, cosine, settings, factor=0.3)
     average = fit(stage, deadline)
     flow.load_state_dict(average, strict=False)
     return flow, average
@@ -160,14 +181,15 @@ def _stage(
     name: str,
     flow: Flow,
     loss: Loss,
-    steps: int,
-    schedule: Callable[[int, int], float],
+    length: tuple[int, float | None],
+    schedule: Callable[[int, float], float],
     settings: Settings,
     factor: float = 1.0,
 ) -> Stage:
     seed = 20 + sum(map(ord, name)) + 1000 * settings.seed
     optimizers = make_optimizers(flow, factor * settings.lr)
-    return Stage(name, folder / f"{name}.pt", flow, optimizers, loss, steps, schedule, seed, settings.ema)
+    path, (steps, seconds) = folder / f"{name}.pt", length
+    return Stage(name, path, flow, optimizers, loss, steps, schedule, seed, settings.ema, seconds=seconds)
 
 
 def make_optimizers(flow: Flow, lr: float) -> list[torch.optim.Optimizer]:
@@ -205,7 +227,7 @@ def _distilling(flow: Flow, teacher: Flow, source: Source) -> Loss:
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         batch = source.batch(rng, source.settings.high_mix, 0.0)
         one = torch.ones_like(batch.sigma)
-        empty = source.text(np.full(len(one), -1))
+        empty = source.text(torch.full((len(one),), -1, device=source.device))
         guidance = torch.empty_like(one).uniform_(low, high, generator=noise_from(rng, source.device))
         with precision(source.device):
             with torch.no_grad():

@@ -84,7 +84,7 @@ def train_judge(folder: Path, drawn: Drawings, settings: Settings, device: str, 
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         rows = rng.integers(len(answers), size=48)
-        x = disturb(to_model(drawn.pictures[rows]).to(device), noise_from(rng, device))
+        x = disturb(to_model(drawn.pictures[rows], device), noise_from(rng, device))
         where, what, ground = (t[rows].to(device) for t in (spots, answers, grounds))
         return judge_loss(*judge(x), where, what, ground), {}
 
