@@ -225,12 +225,19 @@ def test_a_corrector_without_skips_is_refused(pipe):
         ddit.apply(pipe, patches=FULL, corrector=ForecastCorrector.for_model(pipe.transformer))
 
 
-def test_broken_latents_are_refused_with_a_reason(pipe):
-    """NaN in the latents raises when the rule would have to read them, and the next run is fine."""
-    ddit.apply(pipe, patches=COARSE)
-    with pytest.raises(ValueError, match="NaN"):
-        tiny.sample(pipe, latents=noise(1) * torch.nan)
-    assert tiny.sample(pipe).isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_latents_are_as_broken_as_without_ddit(pipe, value, dtype, recwarn):
+    """With one warning; the next run is fine."""
+    pipe.to(dtype)
+    latents = (noise(1) * value).to(dtype)
+    plain = tiny.sample(pipe, latents=latents.clone())
+    handle = ddit.apply(pipe, patches=COARSE)
+    ours = tiny.sample(pipe, latents=latents.clone())
+    torch.testing.assert_close(ours, plain, equal_nan=True, rtol=0, atol=0)
+    assert handle.report.scales == [[1] * STEPS]
+    assert len([w for w in recwarn.list if "hold NaN or infinity" in str(w.message)]) == 1
+    assert tiny.sample(pipe).isfinite().all() and handle.report.counts[4] == 5
 
 
 # --- apply is atomic ---

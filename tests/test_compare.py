@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tiny
 from ddit.cli import main
@@ -14,9 +15,9 @@ from ddit.config import PatchSchedule
 from ddit.embedded import install
 from ddit.eval import calibrate, compare
 from ddit.eval.quality import parse_entry
-from ddit.eval.rivals import progressive
-from ddit.generate import load_pipeline, run
+from ddit.generate import load_pipeline, recorded, run
 from ddit.methods import make_method
+from ddit.models import architecture_for
 from ddit.preset import Preset
 from ddit.teacache import polynomial
 
@@ -62,17 +63,17 @@ def test_families(method, family):
     assert compare.family(method) == family
 
 
-@pytest.mark.parametrize("video", [False, True])
-def test_the_methods_of_a_comparison_can_all_be_read(video):
-    names = compare.methods((50, 25), video=video, teacache=not video, adapter="some")
+@pytest.mark.parametrize("teacache", [False, True])
+def test_the_methods_of_a_comparison_can_all_be_read(teacache):
+    names = compare.methods((50, 25), teacache=teacache, adapter="some")
     assert names[0] == "plain" and len(names) == len(set(names))
     read = [parse_entry(name, 50, make) for name in names]
     assert {m.run_steps for m in read} == {50, 33, 25, 17, 12, 10}
-    once = compare.methods((50,), video=video, teacache=True, adapter="some")
+    once = compare.methods((50,), teacache=True, adapter="some")
     assert len(once) <= 30
     families = {compare.family(name) for name in names}
-    assert families == set(compare.FAMILIES) - ({"progressive resolution"} if video else set())
-    assert any("teacache" in name for name in names) != video
+    assert families == set(compare.FAMILIES)
+    assert any("teacache" in name for name in names) == teacache
 
 
 def test_winners_are_the_best_among_those_as_fast():
@@ -140,7 +141,7 @@ def test_compare_with_its_own_methods(model, tmp_path, capsys):
     flags = ["--model", model, "--prompts", "2", "--batch", "2", "--at", "10", "6", "--out", str(tmp_path / "race")]
     assert main(["compare", *flags]) == 0
     rows = json.loads((tmp_path / "race.json").read_text())["methods"]
-    assert [row["method"] for row in rows] == compare.methods((10, 6), video=False, teacache=False, adapter=None)
+    assert [row["method"] for row in rows] == compare.methods((10, 6), teacache=False, adapter=None)
 
 
 @pytest.mark.parametrize(
@@ -151,19 +152,30 @@ def test_methods_that_make_no_sense(text):
         parse_entry(text, 50, make)
 
 
-def test_progressive_resolution_ends_with_the_whole_picture():
+def test_progressive_resolution_is_a_run_on_the_small_picture():
+    """What is pooled of its latents follows Euler's steps of the model on the small grid, at that grid's own levels."""
     pipe = tiny.pipeline()
-    outcome, (tokens, flops) = progressive(pipe, [tiny.PROMPT] * 2, [1, 2], SETTINGS, 0.25)
-    assert outcome.pictures.shape == (2, 32, 32, 3) and np.isfinite(outcome.pictures).all()
-    assert tokens == pytest.approx(1 - 0.75 * 0.25) and tokens < flops + 0.2 and flops < 1
-    assert not pipe._interrupt and run(pipe, [tiny.PROMPT], [1], SETTINGS).pictures.shape == (1, 32, 32, 3)
-
-
-def test_progressive_resolution_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="leaves one half without steps"):
-        progressive(tiny.pipeline(), [tiny.PROMPT], [1], SETTINGS, 1.0)
-    with pytest.raises(ValueError, match="written for FluxPipeline, not WanPipeline"):
-        progressive(tiny.wan_pipeline(), [tiny.PROMPT], [1], SETTINGS, 0.5)
+    method = parse_entry("progressive:fraction=0.5,run_steps=8", 8, make).method
+    assert method is not None and not method.preset.detail_variance
+    architecture, seen = architecture_for(pipe.transformer), []
+    with recorded(pipe) as calls:  # below ddit: what the model itself is asked
+        with method.apply(pipe), recorded(pipe) as outer:
+            pipe(tiny.PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **SETTINGS)
+        seen = [(architecture.latents(inputs), float(inputs["timestep"][0])) for inputs, _ in outer]
+    small = [inputs for inputs, _ in calls if inputs["hidden_states"].shape[1] == 16]
+    assert len(small) == 4 and len(calls) == len(seen) == 8
+    for (z, sigma), inputs in zip(seen[:4], small, strict=True):
+        factor = 1 / ((1 - sigma) + sigma / 2)
+        told = architecture.velocity(inputs["hidden_states"], (8, 8))
+        torch.testing.assert_close(told, factor * F.avg_pool2d(z, 2), rtol=1e-4, atol=1e-5)
+        assert float(inputs["timestep"][0]) == pytest.approx(factor * sigma / 2, rel=1e-4)
+    levels = [float(inputs["timestep"][0]) for inputs in small]
+    latents = [architecture.velocity(inputs["hidden_states"], (8, 8)) for inputs in small]
+    for k in range(3):
+        with torch.no_grad():
+            velocity = architecture.velocity(pipe.transformer(**small[k])[0], (8, 8))
+        stepped = latents[k] + (levels[k + 1] - levels[k]) * velocity
+        torch.testing.assert_close(stepped, latents[k + 1], rtol=1e-3, atol=1e-3)
 
 
 # Calibration

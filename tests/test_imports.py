@@ -22,7 +22,7 @@ GROUPS = (
     ("ddit",),
     ("ddit.api",),
     ("ddit.handle", "ddit.skip"),
-    ("ddit.seat",),
+    ("ddit.seat", "ddit.plan", "ddit.caller"),
     ("ddit.adapter", "ddit.caches", "ddit.run"),
     ("ddit.models",),
     ("ddit.models.*",),

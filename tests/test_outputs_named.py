@@ -58,6 +58,21 @@ def test_two_outputs_of_one_name_are_refused_before_any_work(tmp_path, capsys, o
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--out", "a.png", "--num-images", "2", "--json", "a-1.png"],
+        ["--out", "a.mp4", "--plot", "a.png"],
+        ["--out", "a.mp4", "--num-images", "2", "--plot", "a-0.png"],
+    ],
+)
+def test_files_beside_the_first_count_as_well(tmp_path, monkeypatch, capsys, flags):
+    """Of several pictures, and the contact sheet of a clip."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", tiny.PROMPT, *flags, "--model", "nowhere"]) == 2
+    assert "two outputs are one file" in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("command", [["--help"], ["info"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_left_is_no_error(command, unbuffered):

@@ -11,8 +11,8 @@ from diffusers import FluxPipeline
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
+from ddit.caller import calling_pipeline
 from ddit.config import FULL
-from ddit.handle import calling_pipeline
 
 METHODS = {
     "rule": {"patches": PatchSchedule(threshold=1e9, careful=False)},

@@ -11,9 +11,10 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
 from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
-from ddit.handle import Handle, Plan
+from ddit.handle import Handle
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
+from ddit.plan import Plan
 from ddit.preset import Preset
 from ddit.schedule import Fixed, Policy, Rule
 from ddit.seat import MARK, parallel_config

@@ -51,6 +51,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON through `replacing`; makes the folder."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text through `replacing`; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(values, indent=1) + "\n")
+        partial.write_text(text)

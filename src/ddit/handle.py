@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pickle
-import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -16,63 +14,15 @@ import torch
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
-from ddit.caches import Cache, Config
-from ddit.config import Coarse, PatchSchedule
+from ddit.caches import Cache
+from ddit.caller import Current, adds_noise, calling_pipeline, run_of
 from ddit.models.base import Architecture, Inputs, first, to_meta
+from ddit.plan import Plan
 from ddit.report import Report
-from ddit.run import RunState, Skipping
-from ddit.schedule import Policy, Rule
+from ddit.run import RunState
+from ddit.schedule import Rule
 from ddit.seat import Seat
 from ddit.tell import warn
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that `ddit.apply` has settled, before anything is changed."""
-
-    architectures: Sequence[Architecture]
-    pipe: Any
-    policy: Policy
-    measure: PatchSchedule
-    """How statistics are measured, for a policy that needs them."""
-    coarse: Coarse
-    variance: dict[int, Tensor]
-    """Scale -> variance of the detail per channel."""
-    adapter: PatchAdapter | None = None
-    make_skipper: Callable[[float], Skipping] | None = None
-    """Makes that of a new run, from a corrector's work for a gap in calls of the model."""
-    corrector: Any = None
-    """A `ddit.ForecastCorrector`."""
-    speedup: float | None = None
-    """What skipping was asked for."""
-    cache: Config | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    """What was asked for in words, for `Handle.__repr__`."""
-
-
-@dataclass
-class Current:
-    """What one thread draws."""
-
-    state: RunState
-    begun: bool = False
-    """Whether ``state`` belongs to a run."""
-    finished: RunState | None = None
-    """The last run."""
-    pipe: Any = None
-    """The pipeline that calls the transformer, where there is one."""
-    _timesteps: Any = None
-
-    @property
-    def scheduler(self) -> Any:
-        return getattr(self.pipe, "scheduler", None)
-
-    def follow(self, pipe: Any, start_over: Callable[[], None]) -> None:
-        """Note who calls. A pipeline that has set its timesteps anew begins a new run, even if the last one broke."""
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-        if timesteps is not self._timesteps:
-            start_over()
-        self.pipe, self._timesteps = pipe, timesteps
 
 
 class Handle:
@@ -210,7 +160,7 @@ class Handle:
         inputs = arch.bind(args, kwargs)
         self._current.follow(calling_pipeline(arch.transformer) or self.plan.pipe, self._start_over)
         told = arch.sigma(inputs)
-        sigma = self._sigma(told)
+        sigma = self._current.sigma(told)
         obstacle = arch.obstacle(inputs)
         if obstacle is not None:
             return self._plain_step(seat, inputs, sigma, obstacle, args, kwargs)
@@ -219,6 +169,10 @@ class Handle:
             self._begin(arch, inputs, self._state.continues(z, sigma))
             with torch.no_grad():
                 self._state.decide(z, sigma, arch.patch_size)
+            if self._state.broken:
+                self._warn(
+                    "the latents hold NaN or infinity: every step is full from here on, as broken as it is without ddit"
+                )
         scales = self._state.pass_scales()
         size = (z.shape[-2], z.shape[-1])
         if set(scales) == {1}:
@@ -375,18 +329,13 @@ class Handle:
             coarse = {s: arch.coarse_inputs(one, s, self.plan.coarse)[0] for s in scales}
         return {s: to_meta(example) for s, example in {1: one, **coarse}.items()}
 
-    def _sigma(self, told: Tensor) -> float:
-        """Noise level of a call: the scheduler's own where a pipeline has one, since timesteps may be rounded."""
-        rounded = float(told[0])
-        scheduler = self._current.scheduler
-        sigmas = getattr(scheduler, "sigmas", None)
-        if sigmas is None:
-            return rounded
-        index = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
-        exact = float(sigmas[min(index, len(sigmas) - 1)])
-        return exact if abs(exact - rounded) <= CLOSE else rounded
-
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Pipelines call this when a run ends."""
+        if self._active and len(self._seats) == 1 and not self._state.steps:
+            self._warn(
+                "a run ended in which ddit was never asked: a hook that was there before ddit.apply has been removed, "
+                "and diffusers took ddit off with it. Call ddit.apply again"
+            )
         self._start_over()
         return reset(*args, **kwargs)
 
@@ -410,50 +359,3 @@ class Handle:
         said = run.policy.remark([step.scales for step in run.steps], [step.statistics for step in run.steps])
         if said is not None and not self._warned:
             self._warn(said)
-
-
-def calling_pipeline(transformer: Any) -> Any:
-    """The pipeline whose call this is, ``None`` for a bare transformer.
-
-    Several pipelines may share a transformer (``from_pipe``), each with a scheduler and a thread of its own; the
-    transformer is told of none. So the pipeline is looked for among the callers.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
-            caller = frame.f_locals["self"]
-            held = [getattr(caller, name, None) for name in ("transformer", "transformer_2")]
-            if hasattr(caller, "scheduler") and any(getattr(x, "_orig_mod", x) is transformer for x in held):
-                return caller
-        frame = frame.f_back
-    return None
-
-
-CLOSE = 2**-8
-"""How far a timestep in bfloat16 may lie from the scheduler's own noise level."""
-
-
-def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[float]]:
-    """Number of steps of a scheduler's run, from where it begins (image to image), and their noise levels, if known.
-
-    Args:
-        told: The pipeline's own number of steps, for one that does not tell the scheduler where it begins (Wan V2V).
-    """
-    timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
-    if timesteps is None:
-        return None, []
-    begin = getattr(scheduler, "begin_index", None)
-    left = len(timesteps) - (begin or 0)
-    total = min(left, told or left) if begin is None else left
-    if sigmas is None or len(sigmas) <= total:
-        return total, []
-    return total, [float(sigma) for sigma in sigmas[:-1][-total:]]  # the last one is where the run ends
-
-
-def adds_noise(scheduler: Any) -> bool:
-    """Whether a sampler of diffusers adds noise of its own in each step."""
-    config = getattr(scheduler, "config", {})
-    name = type(scheduler).__name__
-    return bool(
-        config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")) or "LCM" in name
-    ) or any(word in name for word in ("Ancestral", "SDE"))

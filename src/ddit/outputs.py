@@ -29,8 +29,7 @@ def save(path: Path, dynamic: np.ndarray, plain: np.ndarray | None = None, *, fp
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = dynamic if plain is None else np.concatenate([plain, dynamic], axis=-2)
-    many = len(shown) > 1
-    paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") if many else path for i in range(len(shown))]
+    paths = names(path, len(shown))
     for target, picture in zip(paths, shown, strict=True):
         if picture.ndim == 3:
             save_png(target, picture)
@@ -43,6 +42,11 @@ def save(path: Path, dynamic: np.ndarray, plain: np.ndarray | None = None, *, fp
         rows = [np.concatenate(list(clips[i]), axis=1) for clips in (plain, dynamic) if clips is not None]
         save_png(sheet, np.concatenate(rows))
     return [*paths, *sheets]
+
+
+def names(path: Path, count: int) -> list[Path]:
+    """Files of so many pictures or clips: numbered where there are several."""
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(count)] if count > 1 else [path]
 
 
 def eight_bits(pictures: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.files import write_json
 from ddit.tell import warn
 
 FILE = "ddit.json"
@@ -128,7 +129,7 @@ class Preset:
 
     def save(self, folder: str | Path) -> None:
         """Write the preset into a folder."""
-        (Path(folder) / FILE).write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")
+        write_json(Path(folder) / FILE, {"version": VERSION, **asdict(self)})
 
 
 def for_batch(settings: dict[str, Any], count: int) -> dict[str, Any]:

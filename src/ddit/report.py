@@ -120,13 +120,15 @@ class Report:
 
     def __repr__(self) -> str:
         samples = self.scales
+        coarse = {} if any(scale > 1 for scale in self.counts) else {2: 0}
+        shown_counts = dict(sorted({**self.counts, **coarse}.items()))
         shown = [f"  {i}: {self.strip(i)}" for i in range(min(len(samples), 8))]
         if len(samples) > 8:
             shown.append(f"  ... {len(samples) - 8} more")
         lines = [
             f"Report({len(self.steps)} steps, {len(samples)} samples, {self.seconds:.2f} s in the transformer)",
             f"  tokens {self.tokens_fraction:.1%}, FLOPs {self.flops_fraction:.1%} of a plain run",
-            "  " + ", ".join(f"{count} {_name(scale)}" for scale, count in self.counts.items()) + " steps",
+            "  " + ", ".join(f"{count} {_name(scale)}" for scale, count in shown_counts.items()) + " steps",
             *([f"  asked for {self.asked:g}x less work, got {1 / self.flops_fraction:.2f}x"] if self.asked else []),
             *([f"  held at full steps: {self.forced}"] if self.forced else []),
             *shown,

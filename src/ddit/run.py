@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -74,10 +75,18 @@ class Path:
             assert self.seen is not None, "there are points"
             moved = here - self.seen.float()
             if not exact:
-                moved = project(moved, velocities) if velocities else moved
+                moved = _projected(moved, velocities) if velocities else moved
                 here = self.points[-1] + moved
         self.points = [*self.points, here][-self.keep :]
         self.seen = here if exact else z.clone()
+        return moved
+
+
+def _projected(moved: Tensor, velocities: Sequence[Tensor]) -> Tensor:
+    """See `ddit.schedule.project`; broken latents, which no least squares fit, stay as they are."""
+    try:
+        return project(moved, velocities)
+    except torch.linalg.LinAlgError:
         return moved
 
 
@@ -123,6 +132,8 @@ class RunState:
     """Scale -> arguments of one sample's call without data: costs are counted from these when asked for."""
     correction_flops: int = 0
     """FLOPs of what a corrector makes of one sample's called step."""
+    broken: bool = False
+    """Whether latents held NaN or infinity."""
     forced: str | None = None
     """Why some steps had to be full, or ``None``."""
 
@@ -166,6 +177,7 @@ class RunState:
         called = self._called()
         moved = self.path.add(z, self.velocities)
         stats = self._statistics(len(z), patch_size)
+        self.broken = self.broken or any(math.isnan(value) for sample in stats for value in sample.values())
         self.levels = [*self.levels, sigma][-2:]
         self.velocities, self.passes, self.cached_in_step = [], 0, set()
         context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas, self._count(len(z)))

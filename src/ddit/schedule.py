@@ -77,8 +77,7 @@ def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentil
     Args:
         values: Differences ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
 
-    Raises:
-        ValueError: When the latents hold NaN.
+    Where the latents hold NaN so does a statistic, which lies below no threshold.
     """
     coarse = [s for s in scales if s > 1]
     if not coarse:
@@ -86,8 +85,6 @@ def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentil
     moments = channel_moments(values)
     table = torch.stack([statistic(moments, s * patch_size, percentile) for s in coarse])
     rows = table.T.tolist()
-    if any(x != x for row in rows for x in row):
-        raise ValueError("the latents hold NaN; the model's output is broken before any scale could be chosen")
     return [dict(zip(coarse, row, strict=True)) for row in rows]
 
 
@@ -156,6 +153,10 @@ class Policy(Protocol):
         ...
 
 
+FEW = 8
+"""Steps of a run so short that there is little to gain."""
+
+
 class Rule:
     """The paper's rule, after a warm-up.
 
@@ -200,6 +201,11 @@ class Rule:
                 "a model distilled to so few has nothing to gain"
             )
         used = {scale for step in decided for scale in step} - {0}
+        if used == {1} and len(chosen) <= FEW:
+            return (
+                f"no step used large patches: {len(chosen)} steps leave {len(decided)} to decide upon. "
+                "A model distilled to so few has little to gain; others gain from 20 steps on"
+            )
         seen = [min(sample.values()) for step in stats[schedule.warmup :] for sample in step if sample]
         if used == {1} and seen:
             return (

@@ -99,7 +99,7 @@ def _generate(args: argparse.Namespace) -> None:
     out = args.out
     if args.prompts is not None:
         out = (out or Path("out/ddit")) / "00001.json"
-    check_run(args, (out or Path("out/ddit.png"), args.json, args.plot))
+    check_run(args, [*_files(out or Path("out/ddit.png"), args.num_images), args.json, args.plot])
     if args.plot is not None:
         require("matplotlib", "--plot")
     if (args.prompt is None) == (args.prompts is None):
@@ -116,6 +116,7 @@ def _generate(args: argparse.Namespace) -> None:
     out = args.out or Path("out/ddit").with_suffix(drawing.suffix)
     if out.suffix.lower() != drawing.suffix:
         raise ValueError(f"{out} must end in {drawing.suffix}, which is what {type(drawing.pipe).__name__} draws")
+    check_outputs([*_files(out, args.num_images), args.json, args.plot])
     with _step_bar() as on_step:
         result, written = drawing.draw(args.prompt, out, on_step, plot=args.plot)
     for row in result["strips"]:
@@ -127,6 +128,14 @@ def _generate(args: argparse.Namespace) -> None:
         write_json(args.json, result)
         written.append(args.json)
     print("wrote " + ", ".join(map(str, written)))
+
+
+def _files(out: Path, count: int) -> list[Path]:
+    """All that `ddit.outputs.save` writes: beside a clip lies its contact sheet."""
+    from ddit.outputs import names
+
+    files = names(out, count)
+    return [*files, *(path.with_suffix(".png") for path in files if path.suffix.lower() == ".mp4")]
 
 
 def _demo(args: argparse.Namespace) -> None:

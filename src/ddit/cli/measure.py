@@ -18,7 +18,7 @@ from ddit.cli.common import (
 )
 from ddit.config import PatchSchedule
 from ddit.extras import require
-from ddit.files import write_json
+from ddit.files import write_json, write_text
 
 PAPER = "paper"
 EMBEDDED_SUITES = ("embedded", "embedded-video")
@@ -30,9 +30,10 @@ def add_measure(commands: Any) -> None:
     model_options(evaluate)
     evaluate.add_argument(
         "--suite",
-        choices=("quality", *EMBEDDED_SUITES),
+        choices=("quality", "proxy", *EMBEDDED_SUITES),
         default="quality",
-        help=f"{' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
+        help="proxy is the proxy card, how far a small model behaves like the real ones; "
+        f"{' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
     )
     evaluate.add_argument(
         "--methods", nargs="+", help="such as plain plain:run_steps=20 ddit:threshold=0.01 ddit:speedup=3,patches=full"
@@ -187,7 +188,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.out is not None:
         about = {"command": command_line(), "environment": environment(args.device)}
         write_json(args.out.with_suffix(".json"), {**about, "counts": results})
-        args.out.with_suffix(".md").write_text("\n".join(tables))
+        write_text(args.out.with_suffix(".md"), "\n".join(tables))
         print(f"wrote {args.out.with_suffix('.json')}")
 
 

@@ -43,12 +43,11 @@ def family(method: str) -> str:
     return "patches, adapter" if values.get("adapter", "none") != "none" else "patches"
 
 
-def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: str | None) -> list[str]:
+def methods(run_steps: Sequence[int], *, teacache: bool, adapter: str | None) -> list[str]:
     """The methods to compare at each of several numbers of steps: about 25 for one.
 
     Args:
         run_steps: The first is what all is compared with.
-        video: Leaves out what is written for pictures alone.
         teacache: Whether the model has coefficients.
         adapter: Name of an adapter for large patches.
     """
@@ -69,8 +68,7 @@ def methods(run_steps: Sequence[int], *, video: bool, teacache: bool, adapter: s
     chosen += [f"ddit:threshold={t:g}{learnt}" for t in THRESHOLDS] + ["ddit:patches=paper"]
     chosen += [f"ddit:threshold={THRESHOLDS[1]:g},speedup={s}{learnt}" for s in (2, 3)]
     chosen += [f"ddit:threshold={THRESHOLDS[1]:g},cache={best}{learnt}", f"ddit:speedup=3,patches=full,cache={best}"]
-    if not video:
-        chosen.append("progressive:fraction=0.3")
+    chosen.append("progressive:fraction=0.5")
     return list(dict.fromkeys(chosen))
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from ddit.embedded.scenes import Split
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
-from ddit.eval.rivals import progressive
 from ddit.eval.subjects import Subject, Verdict
 from ddit.generate import Method, run
 from ddit.memory import with_peak
 from ddit.outputs import frames
+from ddit.preset import Preset
 from ddit.progress import progress
 
 
@@ -34,8 +34,6 @@ class Entry:
     run_steps: int
     method: Method | None = None
     """``None`` is the untouched pipeline."""
-    progressive: float | None = None
-    """Fraction of the steps at half resolution (`ddit.eval.rivals.progressive`)."""
 
 
 MakeMethod = Callable[[dict[str, Any]], Method]
@@ -64,9 +62,9 @@ def parse_entry(text: str, run_steps: int, make: MakeMethod) -> Entry:
         return Entry(text, run_steps, make({**values, "patches": "full"}) if values else None)
     if kind == "progressive":
         fraction = values.pop("fraction", 0.5)
-        if values or not isinstance(fraction, float):
+        if values or not isinstance(fraction, float) or not 0 < fraction < 1:
             raise ValueError(f"method {text!r}: progressive takes fraction, between 0 and 1, and run_steps only")
-        return Entry(text, run_steps, progressive=fraction)
+        return Entry(text, run_steps, progressive(fraction, run_steps, make))
     if kind != "ddit":
         raise ValueError(f"method {text!r} is none; it must begin with plain, progressive or ddit")
     try:
@@ -74,6 +72,19 @@ def parse_entry(text: str, run_steps: int, make: MakeMethod) -> Entry:
         return Entry(text, run_steps, make(lists))
     except ValueError as error:
         raise ValueError(f"method {text!r}: {error}") from error
+
+
+def progressive(fraction: float, run_steps: int, make: MakeMethod) -> Method:
+    """The first fraction of the steps on a picture half as high and wide, the rest on the whole one.
+
+    As SPEED (arXiv 2605.18736) does it, noise-consistent in both directions: a coarse step is a step of a run on the
+    small picture, if what it drops is left to be noise, of which the step back to full size finds as much as belongs to
+    its level.
+    """
+    early = round(fraction * run_steps)
+    method = make({"schedule": [2] * early + [1]})
+    preset = replace(method.preset or Preset(), detail_variance={})
+    return replace(method, preset=preset, adapter=None)
 
 
 def _value(text: str) -> Any:
@@ -113,9 +124,6 @@ def draw_all(
     def call(entry: Entry, part: slice, steps: int) -> Part:
         chosen = {**settings, "num_inference_steps": steps}
         asked = (pipe, prompts[part], seeds[part], chosen)
-        if entry.progressive is not None:
-            (outcome, work), memory = with_peak(partial(progressive, *asked, entry.progressive), device)
-            return replace(Part.of(outcome, memory), work=np.array(work))
         return Part.of(*with_peak(partial(run, *asked, method=entry.method), device))
 
     warm = False

@@ -15,11 +15,11 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
-from ddit.eval import compare, quality
+from ddit.eval import compare, proxy, quality
 from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
-from ddit.files import write_json
+from ddit.files import write_json, write_text
 from ddit.generate import (
     Method,
     call_settings,
@@ -76,6 +76,7 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
     suites = {
         "quality": _quality,
         "compare": _compare,
+        "proxy": _proxy,
     }
     figures = suites[suite](config)
     return _write(config, {**about, "suite": suite, **figures})
@@ -177,7 +178,7 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     if not config.methods:
         steps = config.run_steps or (_steps(call_settings(preset, **config.settings), pipe),)
         known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
-        methods = compare.methods(steps, video=draws_video(pipe), teacache=known, adapter=config.adapter)
+        methods = compare.methods(steps, teacache=known, adapter=config.adapter)
         config = replace(config, methods=tuple(methods), adapter=None)
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
     drawn = _race(config, pipe, preset)
@@ -197,6 +198,23 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     return {**drawn.figures, "best_at_least_as_fast": best}
 
 
+def _proxy(config: SuiteConfig) -> dict[str, Any]:
+    """The proxy card of a model that a grammar of the project judges; see `ddit.eval.proxy`."""
+    if config.texts or config.methods:
+        raise ValueError("the proxy card has methods and prompts of its own; leave --methods and --prompt-file out")
+    pipe, preset = _load(config)
+    architecture = architecture_for(pipe.transformer)
+    known = bool(preset.teacache) or architecture.teacache_coefficients() is not None
+    settings = {**config.settings, "num_inference_steps": proxy.STEPS}
+    config = replace(config, methods=tuple(proxy.entries(teacache=known)), adapter=None, settings=settings)
+    drawn = _race(config, pipe, preset)
+    card = proxy.card(drawn.figures["methods"], architecture, video=draws_video(pipe))
+    table = proxy.markdown(card)
+    write_text(config.out.with_suffix(".md"), table + "\n" + config.out.with_suffix(".md").read_text())
+    print(table)
+    return {**drawn.figures, "card": proxy.to_dicts(card)}
+
+
 def _steps(settings: dict[str, Any], pipe: Any) -> int:
     """Number of steps that a call takes: the pipeline's own, for a model without a preset."""
     own = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
@@ -211,8 +229,7 @@ def _load(config: SuiteConfig) -> tuple[Any, Preset]:
 
 def _show(config: SuiteConfig, table: str) -> None:
     """Write a suite's table, and print it."""
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.with_suffix(".md").write_text(table)
+    write_text(config.out.with_suffix(".md"), table)
     print(table)
 
 

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ddit.adapter import PatchAdapter
@@ -317,7 +318,7 @@ class Run:
             self.part.register_to_config(steps_trained=self.step)
             with self.averaged(), replacing_folder(result_folder(self.config)) as path:
                 self.part.save_pretrained(path)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
                 "Free some space and run the same command"

@@ -1,0 +1,99 @@
+"""Whose run a call of the transformer belongs to: the thread, the pipeline, its scheduler."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ddit.run import RunState
+
+
+@dataclass
+class Current:
+    """What one thread draws."""
+
+    state: RunState
+    begun: bool = False
+    """Whether ``state`` belongs to a run."""
+    finished: RunState | None = None
+    """The last run."""
+    pipe: Any = None
+    """The pipeline that calls the transformer, where there is one."""
+    _timesteps: Any = None
+
+    @property
+    def scheduler(self) -> Any:
+        return getattr(self.pipe, "scheduler", None)
+
+    def sigma(self, told: Tensor) -> float:
+        """Noise level of a call: the scheduler's own where there is one, since timesteps may be rounded.
+
+        Args:
+            told: What the transformer is told ``[B]``.
+        """
+        rounded = float(told[0])
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigmas is None:
+            return rounded
+        step, begin = self.scheduler.step_index, self.scheduler.begin_index
+        index = step if step is not None else begin or 0
+        exact = float(sigmas[min(index, len(sigmas) - 1)])
+        return exact if abs(exact - rounded) <= CLOSE else rounded
+
+    def follow(self, pipe: Any, start_over: Callable[[], None]) -> None:
+        """Note who calls. A pipeline that has set its timesteps anew begins a new run, even if the last one broke."""
+        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        if timesteps is not self._timesteps:
+            start_over()
+        self.pipe, self._timesteps = pipe, timesteps
+
+
+def calling_pipeline(transformer: Any) -> Any:
+    """The pipeline whose call this is, ``None`` for a bare transformer.
+
+    Several pipelines may share a transformer (``from_pipe``), each with a scheduler and a thread of its own; the
+    transformer is told of none. So the pipeline is looked for among the callers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
+            caller = frame.f_locals["self"]
+            held = [getattr(caller, name, None) for name in ("transformer", "transformer_2")]
+            if hasattr(caller, "scheduler") and any(getattr(x, "_orig_mod", x) is transformer for x in held):
+                return caller
+        frame = frame.f_back
+    return None
+
+
+CLOSE = 2**-8
+"""How far a timestep in bfloat16 may lie from the scheduler's own noise level."""
+
+
+def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[float]]:
+    """Number of steps of a scheduler's run, from where it begins (image to image), and their noise levels, if known.
+
+    Args:
+        told: The pipeline's own number of steps, for one that does not tell the scheduler where it begins (Wan V2V).
+    """
+    timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
+    if timesteps is None:
+        return None, []
+    begin = getattr(scheduler, "begin_index", None)
+    left = len(timesteps) - (begin or 0)
+    total = min(left, told or left) if begin is None else left
+    if sigmas is None or len(sigmas) <= total:
+        return total, []
+    return total, [float(sigma) for sigma in sigmas[:-1][-total:]]  # the last one is where the run ends
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a sampler of diffusers adds noise of its own in each step."""
+    config = getattr(scheduler, "config", {})
+    name = type(scheduler).__name__
+    return bool(
+        config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")) or "LCM" in name
+    ) or any(word in name for word in ("Ancestral", "SDE"))

@@ -1,0 +1,90 @@
+"""What README and docs say is true: snippets run, files and links are there, and it stays short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+class Small:
+    """Stands for a pipeline class: loads a shrunken pipeline, which is called as if it were the large one."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+    def from_pretrained(self, name: str, **settings: Any) -> Any:
+        assert name.count("/") == 1 and set(settings) <= {"torch_dtype", "dtype"}
+        pipe = tiny.pipeline()
+        call = type(pipe).__call__
+
+        def small(prompt, **kwargs):
+            return call(pipe, prompt, **{"height": 32, "width": 32, "max_sequence_length": 20, **kwargs})
+
+        made: Any = type("Loaded", (type(pipe),), {"__call__": lambda self, *args, **kwargs: small(*args, **kwargs)})
+        pipe.__class__ = made
+        made.to = lambda self, *_: self
+        return pipe
+
+    def from_pipe(self, pipe: Any, **parts: Any) -> Any:
+        return pipe
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_snippets_run(page, monkeypatch):
+    """One after another, as a reader would paste them; the models are shrunken, folders of adapters made up."""
+    import ddit
+
+    monkeypatch.setattr(diffusers, "FluxPipeline", Small(diffusers.FluxPipeline))
+    pipe = diffusers.FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
+    adapter = ddit.PatchAdapter.for_model(pipe.transformer, rank=2)
+    monkeypatch.setattr(ddit.PatchAdapter, "from_pretrained", lambda *_, **__: adapter)
+    monkeypatch.setattr("ddit.caches.Cache._enable", lambda *_: None)  # a tiny model has no TeaCache of its own
+    page_module = ModuleType("page")
+    vars(page_module).update(pipe=pipe, ddit=ddit, FluxPipeline=diffusers.FluxPipeline)
+    for text in snippets(page):
+        exec(compile(text, page.name, "exec"), vars(page_module))
+
+
+def test_commands_are_ones_that_exist():
+    from ddit.cli import parser
+
+    for page in PAGES:
+        for block in re.findall(r"```(?:\w*)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = re.sub(r'"[^"]*"', "PROMPT", line).split()
+                if words[:1] == ["ddit"]:
+                    parser().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert len(README.splitlines()) <= 150
+    assert len(re.findall(r"\d+(?:[.,]\d+)*", prose)) <= 60
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_no_diary(page):
+    assert not re.search(r"figures? not kept|an earlier version|the version before", page.read_text())
