@@ -41,8 +41,8 @@ class Sampler:
         # Wan's pipeline keeps latents in float32, FLUX's in the model's type.
         z = given.float() if self.scale == 1 else given
         for index, t in enumerate(scheduler.timesteps):
-            told = {self.name: z.to(given.dtype), "timestep": (t.expand(len(z)) / self.scale).to(given.dtype)}
-            told["timestep"] = told["timestep"].float() if self.scale == 1 else told["timestep"]
+            timestep = t.expand(len(z)) / self.scale
+            told = {self.name: z.to(given.dtype), "timestep": timestep if self.scale == 1 else timestep.to(z.dtype)}
             answers = []
             for number, call in enumerate(self.calls):
                 with self.transformer.cache_context(f"call {number}", step_index=index, num_inference_steps=steps):
