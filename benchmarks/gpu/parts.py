@@ -1,0 +1,128 @@
+"""A run of the image yardstick in a few files of limited size, to carry between machines.
+
+What training needs to go on goes into one archive, cut into parts: the autoencoder, the text encoders, and of the flow
+the averaged weights of the newest checkpoint in float16. The optimizers begin anew from there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddit.files import replacing
+
+STEM = "train-image.tar"
+PART = 14 * 2**20
+"""Bytes of a part."""
+FLOWS = ("flow-64", "flow-128", "flow-guided")
+SMALL = "flows.pt"
+"""In the archive, in place of the flow's checkpoints."""
+TEXT = "text.pt"
+FINISHED = ("settings.json", "vae", "judge.safetensors", "model")
+
+
+def pack(run: Path, out: Path) -> list[Path]:
+    """Write the parts; those of an earlier call are replaced. Returns them, none for a run that has nothing yet."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        names = [name for name in FINISHED if (run / name).exists()]
+        if "vae" not in names and (run / "vae.pt").exists():
+            names.append("vae.pt")
+        for path in [*(run / name for name in names), *sorted(run.glob("*.jsonl"))]:
+            archive.add(path, path.name)
+        if "model" not in names:
+            if (run / TEXT).exists():
+                _add(archive, TEXT, _without_momenta(run / TEXT))
+            if (run / f"{FLOWS[0]}.pt").exists():
+                _add(archive, SMALL, _small_flows(run))
+    data = stream.getvalue() if set(names) - {"settings.json"} else b""  # what was drawn and no more is drawn again
+    pieces = [data[start : start + PART] for start in range(0, len(data), PART)]
+    paths = [out / f"{STEM}.{number}" for number in range(len(pieces))]
+    out.mkdir(parents=True, exist_ok=True)
+    for path, piece in zip(paths, pieces, strict=True):
+        with replacing(path) as partial:
+            partial.write_bytes(piece)
+    for stale in set(out.glob(f"{STEM}.[0-9]")) - set(paths):
+        stale.unlink()
+    return paths
+
+
+def _add(archive: tarfile.TarFile, name: str, state: Any) -> None:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    about = tarfile.TarInfo(name)
+    about.size = stream.tell()
+    stream.seek(0)
+    archive.addfile(about, stream)
+
+
+def unpack(parts: Path, run: Path) -> None:
+    """Make a run's folder from the parts.
+
+    Raises:
+        FileNotFoundError: When there are none.
+    """
+    paths = sorted(parts.glob(f"{STEM}.[0-9]"))
+    if not paths:
+        raise FileNotFoundError(f"no {STEM}.0 in {parts}")
+    run.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in paths))) as archive:
+        archive.extractall(run, filter="data")
+    if (run / SMALL).exists():
+        _large_flows(run)
+        (run / SMALL).unlink()
+
+
+def _without_momenta(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint whose optimizers begin anew; it averages nothing."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return {
+        "model": state["model"],
+        "average": {},
+        "optimizers": [{"state": {}, "param_groups": o["param_groups"]} for o in state["optimizers"]],
+        "step": state["step"],
+    }
+
+
+def _small_flows(run: Path) -> dict[str, Any]:
+    """Weights of the newest checkpoint, averaged where they are, and what else each checkpoint needs."""
+    stages: dict[str, Any] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for name in FLOWS:
+        path = run / f"{name}.pt"
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            groups = [optimizer["param_groups"] for optimizer in state["optimizers"]]
+            stages[name] = {"step": state["step"], "groups": groups, "averaged": list(state["average"])}
+            weights = {**state["model"], **state["average"]}
+    return {"stages": stages, "weights": {name: value.half().clone() for name, value in weights.items()}}
+
+
+def _large_flows(run: Path) -> None:
+    """Checkpoints as the training writes them."""
+    small = torch.load(run / SMALL, map_location="cpu", weights_only=True)
+    weights = {name: value.float() for name, value in small["weights"].items()}
+    for name, stage in small["stages"].items():
+        state = {
+            "model": weights,
+            "average": {key: weights[key] for key in stage["averaged"]},
+            "optimizers": [{"state": {}, "param_groups": groups} for groups in stage["groups"]],
+            "step": stage["step"],
+        }
+        with replacing(run / f"{name}.pt") as partial:
+            torch.save(state, partial)
+
+
+def progress(run: Path) -> dict[str, Any]:
+    """The last line of each log, by stage."""
+    found = {}
+    for log in sorted(run.glob("*.jsonl")):
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        if lines:
+            found[log.stem] = json.loads(lines[-1])
+    return found

@@ -1,0 +1,108 @@
+"""Time budgets, and results that are on disk as soon as they exist."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ddit.files import write_json
+
+
+class OutOfTime(BaseException):
+    """A stage's time has passed; no ordinary exception, so that nobody between here and the stage catches it."""
+
+
+class Budget:
+    """Seconds that are left until an end."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def part(self, share: float) -> Budget:
+        """A budget of a share of what is left."""
+        return Budget(self.left * share)
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Raise `OutOfTime` in the block when the time has passed; in the main thread only, elsewhere do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def late(*_: Any) -> None:
+            raise OutOfTime("out of time")
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+class Record:
+    """The JSON of a stage; what an earlier call wrote there is kept.
+
+    Its ``values`` are results by name; ``errors`` and ``left_out`` say of which there are none, and why.
+    """
+
+    def __init__(self, path: Path, budget: Budget, about: dict[str, Any] | None = None) -> None:
+        self.path, self.budget = path, budget
+        found = read(path)
+        self.values: dict[str, Any] = found.get("values", {})
+        self.about = {**(about or {}), **({"first_environment": found["environment"]} if self.values else {})}
+        self.errors: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.done = False
+
+    def write(self) -> None:
+        told = {name: getattr(self, name) for name in ("done", "values", "errors", "left_out")}
+        write_json(self.path, {**self.about, **told})
+
+    def put(self, name: str, value: Any) -> None:
+        self.values[name] = value
+        self.write()
+
+    def once(self, name: str, make: Callable[[], Any], need: float = 0.0) -> Any:
+        """The result of that name: the one that is there, or a new one if ``need`` seconds are left, or ``None``.
+
+        A failure is written down and ends nothing else.
+        """
+        if name in self.values:
+            return self.values[name]
+        if self.budget.left < need:
+            self.left_out[name] = f"needs about {need:.0f} s, {max(self.budget.left, 0):.0f} s are left"
+            self.write()
+            return None
+        started = time.monotonic()
+        try:
+            value = json.loads(json.dumps(make()))
+            self.about.setdefault("took", {})[name] = round(time.monotonic() - started, 2)
+            self.put(name, value)
+        except Exception as error:
+            self.fail(name, error)
+        return self.values.get(name)
+
+    def fail(self, name: str, error: BaseException) -> None:
+        """Write a failure down, with the last lines of where it came from."""
+        lines = traceback.format_exception(error)
+        self.errors[name] = f"{type(error).__name__}: {error}"[:2000]
+        self.about.setdefault("traces", {})[name] = "".join(lines)[-1200:]
+        self.write()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A stage's JSON, empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
