@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny
+import tiny_sd3
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
@@ -45,6 +46,8 @@ class Case:
     passes: int = 1
     """Calls of the transformer in a step."""
     steps: int = 8
+    rows: int = 1
+    """Samples in a call for one picture: two where guidance is stacked."""
 
 
 def embeds(seed: int, batch: int = 1) -> Tensor:
@@ -85,7 +88,8 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-SMALL = ("flux", "qwen-image", "wan")
+CASES.update({name: Case(**case) for name, case in tiny_sd3.CASES.items()})
+SMALL = ("flux", "qwen-image", "sd3", "wan")
 """One of each transformer."""
 
 
@@ -143,7 +147,7 @@ def test_large_patches_save_work_and_stay_near(name, scale):
         for hook in hooks:
             hook.remove()
     report = run.report
-    assert report.scales == [list(steps)] and report.tokens[scale] < report.tokens[1] and report.flops_fraction < 1
+    assert report.scales == [list(steps)] * case.rows and report.tokens[scale] < report.tokens[1] and report.flops_fraction < 1
     assert len(shapes) == case.passes * len(steps)
     assert {n for n in shapes} == {report.tokens[1], report.tokens[scale]}
     assert torch.isfinite(drawn).all() and not torch.equal(drawn, plain)
@@ -165,7 +169,7 @@ def test_the_rule_decides_from_what_it_saw(name):
     pipe = case.make()
     with ddit.apply(pipe, patches=PatchSchedule(threshold=1e9, careful=False)) as run:
         draw(pipe, case)
-    assert run.report.scales == [[1, 1, 1, 4, 4, 4, 4, 4]]
+    assert run.report.scales == [[1, 1, 1, 4, 4, 4, 4, 4]] * case.rows
     assert all(set(step.statistics[0]) == {2, 4} for step in run.report.steps[3:])
 
 
@@ -227,12 +231,13 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name):
         scales = (1, 2, 4)
 
         def choose(self, context: StepContext) -> list[int]:
-            return [1 if context.step < 3 else (2, 4)[i % 2] for i in range(context.batch)]
+            pictures = context.batch // case.rows
+            return [1 if context.step < 3 else (2, 4)[i % pictures] for i in range(context.batch)]
 
     call = dict(num_inference_steps=6, output_type="latent", return_dict=False)
     with ddit.apply(pipe, patches=Alternating()) as run:
         both = pipe(generator=generators(3, 4), **settings(2), **call)[0]
-        assert [row[-1] for row in run.report.scales] == [2, 4]
+        assert [row[-1] for row in run.report.scales] == [2, 4] * case.rows
         alone = pipe(generator=generators(3), **settings(1), **call)[0]
     torch.testing.assert_close(both[:1], alone, rtol=1e-3, atol=1e-4)
 
@@ -244,7 +249,7 @@ def test_bfloat16(name):
     given = {k: v.bfloat16() for k, v in case.call.items() if isinstance(v, Tensor) and v.is_floating_point()}
     with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 1, 2, 4, 1))) as run:
         assert torch.isfinite(draw(pipe, case, **given)).all()
-    assert run.report.scales == [[1, 1, 2, 4, 1, 1, 1, 1]]
+    assert run.report.scales == [[1, 1, 2, 4, 1, 1, 1, 1]] * case.rows
 
 
 @parameters(SMALL)
@@ -257,7 +262,7 @@ def test_flops_at_scale_one_are_those_of_the_model(name):
         draw(pipe, case, num_inference_steps=2)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         pipe.transformer(**calls[0][0])
-    assert run.report.flops[1] == counter.get_total_flops()
+    assert run.report.flops[1] * case.rows == counter.get_total_flops()
     assert run.report.flops[4] < run.report.flops[2] < run.report.flops[1]
 
 

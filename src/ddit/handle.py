@@ -173,7 +173,7 @@ class Handle:
                 self._warn(
                     "the latents hold NaN or infinity: every step is full from here on, as broken as it is without ddit"
                 )
-        scales = self._state.pass_scales()
+        scales = self._state.pass_scales(len(z))
         if set(scales) == {1}:
             answer = self._full(seat, range(len(z)), *args, **kwargs)
             velocity = arch.velocity(first(answer), z.shape[2:])

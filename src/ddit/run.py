@@ -82,6 +82,11 @@ class Path:
         return moved
 
 
+def period(z: Tensor) -> int:
+    """After how many samples a batch ``[B, ...]`` begins again: fewer than B where guidance is stacked in one call."""
+    return next(n for n in range(1, len(z) + 1) if len(z) % n == 0 and torch.equal(z[n:], z[:-n]))
+
+
 def _projected(moved: Tensor, velocities: Sequence[Tensor]) -> Tensor:
     """See `ddit.schedule.project`; broken latents, which no least squares fit, stay as they are."""
     try:
@@ -151,8 +156,14 @@ class RunState:
         return RunState(self.policy, self.measure, **kept)
 
     def repeats(self, z: Tensor, sigma: float) -> bool:
-        """Whether a call is a further guidance pass of the current step: same noise level, same latents."""
-        return bool(self.levels) and sigma == self.levels[-1] and self._like(z) and torch.equal(z, self._seen)
+        """Whether a call is a further guidance pass of the current step: same noise level, same latents.
+
+        Where passes are stacked in one call, a further one may be about one copy of the latents (skip-layer guidance).
+        """
+        if not self.levels or sigma != self.levels[-1] or not self._like(z):
+            return False
+        copies = self._seen.unflatten(0, (-1, len(z)))
+        return torch.equal(z.expand_as(copies), copies)
 
     def continues(self, z: Tensor, sigma: float) -> bool:
         """Whether a call belongs to this run: the noise level does not rise, and the latents are alike.
@@ -162,7 +173,7 @@ class RunState:
         if not self.levels:
             return True
         other_form = z.ndim != self._seen.ndim and len(z) == len(self._seen)
-        return sigma <= self.levels[-1] and (self._like(z) or other_form)
+        return sigma <= self.levels[-1] and (self._like(z) and len(z) == len(self._seen) or other_form)
 
     def decide(self, z: Tensor, sigma: float, patch_size: int) -> list[int]:
         """Begin a step: the scale of each sample, 0 where the model is not called.
@@ -228,10 +239,14 @@ class RunState:
         self.cached, self.cached_in_step = set(), set()
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
 
-    def pass_scales(self) -> list[int]:
-        """The decision for the pass that is next to be answered: one that can't forecast is called in full."""
+    def pass_scales(self, count: int) -> list[int]:
+        """The decision for the pass that is next to be answered: one that can't forecast is called in full.
+
+        Args:
+            count: Samples in this call, see `repeats`.
+        """
         if self.skipper is None:
-            return self.scales
+            return self.scales[:count]
         scales = [s or int(not self.skipper.ready(self.passes, i)) for i, s in enumerate(self.scales)]
         if scales != self.scales:
             shown = tuple(s or now for s, now in zip(self.steps[-1].scales, scales, strict=True))
@@ -240,7 +255,7 @@ class RunState:
         shares = tuple(count / (self.passes + 1) for count in self.answered)
         if shares != self.steps[-1].shares and (self.steps[-1].shares or min(shares) < 1):
             self.steps[-1] = replace(self.steps[-1], shares=shares)
-        return scales
+        return scales[:count]
 
     def forecast(self, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor:
         """What the model would answer in this pass to some samples ``[len(samples), C, ..., H, W]``."""
@@ -264,6 +279,9 @@ class RunState:
 
     def record(self, velocity: Tensor, scales: Sequence[int], seconds: float) -> None:
         """Take in the answer ``[B, C, ..., H, W]`` to a call, computed at these scales."""
+        copies = len(self.scales) // len(velocity)
+        if copies > 1:  # see `repeats`
+            velocity, scales = velocity.repeat(copies, *[1] * (velocity.ndim - 1)), [*scales] * copies
         if self.skipper is not None and self.deterministic:
             called = [scale > 0 and i not in self.cached for i, scale in enumerate(scales)]
             self.skipper.observe(
@@ -279,7 +297,8 @@ class RunState:
             )
         self.cached, self.hidden = set(), None
         if self.path.keep and self._seen.dtype != torch.float32:
-            self.velocities.append(velocity)
+            alike = period(self._seen)
+            self.velocities += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
         self.passes += 1
         self.add_seconds(seconds)
 
@@ -299,7 +318,9 @@ class RunState:
         return [scale > 0 and i not in self.cached_in_step for i, scale in enumerate(last)]
 
     def _like(self, z: Tensor) -> bool:
-        return z.shape == self._seen.shape and z.dtype == self._seen.dtype and z.device == self._seen.device
+        seen = self._seen
+        alike = z.shape[1:] == seen.shape[1:] and len(seen) % len(z) == 0
+        return alike and z.dtype == seen.dtype and z.device == seen.device
 
     @property
     def _seen(self) -> Tensor:

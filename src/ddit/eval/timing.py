@@ -195,7 +195,7 @@ def scheduler_seconds(
             marks.append(now())
             run.repeats(here, sigma)
             run.decide(here, sigma, 2)
-            run.record(z, run.pass_scales(), 0.0)
+            run.record(z, run.pass_scales(len(z)), 0.0)
         marks.append(now())
         spent.append(statistics.median(b - a for a, b in list(pairwise(marks))[schedule.order :]))
     return statistics.median(spent)

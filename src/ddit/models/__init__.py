@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 REGISTRY = {
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
+    "SD3Transformer2DModel": ("ddit.models.sd3", "StableDiffusion3"),
     "WanTransformer3DModel": ("ddit.models.wan", "Wan"),
 }
 """Class of diffusers -> module and class of its `Architecture`. A new architecture is one file and one line here."""
