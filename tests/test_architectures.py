@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, get_args
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny
+import tiny_video
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
@@ -85,7 +85,8 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-SMALL = ("flux", "qwen-image", "wan")
+CASES.update({name: Case(**case) for name, case in tiny_video.CASES.items()})
+SMALL = ("flux", "qwen-image", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing")
 """One of each transformer."""
 
 
@@ -324,11 +325,3 @@ def test_a_speedup_holds_for_any_sampler_number_of_steps_dtype_and_size(sampler,
             draw(pipe, case, num_inference_steps=steps, width=width)
         assert len(run.report.steps) == (2 * steps - 1 if sampler == "heun" else steps)
         assert 1 / run.report.flops_fraction == pytest.approx(speedup, rel=0.05)
-
-
-@pytest.mark.parametrize("name", ["WanVACETransformer3DModel", "WanAnimateTransformer3DModel"])
-def test_relatives_of_wan_with_a_second_embedding_are_refused(name):
-    with torch.device("meta"):
-        model = getattr(diffusers, name)(num_layers=1, **({"vace_layers": [0]} if "VACE" in name else {}))
-    with pytest.raises(ValueError, match=rf"{name} is not supported; supported are .*WanTransformer3DModel"):
-        ddit.apply(model)

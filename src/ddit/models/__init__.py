@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 REGISTRY = {
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
+    "SkyReelsV2Transformer3DModel": ("ddit.models.wan", "SkyReels"),
+    "WanAnimateTransformer3DModel": ("ddit.models.wan", "Animate"),
     "WanTransformer3DModel": ("ddit.models.wan", "Wan"),
+    "WanVACETransformer3DModel": ("ddit.models.wan", "Vace"),
 }
 """Class of diffusers -> module and class of its `Architecture`. A new architecture is one file and one line here."""
 
