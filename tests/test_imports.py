@@ -23,7 +23,7 @@ GROUPS = (
     ("ddit.api",),
     ("ddit.handle", "ddit.skip"),
     ("ddit.seat", "ddit.plan", "ddit.caller"),
-    ("ddit.adapter", "ddit.caches", "ddit.run"),
+    ("ddit.adapter", "ddit.caches", "ddit.run", "ddit.coarse"),
     ("ddit.models",),
     ("ddit.models.*",),
     ("ddit.models.base",),
@@ -171,7 +171,19 @@ def test_all_groups_are_there():
     )
 
 
-CORE = ("run", "handle", "seat", "schedule", "patches", "models", "models.base", "models.flux", "adapter", "caches")
+CORE = (
+    "run",
+    "handle",
+    "coarse",
+    "seat",
+    "schedule",
+    "patches",
+    "models",
+    "models.base",
+    "models.flux",
+    "adapter",
+    "caches",
+)
 
 
 @pytest.mark.parametrize(
