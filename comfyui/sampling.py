@@ -116,10 +116,10 @@ class Run:
         self.sigma = sigma
         self.step = min(sum(level > sigma * (1 + 1e-4) for level in self.levels), len(self.levels) - 1)
         self.points = [*self.points, x.float().clone()][-KEPT:]
-        answered, self.called, self.skip, self.scales = self.called, False, False, [1] * len(x)
+        answered, self.called, self.skip = self.called, False, False
         if x.ndim < 4:
             self.tell("full steps, since these latents are no pictures or videos")
-            return
+            self.policy, self.skipper = Fixed(FULL), None
         context = StepContext(self.step, len(self.levels), self._statistics(), sigma, self.levels)
         self.scales = self.policy.choose(context)
         if self.bound is not None and max(self.scales) > 1:
