@@ -1,7 +1,7 @@
-"""The field's judges: CLIP score, ImageReward, LPIPS, SSIM, PSNR, and Inception's features for FID.
+"""The field's judges: CLIP score, LPIPS, SSIM, PSNR, and Inception with the distance that FID is.
 
-Each gives a figure (or features) per picture. They rest on transformers, PIL and PyTorch alone: the packages that carry
-these judges also need torchvision or timm, which fit only the PyTorch they were built for.
+They rest on transformers, PIL and PyTorch alone: the packages that carry these judges also need torchvision or timm,
+which fit only the PyTorch they were built for.
 
 Letters: B pictures, H and W pixels, D features.
 """
@@ -19,8 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ddit.eval.metrics import MOST, psnr, ssim
-from ddit.extras import require
+from ddit.eval.metrics import MOST, FrechetTo, psnr, ssim
+from ddit.files import replacing
+from ddit.progress import progress
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Judge(nn.Module):
@@ -34,8 +37,8 @@ class Judge(nn.Module):
     weights: ClassVar[str] = ""
     """Hub id or address of what is loaded unless a folder or file is named; empty where there is nothing to load."""
     likeness: ClassVar[bool] = False
-    digits: ClassVar[int] = 3
-    """After the point, in tables."""
+    mark: str = ""
+    """Tells its weights from others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class Judge(nn.Module):
 class Psnr(Judge):
     """Peak signal-to-noise ratio in dB to the plain picture; 80 where nothing differs."""
 
-    name, likeness, digits = "psnr", True, 1
+    name, likeness = "psnr", True
 
     def forward(self, pictures: np.ndarray, prompts: Sequence[str], plain: np.ndarray) -> Tensor:
         return psnr(self.unit(pictures), self.unit(plain)).clamp(max=MOST)
@@ -95,12 +98,12 @@ class Lpips(Judge):
 
     @classmethod
     def load(cls, source: str) -> Lpips:
-        state = _state(download(source))
+        network = state(download(source))
         package = find_spec("torchmetrics")
         assert package is not None and package.submodule_search_locations, "asked for before"
         carried = Path(package.submodule_search_locations[0]) / "functional/image/lpips_models/alex.pth"
-        heads = _state(carried)
-        features = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        heads = state(carried)
+        features = {k.removeprefix("features."): v for k, v in network.items() if k.startswith("features.")}
         return cls(features, [heads[f"lin{i}.model.1.weight"] for i in range(len(cls.taps))])
 
     def forward(self, pictures: np.ndarray, prompts: Sequence[str], plain: np.ndarray) -> Tensor:
@@ -140,7 +143,7 @@ def _of_length_one(x: Tensor) -> Tensor:
 class Clip(Judge):
     """Cosine of what CLIP sees and what it reads (Hessel et al. 2021); others give it times 100."""
 
-    name, digits = "clip", 4
+    name = "clip"
     weights = "openai/clip-vit-base-patch16"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -163,7 +166,7 @@ class Clip(Judge):
 
 
 def for_clip(pictures: np.ndarray, side: int) -> Tensor:
-    """What CLIP and BLIP see, ``[B, 3, side, side]``: shorter side resized (PIL, bicubic), middle square, normalised."""
+    """What CLIP and BLIP see, ``[B, 3, side, side]``: the shorter side resized, the middle square, normalised."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     height, width = pictures.shape[1:3]
@@ -176,103 +179,6 @@ def for_clip(pictures: np.ndarray, side: int) -> Tensor:
     return torch.from_numpy(normal).permute(0, 3, 1, 2)
 
 
-class ImageReward(Judge):
-    """What people would prefer (Xu et al. 2023): BLIP reads the prompt while looking at the picture; 0 is average.
-
-    The package image-reward needs timm; here its weights go into BLIP of transformers. Their shapes give the sizes;
-    heads are 64 wide.
-    """
-
-    name = "imagereward"
-    weights = "THUDM/ImageReward"
-    words: ClassVar[str] = "google-bert/bert-base-uncased"
-    """Hub id of the tokenizer; a folder must hold it beside the weights."""
-    mean: ClassVar[float] = 0.16717362830052426
-    deviation: ClassVar[float] = 1.0333394966054072
-    room: ClassVar[int] = 35
-    """Tokens of a prompt that are read."""
-    renamed: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("blip.visual_encoder.", "vision."),
-        ("blip.text_encoder.", "text."),
-        ("mlp.layers.", "mlp."),
-        (".cls_token", ".embeddings.class_embedding"),
-        (".pos_embed", ".embeddings.position_embedding"),
-        (".patch_embed.proj.", ".embeddings.patch_embedding."),
-        (".blocks.", ".encoder.layers."),
-        (".attn.qkv.", ".self_attn.qkv."),
-        (".attn.proj.", ".self_attn.projection."),
-        (".norm1.", ".layer_norm1."),
-        (".norm2.", ".layer_norm2."),
-        ("vision.norm.", "vision.post_layernorm."),
-    )
-
-    def __init__(self, state: Mapping[str, Tensor], tokenizer: Any) -> None:
-        """``state`` has the names of image-reward."""
-        from transformers import BlipTextModel, BlipVisionModel
-
-        super().__init__()
-        for old, new in self.renamed:
-            state = {name.replace(old, new): value for name, value in state.items()}
-        vision, text = _blip_sizes(state)
-        self.tokenizer = tokenizer
-        self.vision = BlipVisionModel(vision)
-        self.text = BlipTextModel(text, add_pooling_layer=False)
-        linear = {int(k.split(".")[1]): v.shape for k, v in state.items() if k.startswith("mlp.") and v.ndim == 2}
-        # Dropout stands between the linear layers.
-        layers = [nn.Linear(*reversed(linear[i])) if i in linear else nn.Identity() for i in range(max(linear) + 1)]
-        self.mlp = nn.Sequential(*layers)
-        own = self.state_dict()
-        self.load_state_dict({name: value for name, value in state.items() if name in own})
-
-    @classmethod
-    def load(cls, source: str) -> ImageReward:
-        from huggingface_hub import hf_hub_download
-        from transformers import BertTokenizerFast
-
-        local = Path(source).is_dir()
-        file = Path(source) / "ImageReward.pt" if local else Path(hf_hub_download(source, "ImageReward.pt"))
-        return cls(_state(file), BertTokenizerFast.from_pretrained(source if local else cls.words))
-
-    def forward(self, pictures: np.ndarray, prompts: Sequence[str], plain: np.ndarray | None = None) -> Tensor:
-        words = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.room, return_tensors="pt"
-        ).to(self.device)
-        seen = self.vision(for_clip(pictures, self.vision.config.image_size).to(self.device)).last_hidden_state
-        read = self.text(words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen)
-        return (self.mlp(read.last_hidden_state[:, 0])[:, 0] - self.mean) / self.deviation
-
-
-def _blip_sizes(state: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """Configurations of the two halves of BLIP from the shapes of their weights."""
-    from transformers import BlipTextConfig, BlipVisionConfig
-
-    def layers(start: str) -> int:
-        return 1 + max(int(name.removeprefix(start).split(".")[0]) for name in state if name.startswith(start))
-
-    patches = state["vision.embeddings.patch_embedding.weight"]
-    side = round((state["vision.embeddings.position_embedding"].shape[1] - 1) ** 0.5)
-    vision = BlipVisionConfig(
-        hidden_size=patches.shape[0],
-        intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.bias"]),
-        num_hidden_layers=layers("vision.encoder.layers."),
-        num_attention_heads=patches.shape[0] // 64,
-        image_size=side * patches.shape[-1],
-        patch_size=patches.shape[-1],
-        layer_norm_eps=1e-6,
-    )
-    vocabulary, width = state["text.embeddings.word_embeddings.weight"].shape
-    text = BlipTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        encoder_hidden_size=patches.shape[0],
-        intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.bias"]),
-        num_hidden_layers=layers("text.encoder.layer."),
-        num_attention_heads=width // 64,
-        max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
-    )
-    return vision, text
-
-
 class Inception(Judge):
     """Features for FID (Heusel et al. 2017) as clean-fid takes them (Parmar et al. 2022), ``[B, 2048]``.
 
@@ -283,7 +189,6 @@ class Inception(Judge):
 
     name = "fid"
     weights = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-    digits = 2
     side: ClassVar[int] = 299
 
     def __init__(self, network: Any) -> None:
@@ -311,35 +216,54 @@ def clean_resize(picture: np.ndarray, side: int) -> np.ndarray:
     return np.stack(resized, -1).clip(0, 255)
 
 
-JUDGES: dict[str, type[Judge]] = {kind.name: kind for kind in (Inception, Clip, ImageReward, Lpips, Ssim, Psnr)}
-"""Name -> kind, in the order of the paper's table."""
-
-
-def load_judges(names: Sequence[str], sources: Mapping[str, str]) -> list[Judge]:
-    """Judges on the CPU, in the order of `JUDGES`.
+@torch.no_grad()
+def distance_to(source: Path, judge: Inception, device: str, kept: Path) -> FrechetTo:
+    """FID: the distance of features to a reference; computed where ``device`` says, if that has double precision.
 
     Args:
-        sources: Name -> folder, file or hub id of weights to use in place of the default.
+        source: Folder of pictures, or ``.npz`` with ``mu [D]`` and ``sigma [D, D]`` as clean-fid and pytorch-fid write.
+        kept: Folder to keep the statistics of a folder in.
 
     Raises:
-        ValueError: When a package or weights are missing.
+        ValueError: When there are too few pictures, or no such statistics.
     """
-    if Lpips.name in names:
-        require("torchmetrics", "the judge lpips")
-    judges = []
-    for name, kind in JUDGES.items():
-        if name not in names:
-            continue
-        source = sources.get(name, kind.weights)
-        try:
-            judges.append(kind.load(source).eval().requires_grad_(False))
-        except Exception as error:  # Missing files, no network, other weights: libraries raise what they meet.
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise ValueError(
-                f"weights of the judge {name} can't be loaded from {source} ({reason}); name what holds them with "
-                f"--weights {name}=PATH, or leave {name} out of --judges"
-            ) from error
-    return judges
+    width = judge.width()
+    if source.suffix == ".npz":
+        return _statistics(source, width, device)
+    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
+    if len(pictures) <= width:
+        raise ValueError(
+            f"{source} holds {len(pictures)} pictures; FID needs more than {width} to compare with, or a file of "
+            "statistics (.npz with mu and sigma)"
+        )
+    path = kept / f"reference-{len(pictures)}-{judge.mark}.npz"
+    names = [str(picture.relative_to(source)) for picture in pictures]
+    if path.exists() and np.load(path)["names"].tolist() == names:
+        return _statistics(path, width, device)
+    judge.to(device)
+    features = []
+    with progress("reference", len(pictures)) as advance:
+        for picture in pictures:
+            with Image.open(picture) as file:
+                features.append(judge(np.asarray(file.convert("RGB"))[None]).double().cpu().numpy())
+            advance()
+    found = np.concatenate(features)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, mu=found.mean(0), sigma=np.cov(found, rowvar=False), names=names)
+    return _statistics(path, width, device)
+
+
+def _statistics(path: Path, width: int, device: str) -> FrechetTo:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = (torch.from_numpy(file[name]) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no file of statistics with mu and sigma: {error}") from error
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise ValueError(f"{path} has statistics of {len(mean)} features; the judge fid has {width}")
+    precise = device if device.startswith("cuda") else "cpu"
+    return FrechetTo.of_gaussian(mean.to(precise), covariance.to(precise))
 
 
 def download(source: str) -> Path:
@@ -353,5 +277,6 @@ def download(source: str) -> Path:
     return path
 
 
-def _state(path: Path) -> dict[str, Tensor]:
+def state(path: Path) -> dict[str, Tensor]:
+    """Weights in a file of PyTorch's."""
     return torch.load(path, map_location="cpu", weights_only=True)

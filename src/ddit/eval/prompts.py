@@ -29,16 +29,14 @@ def read(source: str, column: str | None = None, count: int | None = None) -> li
         count: Take no more.
 
     Raises:
-        ValueError: When there is no such file, data set or column, or no prompt in it.
+        ValueError: When there is no such file, data set or column, or too few prompts in it.
     """
     if source.startswith(HUB):
         rows: Iterable[Any] = _hub(source.removeprefix(HUB), column)
     else:
         path = Path(source)
         if not path.is_file():
-            raise ValueError(
-                f"there is no file {source!r} with prompts; name one, or a data set as {HUB}OWNER/NAME"
-            )
+            raise ValueError(f"there is no file {source!r} with prompts; name one, or a data set as {HUB}OWNER/NAME")
         rows = _file(path, column)
     prompts = []
     for row in rows:
@@ -47,8 +45,8 @@ def read(source: str, column: str | None = None, count: int | None = None) -> li
             prompts.append(text)
         if len(prompts) == count:
             break
-    if not prompts:
-        raise ValueError(f"there is no prompt in {source}; it needs one at least")
+    if len(prompts) < (count or 1):
+        raise ValueError(f"{source} holds {len(prompts)} prompts, {count or 'one at least'} asked for")
     return prompts
 
 
@@ -118,17 +116,15 @@ def _hub(name: str, column: str | None) -> Iterable[Any]:
     from huggingface_hub import HfApi, hf_hub_download
 
     name, _, part = name.partition(":")
-    where = {"repo_id": name, "repo_type": "dataset", "revision": CONVERTED}
+    where: dict[str, Any] = {"repo_id": name, "repo_type": "dataset", "revision": CONVERTED}
     try:
-        found = HfApi().list_repo_files(**where)
-        files = sorted(file for file in found if file.endswith(".parquet"))
+        files = [file for file in HfApi().list_repo_files(**where) if file.endswith(".parquet")]
         parts = sorted({file.rpartition("/")[0] for file in files})
-        if not part and len(parts) == 1:
-            part = parts[0]
-        if part not in parts:
-            raise ValueError(f"it has {', '.join(parts)}; name one as {HUB}{name}:{parts[0] if parts else 'CONFIG/SPLIT'}")
-        chosen = (file for file in files if file.rpartition("/")[0] == part)
-        return (row for file in chosen for row in _parquet(Path(hf_hub_download(filename=file, **where)), column))
+        if part not in parts and (part or len(parts) != 1):
+            raise ValueError(f"name one of its parts, {', '.join(parts)}, as {HUB}{name}:CONFIG/SPLIT")
+        for file in sorted(files):
+            if file.rpartition("/")[0] == (part or parts[0]):
+                yield from _parquet(Path(hf_hub_download(filename=file, **where)), column)
     except Exception as error:  # No network, no such data set, not converted: the hub's client raises what it meets.
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"the data set {name!r} can't be read: {reason}") from error
@@ -146,7 +142,7 @@ def _text(row: Any, column: str | None, source: str) -> str:
 
 
 def _column(names: list[Any], column: str | None, source: str) -> str:
-    if column in names:
+    if column is not None and column in names:
         return column
     usual = [name for name in names if str(name).lower() in USUAL]
     if column is None and usual:
