@@ -34,8 +34,8 @@ def add_measure(commands: Any) -> None:
         "--suite",
         choices=("quality", "paper", "proxy", *EMBEDDED_SUITES),
         default="quality",
-        help="paper has the field's judges on prompts of a file, for any model; proxy is the proxy card, how far a "
-        f"small model behaves like the real ones; {' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
+        help="paper has the field's judges on prompts of a file, for any model; proxy is the proxy card, how far "
+        f"a small model behaves like the real ones; {' and '.join(EMBEDDED_SUITES)} are quality on that model",
     )
     evaluate.add_argument(
         "--methods", nargs="+", help="such as plain plain:run_steps=20 ddit:threshold=0.01 ddit:speedup=3,patches=full"
@@ -124,8 +124,9 @@ def _evaluate(args: argparse.Namespace) -> None:
             raise ValueError(f"suite {args.suite} is of another model than {args.model}; leave one of them out")
         args.model, args.suite = args.suite, "quality"
     paper = args.suite == "paper"
-    endings = (".json", ".md", ".jsonl", ".pictures") if paper else (".json", ".md", ".png")
-    check_run(args, [args.out.with_suffix(end) for end in endings])
+    endings = (".json", ".md", ".jsonl") if paper else (".json", ".md", ".png")
+    inside = [args.out.with_suffix(".pictures") / "any"] if paper else []
+    check_run(args, [*(args.out.with_suffix(end) for end in endings), *inside])
     if not paper:
         require("matplotlib", "the figure of a measurement")
         _refuse_paper_options(args)

@@ -124,7 +124,8 @@ def draw(
     with progress("draw", len(starts) * len(methods)) as advance:
         for turn, start in enumerate(starts):
             for k in range(len(methods)):
-                entry, kept = (of[(k + turn) % len(methods)] for of in (methods, drawings))
+                which = (k + turn) % len(methods)
+                entry, kept = methods[which], drawings[which]
                 part = range(max(start, len(kept.records)), min(start + batch, len(prompts)))
                 if part and entry.name not in warm:
                     warm.add(entry.name)

@@ -51,11 +51,12 @@ class ImageReward(Judge):
             state = {name.replace(old, new): value for name, value in state.items()}
         vision, text = _blip_sizes(state)
         self.tokenizer = tokenizer
-        self.vision = BlipVisionModel(vision)
+        self.side, self.vision = vision.image_size, BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
         linear = {int(k.split(".")[1]): v.shape for k, v in state.items() if k.startswith("mlp.") and v.ndim == 2}
         # Dropout stands between the linear layers.
-        layers = [nn.Linear(*reversed(linear[i])) if i in linear else nn.Identity() for i in range(max(linear) + 1)]
+        gaps = range(max(linear) + 1)
+        layers = [nn.Linear(linear[i][1], linear[i][0]) if i in linear else nn.Identity() for i in gaps]
         self.mlp = nn.Sequential(*layers)
         own = self.state_dict()
         self.load_state_dict({name: value for name, value in state.items() if name in own})
@@ -63,17 +64,17 @@ class ImageReward(Judge):
     @classmethod
     def load(cls, source: str) -> ImageReward:
         from huggingface_hub import hf_hub_download
-        from transformers import BertTokenizerFast
+        from transformers import AutoTokenizer
 
         local = Path(source).is_dir()
         file = Path(source) / "ImageReward.pt" if local else Path(hf_hub_download(source, "ImageReward.pt"))
-        return cls(state(file), BertTokenizerFast.from_pretrained(source if local else cls.words))
+        return cls(state(file), AutoTokenizer.from_pretrained(source if local else cls.words))
 
     def forward(self, pictures: np.ndarray, prompts: Sequence[str], plain: np.ndarray | None = None) -> Tensor:
         words = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.room, return_tensors="pt"
         ).to(self.device)
-        seen = self.vision(for_clip(pictures, self.vision.config.image_size).to(self.device)).last_hidden_state
+        seen = self.vision(for_clip(pictures, self.side).to(self.device)).last_hidden_state
         read = self.text(words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen)
         return (self.mlp(read.last_hidden_state[:, 0])[:, 0] - self.mean) / self.deviation
 

@@ -37,6 +37,7 @@ class Judge(nn.Module):
     weights: ClassVar[str] = ""
     """Hub id or address of what is loaded unless a folder or file is named; empty where there is nothing to load."""
     likeness: ClassVar[bool] = False
+    place: Tensor
     mark: str = ""
     """Tells its weights from others."""
 
@@ -51,7 +52,7 @@ class Judge(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.place.device  # type: ignore[return-value]
+        return self.place.device
 
     def unit(self, pictures: np.ndarray) -> Tensor:
         """Pictures as ``[B, 3, H, W]`` in [0, 1]."""
@@ -86,6 +87,8 @@ class Lpips(Judge):
     weights = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
     taps: ClassVar[tuple[int, ...]] = (1, 4, 7, 9, 11)
     """Layers whose output is compared: AlexNet's five rectifiers."""
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, features: Mapping[str, Tensor], channels: Sequence[Tensor]) -> None:
         super().__init__()
@@ -152,9 +155,9 @@ class Clip(Judge):
 
     @classmethod
     def load(cls, source: str) -> Clip:
-        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers import AutoTokenizer, CLIPModel
 
-        return cls(CLIPModel.from_pretrained(source), CLIPTokenizerFast.from_pretrained(source))
+        return cls(CLIPModel.from_pretrained(source), AutoTokenizer.from_pretrained(source))
 
     def forward(self, pictures: np.ndarray, prompts: Sequence[str], plain: np.ndarray | None = None) -> Tensor:
         config = self.model.config
@@ -175,7 +178,7 @@ def for_clip(pictures: np.ndarray, side: int) -> Tensor:
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
     square = np.stack(resized)[:, top : top + side, left : left + side].astype(np.float32) / 255
-    normal = (square - np.float32(OPENAI_CLIP_MEAN)) / np.float32(OPENAI_CLIP_STD)
+    normal = (square - np.array(OPENAI_CLIP_MEAN, np.float32)) / np.array(OPENAI_CLIP_STD, np.float32)
     return torch.from_numpy(normal).permute(0, 3, 1, 2)
 
 
@@ -230,6 +233,8 @@ def distance_to(source: Path, judge: Inception, device: str, kept: Path) -> Frec
     width = judge.width()
     if source.suffix == ".npz":
         return _statistics(source, width, device)
+    if not source.is_dir():
+        raise ValueError(f"there is no folder {source} with pictures; name one, or a .npz with mu and sigma")
     pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
     if len(pictures) <= width:
         raise ValueError(
