@@ -342,9 +342,7 @@ def by_turns(
     return {name: _median(runs) for name, runs in drawn.items()}
 
 
-def warm_up(
-    pipe: Any, prompts: list[str], seeds: list[int], settings: dict[str, Any], method: Method | None
-) -> None:
+def warm_up(pipe: Any, prompts: list[str], seeds: list[int], settings: dict[str, Any], method: Method | None) -> None:
     """Run a few steps at every scale of a method, so that the first use of each is not timed."""
     warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
     scales = method.patches.scales if method is not None and method.patches is not None else (1, 2, 4)

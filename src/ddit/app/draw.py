@@ -45,7 +45,7 @@ def words_of(
         try:
             words["schedule"] = [int(scale) for scale in schedule.replace(",", " ").split()]
         except ValueError:
-            raise ValueError(f"the schedule is {schedule!r}; write a scale for each step, such as 1 1 4 4 2 1") from None
+            raise ValueError(f"the schedule is {schedule!r}; write one scale per step, such as 1 1 4 4 2 1") from None
     elif patches == "rule":
         words["threshold"] = threshold
     else:

@@ -1,4 +1,4 @@
-"""The page itself (gradio). Nothing in it leads to another machine: no analytics, no fonts, no scripts from elsewhere."""
+"""The page itself (gradio). It asks nothing of other machines: no analytics, no fonts, no scripts from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from ddit.config import PatchSchedule
 
 FPS = 8
 """Of clips in the first tab; those of a study are files already."""
-PLAY = """() => { for (const clip of document.querySelectorAll('.pair video')) { clip.currentTime = 0; clip.play() } }"""
+PLAY = (
+    """() => { for (const clip of document.querySelectorAll('.pair video')) { clip.currentTime = 0; clip.play() } }"""
+)
 """Starts two players together."""
-STYLE = ".pair img, .pair video { width: 100%; max-height: 70vh; object-fit: contain }"
+STYLE = ".pair .image-frame, .pair .image-frame img, .pair video { width: 100%; max-height: 70vh; object-fit: contain }"
 """Small pictures are enlarged, all alike."""
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
 
 
 def told(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,8 +56,11 @@ def build(studio: Studio, study: Study | None, *, threshold: float | None, adapt
         with gr.Tab("Draw"):
             _draw_tab(studio, threshold, adapter)
         if study is not None:
+            key = study.digest("browser")
+            # A voter is a browser, after a restart too. Kept only from outside of a tab.
+            voter = gr.BrowserState(None, storage_key=f"ddit-{key}", secret=key)
             with gr.Tab("Blind study"):
-                _study_tab(page, study)
+                _study_tab(page, study, voter)
     return page
 
 
@@ -72,7 +76,7 @@ def serve(page: gr.Blocks, study: Study | None, host: str, port: int) -> None:
         ssr_mode=False,
         show_error=True,
         footer_links=[],
-        theme=gr.themes.Default(**FONTS),
+        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("monospace",)),
         css=STYLE,
         allowed_paths=[] if folder is None else [str(folder / PICTURES)],
         blocked_paths=[] if folder is None else [str(folder / f"{DATABASE}{end}") for end in ("", "-wal", "-shm")],
@@ -167,14 +171,13 @@ def _drawer(studio: Studio) -> Callable[..., list[Any]]:
         adapter: str,
         progress: Any = gr.Progress(),  # noqa: B008 (gradio looks for it here)
     ) -> list[Any]:
-        words = words_of(
-            patches=patches, threshold=rule, schedule=schedule, skip=skip, amount=amount, adapter=adapter
-        )
+        words = words_of(patches=patches, threshold=rule, schedule=schedule, skip=skip, amount=amount, adapter=adapter)
         if seed is None or steps is None:
             raise ValueError("seed and steps must be numbers; fill them in")
+        progress(0, desc="warming up")
 
         def on_step(name: str, step: int, total: int, scales: list[int]) -> None:
-            progress((step, total), desc=f"{name}, {'skipped' if scales[0] == 0 else f'scale {scales[0]}'}", unit="steps")
+            progress((step, total), desc=f"{name}, {f'scale {scales[0]}' if scales[0] else 'skipped'}", unit="steps")
 
         drawn = studio.draw(prompt, seed, steps, words, on_step)
         stem = Path(files.name) / str(next(numbers))
@@ -195,48 +198,47 @@ def _shown(drawn: Drawn, stem: Path) -> list[Any]:
     return list(paths.values())
 
 
-ANSWER_BUTTONS = {"left": "Left is better", "equal": "Equally good", "bad": "Both are bad", "right": "Right is better"}
+BUTTONS = {"left": "Left is better", "equal": "Equally good", "bad": "Both are bad", "right": "Right is better"}
+"""Answer (`ddit.app.study.ANSWERS`) -> what its button says."""
 
 
-def _study_tab(page: gr.Blocks, study: Study) -> None:
-    key = study.digest("browser")  # one voter per browser and study, after a restart too
-    voter, pair = gr.BrowserState(None, storage_key=f"ddit-{key}", secret=key), gr.Textbox(visible="hidden")
+def _study_tab(page: gr.Blocks, study: Study, voter: gr.BrowserState) -> None:
+    pair = gr.Textbox(visible="hidden")  # kept in the browser, so that a restart does not part a vote from its pair
     heading = gr.Markdown()
-    prompt = gr.Textbox(label="prompt", interactive=False)
     video = study.about["suffix"] == ".mp4"
-    with gr.Row() as row:
-        still = functools.partial(gr.Image, type="filepath", elem_classes="pair", interactive=False, buttons=[])
-        left, right = ((_clip if video else still)(label=side) for side in ("left", "right"))
-    if video:
-        gr.Button("Play both").click(None, js=PLAY)
-    with gr.Row() as answers:
-        buttons = {answer: gr.Button(text, elem_id=f"vote-{answer}") for answer, text in ANSWER_BUTTONS.items()}
-    back = gr.Button("Back to the pair before", size="sm")
-    shown = [voter, pair, heading, prompt, left, right, row, answers]
-
-    def show(voter: str | None, back_from: str | None = None) -> list[Any]:
-        voter = voter or secrets.token_hex(8)
-        order, done = study.order(voter), study.answered(voter)
-        open_ones = [p for p in order if p.pair not in done]
-        chosen = open_ones[0] if open_ones else None
-        if back_from is not None:
-            before = list(itertools.takewhile(lambda p: p.pair != back_from, order))
-            chosen = before[-1] if before else chosen
-        if chosen is None:
-            text = f"Thank you, these were all pairs.\n\n{table(study.results())}" if order else "No pair is drawn yet."
-            return [voter, "", text, "", None, None, gr.update(visible=False), gr.update(visible=False)]
-        sides = [chosen.plain, chosen.dynamic]
-        if study.on_left(voter, chosen.pair) == "dynamic":
-            sides.reverse()
-        text = f"Pair {order.index(chosen) + 1} of {len(order)}. Which one is better, as a picture of the prompt?"
-        return [voter, chosen.pair, text, chosen.prompt, *sides, gr.update(visible=True), gr.update(visible=True)]
-
-    def vote(answer: str, voter: str | None, pair: str) -> list[Any]:
-        study.vote(voter or "", pair, answer)
-        return show(voter)
-
-    free = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
-    page.load(told(show), voter, shown, **free)
-    back.click(told(show), [voter, pair], shown, **free)
+    with gr.Column() as question:
+        prompt = gr.Textbox(label="prompt", interactive=False)
+        with gr.Row():
+            still = functools.partial(gr.Image, type="filepath", elem_classes="pair", interactive=False, buttons=[])
+            left, right = ((_clip if video else still)(label=side) for side in ("left", "right"))
+        if video:
+            gr.Button("Play both").click(None, js=PLAY)
+        with gr.Row():
+            buttons = {answer: gr.Button(text, elem_id=f"vote-{answer}") for answer, text in BUTTONS.items()}
+    back = gr.Button("Back to the pair before", size="sm", elem_id="back")
+    shown = [voter, pair, heading, question, prompt, left, right]
+    free: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
+    page.load(told(functools.partial(_show, study)), voter, shown, **free)
+    back.click(told(functools.partial(_show, study)), [voter, pair], shown, **free)
     for answer, button in buttons.items():
-        button.click(told(functools.partial(vote, answer)), [voter, pair], shown, **free)
+        button.click(told(functools.partial(_vote, study, answer)), [voter, pair], shown, **free)
+
+
+def _vote(study: Study, answer: str, voter: str | None, pair: str) -> list[Any]:
+    study.vote(voter or "", pair, answer)
+    return _show(study, voter)
+
+
+def _show(study: Study, voter: str | None, before: str | None = None) -> list[Any]:
+    """The voter's next pair, or the one ``before``; at the end the results, which would sway votes earlier."""
+    voter = voter or secrets.token_hex(8)
+    order = study.order(voter)
+    chosen = study.turn(voter, order, before)
+    if chosen is None:
+        text = f"Thank you, these were all pairs.\n\n{table(study.results())}" if order else "No pair is drawn yet."
+        return [voter, "", text, gr.update(visible=False), "", None, None]
+    sides = [chosen.plain, chosen.dynamic]
+    if study.on_left(voter, chosen.pair) == "dynamic":
+        sides.reverse()
+    text = f"Pair {order.index(chosen) + 1} of {len(order)}. Which one is better, as a picture of the prompt?"
+    return [voter, chosen.pair, text, gr.update(visible=True), chosen.prompt, *sides]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import secrets
@@ -92,7 +93,7 @@ class Study:
             differ = sorted(name for name in asked.keys() | study.about if asked.get(name) != study.about.get(name))
             if differ:
                 raise ValueError(
-                    f"{folder} is a study of other settings ({', '.join(differ)} differ); name another folder with --out"
+                    f"{folder} is a study of other settings ({', '.join(differ)} differ); name another with --out"
                 )
             rows = [(study.digest("pair", text, str(seed)), text, seed) for text in prompts]
             database.executemany("INSERT OR IGNORE INTO pairs (pair, prompt, seed) VALUES (?, ?, ?)", rows)
@@ -106,7 +107,9 @@ class Study:
             ValueError: When there is none, or its database is foreign, broken or can't be read.
         """
         if not (folder / DATABASE).is_file():
-            raise ValueError(f"{folder} holds no study; make one with 'ddit study prepare --prompts FILE --out {folder}'")
+            raise ValueError(
+                f"{folder} holds no study; make one with 'ddit study prepare --prompts FILE --out {folder}'"
+            )
         with _database(folder) as database:
             return cls._read(folder, database)
 
@@ -145,10 +148,18 @@ class Study:
         """What a voter sees on the left: ``plain`` or ``dynamic``, at random but always the same."""
         return ("plain", "dynamic")[int(self.digest("side", voter, pair), 16) % 2]
 
-    def answered(self, voter: str) -> set[str]:
-        """Pairs that a voter has voted on."""
+    def turn(self, voter: str, order: Sequence[Pair], before: str | None = None) -> Pair | None:
+        """The pair to show to a voter: the first in their ``order`` that has no vote; ``None`` when all have one.
+
+        Args:
+            before: Name of a pair; then the one before that, or without such a pair the last.
+        """
+        if before is not None:
+            earlier = list(itertools.takewhile(lambda pair: pair.pair != before, order))
+            return earlier[-1] if earlier else next(iter(order), None)
         with _database(self.folder) as database:
-            return {pair for (pair,) in database.execute("SELECT pair FROM votes WHERE voter = ?", (voter,))}
+            voted = {pair for (pair,) in database.execute("SELECT pair FROM votes WHERE voter = ?", (voter,))}
+        return next((pair for pair in order if pair.pair not in voted), None)
 
     def vote(self, voter: str, pair: str, answer: str) -> None:
         """Keep an answer of `ANSWERS` at once; a second one on the same pair replaces the first.
@@ -181,7 +192,9 @@ class Study:
         """
         votes = self.votes()
         if not votes:
-            raise ValueError(f"there is no vote in {self.folder} yet; let people vote with 'ddit app --study {self.folder}'")
+            raise ValueError(
+                f"there is no vote in {self.folder} yet; let people vote with 'ddit app --study {self.folder}'"
+            )
         counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for vote in votes:
             counts[vote["pair"]][vote["choice"]] += 1
@@ -233,7 +246,7 @@ def interval(hits: Sequence[int], votes: Sequence[int], *, z: float = 1.96) -> t
     """Wilson's interval (1927) of a share, 95 % by default.
 
     Votes on one pair are not independent, so its N is Kish's effective number: as many single votes as would scatter as
-    much from pair to pair. With one vote per pair that is their number; where nothing scatters, it is that of the pairs.
+    much from pair to pair. With one vote per pair that is their number; where nothing scatters, the pairs' number.
 
     Args:
         hits, votes: Of each pair.

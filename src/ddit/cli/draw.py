@@ -235,6 +235,7 @@ class Drawing:
         """
         from ddit import generate as lib
         from ddit import outputs
+
         pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=device, preset=args.preset)
         suffix = ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
