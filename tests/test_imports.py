@@ -15,7 +15,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 # names come from api; "ddit.models" is the registry of the model files.
 GROUPS = (
     ("ddit.cli",),
-    ("ddit.train", "ddit.eval"),
+    ("ddit.train", "ddit.eval", "ddit.app"),
     ("ddit.known", "ddit.methods"),
     ("ddit.generate", "ddit.outputs"),
     ("ddit.embedded",),
@@ -74,7 +74,8 @@ IMPORTERS = {"ddit.skip": {"ddit", "ddit.api", "ddit.embedded", "ddit.generate",
 """All that import these: without ``skip=``, nothing of skipping is loaded."""
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 LAST = len(GROUPS) - 1
-PACKAGES = ("ddit.cli", "ddit.train", "ddit.eval", "ddit.embedded", "ddit.skip")  # free to import inside themselves
+PACKAGES = ("ddit.cli", "ddit.train", "ddit.eval", "ddit.app", "ddit.embedded", "ddit.skip")
+"""Free to import inside themselves."""
 
 
 def unit(module: str) -> str | None:

@@ -12,6 +12,7 @@ EXTRA_OF = {
     "prodigyopt": "train",
     "torchmetrics": "judges",
     "pyarrow": "judges",
+    "gradio": "app",
 }
 """Module that is imported only where it is needed -> the extra that brings it."""
 

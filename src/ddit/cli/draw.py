@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,10 +20,10 @@ from ddit.cli.common import (
     model_options,
     positive,
 )
-from ddit.config import FULL, PatchSchedule, Positions, Start
+from ddit.config import PatchSchedule, Positions, Start
 from ddit.extras import require
 from ddit.files import replacing, write_json
-from ddit.methods import WORDS, patches_of, skip_of
+from ddit.methods import WORDS, completed, make_method, patches_of, skip_of
 from ddit.preset import Preset
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def add_draw(commands: Any) -> None:
     generate.add_argument("prompt", nargs="?")
     generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
     model_options(generate)
-    _method_options(generate)
-    generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
+    method_options(generate)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
@@ -58,7 +57,7 @@ def add_draw(commands: Any) -> None:
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
 
 
-def _method_options(command: argparse.ArgumentParser) -> None:
+def method_options(command: argparse.ArgumentParser) -> None:
     """A flag for each of `ddit.methods.WORDS`; what is not given is the model's preset's."""
     patches = command.add_argument_group(
         "patches", "which patches the model sees in a step (default: the paper's rule)"
@@ -84,16 +83,17 @@ def _method_options(command: argparse.ArgumentParser) -> None:
     skip.add_argument(
         "--corrector", help="folder or hub id of a corrector of forecasts (default: the embedded model's; none)"
     )
+    command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
 
 
-def _words(args: argparse.Namespace) -> dict[str, Any]:
+def words_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say, by `ddit.methods.WORDS`."""
     words = {name: getattr(args, name) for name in WORDS}
     return {name: value for name, value in words.items() if value is not None}
 
 
 def _generate(args: argparse.Namespace) -> None:
-    given = _words(args)
+    given = words_of(args)
     patches_of(given, Preset())
     skip_of(given)
     out = args.out
@@ -235,23 +235,18 @@ class Drawing:
         """
         from ddit import generate as lib
         from ddit import outputs
-        from ddit.methods import make_method
 
         pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=device, preset=args.preset)
         suffix = ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
-        words, load = _words(args), {"dtype": args.dtype, "device": device}
+        words, load = completed(words_of(args), args.model, preset), {"dtype": args.dtype, "device": device}
         method = make_method(
             words,
             preset,
             load_adapter=partial(lib.load_adapter, **load),
             load_corrector=partial(lib.load_corrector, **load),
         )
-        # The clips' own does not gain at every speed.
-        if args.corrector is None and args.model == "embedded" and method.patches == FULL and method.skip is not None:
-            words["corrector"] = "embedded"
-            method = replace(method, corrector=lib.load_corrector("embedded", **load))
         settings = lib.call_settings(preset, **call_options(args))
         lib.check_call(pipe, settings)
         return cls(args, pipe, method, words, settings, suffix)
@@ -267,11 +262,13 @@ class Drawing:
 
     def asked(self, prompt: str) -> dict[str, Any]:
         """All that decides what is drawn."""
-        args = self.args
+        return {"prompt": prompt, "seeds": self.seeds, **self.setup}
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """The model, how it is called, and what makes it faster."""
         return {
-            "prompt": prompt,
-            "seeds": self.seeds,
-            "model": args.model,
+            "model": self.args.model,
             "call": self.settings,
             "method": self.words,
             "patches": self.patches.to_dict(),
