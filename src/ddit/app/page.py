@@ -6,7 +6,6 @@ import functools
 import html
 import itertools
 import secrets
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -83,19 +82,6 @@ def serve(page: gr.Blocks, study: Study | None, host: str, port: int) -> None:
     )
     print(f"open {address} in a browser; Ctrl+C ends", flush=True)
     page.block_thread()
-
-
-def check_port(host: str, port: int) -> None:
-    """Refuse an address that can't be served.
-
-    Raises:
-        ValueError: When it is taken, or not of this machine.
-    """
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"{host}:{port} can't be served ({error}); name another with --host and --port") from error
 
 
 def _draw_tab(studio: Studio, threshold: float | None, adapter: str | None) -> None:

@@ -100,6 +100,14 @@ class Study:
         return study
 
     @classmethod
+    def check(cls, folder: Path) -> None:
+        """Refuse a folder whose database is no study; one without a database will do."""
+        if (folder / DATABASE).exists():
+            with _database(folder) as database:
+                if not _is_empty(database):
+                    cls._read(folder, database)
+
+    @classmethod
     def open(cls, folder: Path) -> Study:
         """A study that is there.
 
@@ -192,9 +200,7 @@ class Study:
         """
         votes = self.votes()
         if not votes:
-            raise ValueError(
-                f"there is no vote in {self.folder} yet; let people vote with 'ddit app --study {self.folder}'"
-            )
+            raise ValueError(f"{self.folder} has no vote yet; let people vote with 'ddit app --study {self.folder}'")
         counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for vote in votes:
             counts[vote["pair"]][vote["choice"]] += 1

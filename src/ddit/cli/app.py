@@ -46,18 +46,28 @@ def add_app(commands: Any) -> None:
     results.add_argument("--out", type=Path, help="stem of .json and .csv (default: results in the study's folder)")
 
 
+def _check_address(host: str, port: int) -> None:
+    """Refuse one that is taken, or not of this machine."""
+    import socket
+
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{host}:{port} can't be served ({error}); name another with --host and --port") from error
+
+
 def _app(args: argparse.Namespace) -> None:
     check_run(args, ())
     require("gradio", "ddit app")
     require("matplotlib", "ddit app")
+    _check_address(args.host, args.port)
     from ddit.app.study import Study
 
     study = None if args.study is None else Study.open(args.study)
-    from ddit.app import page
-
-    page.check_port(args.host, args.port)
     from ddit import generate as lib
     from ddit import outputs
+    from ddit.app import page
     from ddit.app.draw import Studio
 
     load = {"dtype": args.dtype, "device": args.device}
@@ -78,6 +88,7 @@ def _prepare(args: argparse.Namespace) -> None:
     from ddit.app.study import DATABASE, Study
 
     check_run(args, [args.out / DATABASE])
+    Study.check(args.out)
     from ddit import generate as lib
     from ddit.app.draw import draw_pairs
     from ddit.progress import progress
