@@ -32,13 +32,7 @@ def train_flow(
     config: TrainingConfig,
     device: str,
 ) -> Path:
-    """Flow matching on the latents, text encoders frozen as FLUX.1's are; resumes from ``flow.pt``.
-
-    A linear layer on half-way features also tells which thing covers what. Outlines are a small part of the flow's
-    loss beside grain that nobody can predict; without this aid shapes were still unlearnt after 7,000 steps. Crops
-    around the things have the same purpose (Patch Diffusion, arXiv 2304.12526): a third of the cost, and most of what
-    a prompt decides. Where they lie depends on the prompt alone, so the velocity learnt is still the mean given it.
-    """
+    """Flow matching on the latents, text encoders frozen as FLUX.1's are; resumes from ``flow.pt``."""
     torch.manual_seed(config.seed + 3)
     parts = {"transformer": components.make_transformer(), "text": encoders, "masks": MaskHead(192, things=2)}
     model = nn.ModuleDict(parts).to(device)
@@ -50,16 +44,12 @@ def train_flow(
     around = placed(prompts)
 
     def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        size = int(rng.choice(RESOLUTIONS, p=config.mix))
-        place = str(rng.choice(list(around))) if size == max(RESOLUTIONS) and rng.random() < config.crops else None
-        among, count = (around[place], 3 * config.batches[size]) if place else (len(prompts), config.batches[size])
-        pick = np.sort(rng.choice(among, size=count))
+        size, place, pick = choose(around, config, rng)
         x, covers = torch.from_numpy(latents[size][pick].astype(np.float32)), torch.from_numpy(masks[pick]) / 255
         positions = grid_ids(math.isqrt(x.shape[1]))
         if place:
             x, covers, positions = crop(x, covers, positions, place, rng)
-        words = ids[pick].clone()
-        words[torch.from_numpy(rng.random(len(pick)) < config.unconditional)] = empty
+        words = unsaid(ids[pick], empty, config.unconditional, rng)
         # Pooling by s divides the noise by s: the same picture is as visible at a logit higher by log(s).
         mean = config.noise_mean + math.log(size / min(RESOLUTIONS))
         x, positions, words, covers = (part.to(device) for part in (x, positions, words, covers))
@@ -83,16 +73,38 @@ def train_flow(
     return export(folder / "model", model, vae)
 
 
-def placed(prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Place -> numbers of the prompts that name it."""
+def placed(prompts: Sequence[str]) -> dict[str | None, np.ndarray]:
+    """Place -> numbers of the prompts that name it; ``None`` -> all."""
     named = [named_places(prompt) for prompt in prompts]
-    return {place: np.array([i for i, n in enumerate(named) if place in n]) for place in sorted({*sum(named, ())})}
+    places = sorted({*sum(named, ())})
+    among = {place: np.array([i for i, n in enumerate(named) if place in n]) for place in places}
+    return {None: np.arange(len(prompts)), **among}
+
+
+def choose(
+    around: dict[str | None, np.ndarray], config: TrainingConfig, rng: np.random.Generator
+) -> tuple[int, str | None, np.ndarray]:
+    """What a step sees: size of the pictures, place that they are cropped to, and their numbers."""
+    size, place = int(rng.choice(RESOLUTIONS, p=config.mix)), None
+    if size == max(RESOLUTIONS) and rng.random() < config.crops:
+        place = str(rng.choice([name for name in around if name]))
+    count = config.batches[size] * (3 if place else 1)
+    return size, place, np.sort(rng.choice(around[place], size=count))
+
+
+def unsaid(words: Tensor, empty: Tensor, chance: float, rng: np.random.Generator) -> Tensor:
+    """Prompts ``[B, ...]``, some of them replaced by the empty one ``[1, ...]``, for guidance."""
+    gone = torch.from_numpy(rng.random(len(words)) < chance)
+    return torch.where(gone.reshape(-1, *[1] * (words.ndim - 1)), empty, words)
 
 
 def crop(
     x: Tensor, covers: Tensor, positions: Tensor, place: str, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`CROP` x `CROP` tokens around a place.
+    """`CROP` x `CROP` tokens around a place (Patch Diffusion, arXiv 2304.12526).
+
+    A third of the cost, and most of what a prompt decides. Where crops lie depends on the prompt alone, so the velocity
+    learnt is still the mean given it.
 
     Args:
         x: Tokens ``[B, N, C]`` of a square grid.
@@ -116,6 +128,9 @@ def crop(
 
 class MaskHead(nn.Module):
     """Which of some things covers each sixteenth of a token's area, read off the features of one block.
+
+    Outlines are a small part of the flow's loss beside grain that nobody can predict; without this aid shapes were
+    still unlearnt after 7,000 steps.
 
     Args:
         width: Of the features.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +56,10 @@ def fit(
     every: int = 200,
     clip: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Train, and go on from the checkpoint where there is one; it is named for what is trained.
+    """Train, and go on from the checkpoint where there is one.
 
     Args:
-        checkpoint: Beside it lies a log, a line of JSON per step.
+        checkpoint: Named for what is trained; beside it lies a log, a line of JSON per step.
         optimizers: With their highest learning rates.
         factor: Of these, from a step and the number of steps.
         ema: Decay of the average of the weights.
@@ -76,29 +76,35 @@ def fit(
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     first = _restore(checkpoint, model, average, optimizers)
     model.train()
-    log = checkpoint.with_suffix(".jsonl")
-    with progress(checkpoint.stem, steps, done=first) as advance, log.open("a", buffering=1) as lines:
+    log = checkpoint.with_suffix(".jsonl").open("a", buffering=1)
+    with progress(checkpoint.stem, steps, done=first) as advance, log:
         for step in range(first, steps):
             # A generator per step: a resumed run draws what an uninterrupted one would have.
             value, figures = loss(np.random.default_rng([*seed, step]))
             figures = {"loss": round(value.item(), 5), **figures}
             if not math.isfinite(figures["loss"]):
                 raise FloatingPointError(f"the loss is {figures['loss']} at step {step}; lower the learning rate")
-            model.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_([model.get_parameter(key) for key in average], clip)
-            for optimizer, rate in zip(optimizers, rates, strict=True):
-                optimizer.param_groups[0]["lr"] = rate * factor(step, steps)
-                optimizer.step()
-            decay = min(ema, (1 + step) / (10 + step))
+            _descend(value, model, clip, zip(optimizers, (rate * factor(step, steps) for rate in rates), strict=True))
             for key, mean in average.items():
-                mean.lerp_(model.get_parameter(key).detach(), 1 - decay)
+                mean.lerp_(model.get_parameter(key).detach(), 1 - min(ema, (1 + step) / (10 + step)))
             advance(**figures)
-            lines.write(json.dumps({"step": step, **figures}) + "\n")
+            log.write(json.dumps({"step": step, **figures}) + "\n")
             if (step + 1) % every == 0 or step + 1 == steps:
                 _save(checkpoint, model, average, optimizers, step + 1)
     model.eval()
     return average
+
+
+def _descend(
+    loss: Tensor, model: nn.Module, clip: float, optimizers: Iterable[tuple[torch.optim.Optimizer, float]]
+) -> None:
+    """A step of each optimizer at its learning rate."""
+    model.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer, rate in optimizers:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
 
 
 def _save(

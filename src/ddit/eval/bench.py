@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ddit.adapter import PatchAdapter
-from ddit.config import Coarse
 from ddit.eval import timing
 from ddit.generate import model_folder
 from ddit.known import compression, meta_transformer, transformer
@@ -46,7 +45,7 @@ def count(
     adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
     rows = {}
     for scale in scales:
-        call = inputs if scale == 1 else architecture.coarse_inputs(inputs, scale, Coarse())[0]
+        call = timing.call_at(architecture, inputs, scale)
         flops = architecture.count_flops(to_meta(call), scale, adapter)
         rows[scale] = {"tokens": architecture.tokens(call), "flops": flops}
     return {

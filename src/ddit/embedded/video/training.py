@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ddit.embedded.autoencoder import cached_latents, equivariant_loss, pool, to_model
 from ddit.embedded.config import FlowConfig
 from ddit.embedded.data import cached_shards
-from ddit.embedded.flow import MaskHead
+from ddit.embedded.flow import MaskHead, unsaid
 from ddit.embedded.optim import fit, make_optimizers, trapezoid
 from ddit.embedded.scenes import COLOURS
 from ddit.embedded.video import components
@@ -220,8 +220,7 @@ def train_flow(
         which = int(rng.choice(len(SCALES), p=config.mix))
         pick = np.sort(rng.choice(len(prompts), config.batches[which], replace=False))
         x = pool(torch.from_numpy(latents[pick].astype(np.float32)), SCALES[which])
-        words = told[pick].clone()
-        words[torch.from_numpy(rng.random(len(pick)) < config.unconditional)] = empty
+        words = unsaid(told[pick], empty, config.unconditional, rng)
         # Pooling by s divides the noise by s: the same clip is as visible at a logit higher by log(s).
         mean = config.noise_mean + math.log(max(SCALES) / SCALES[which])
         flow, aside = flow_loss(model, x, words, torch.from_numpy(covers[pick]) / 255, mean, config.noise_std, rng)
