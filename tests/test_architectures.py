@@ -27,10 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
+from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
 from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import first
+from ddit.patches import TokenLayout
 from ddit.schedule import StepContext
 
 
@@ -201,11 +203,10 @@ def test_positions_change_the_answer_and_centres_at_scale_one_are_the_models_own
         draw(pipe, case, num_inference_steps=2)
     inputs, answer = calls[0]
     arch, forward = architecture_for(pipe.transformer), pipe.transformer.forward
-    rows, columns = (n // arch.patch_size for n in arch.latents(inputs).shape[-2:])
-    grid, interpolated = Coarse(), Coarse(positions="interpolated")
-    with arch.placed((rows, columns), 1, interpolated):
+    noisy, grid, interpolated = arch.read(inputs), Coarse(), Coarse(positions="interpolated")
+    with arch.placed(TokenLayout.of(noisy.latents, arch.patch_size, positions="interpolated")):
         torch.testing.assert_close(first(forward(**{**inputs, "return_dict": False})), answer)
-    low = [arch.coarse_step(forward, inputs, 2, coarse) for coarse in (grid, interpolated)]
+    low = [coarse_step(arch, forward, inputs, noisy, 2, coarse) for coarse in (grid, interpolated)]
     assert low[0].shape == low[1].shape and (low[0] - low[1]).abs().max() > 1e-4
     assert not pipe.transformer.get_submodule(arch.embedding)._forward_hooks
 

@@ -161,7 +161,7 @@ def test_progressive_resolution_is_a_run_on_the_small_picture():
     with recorded(pipe) as calls:  # below ddit: what the model itself is asked
         with method.apply(pipe), recorded(pipe) as outer:
             pipe(tiny.PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **SETTINGS)
-        seen = [(architecture.latents(inputs), float(inputs["timestep"][0])) for inputs, _ in outer]
+        seen = [(architecture.read(inputs).latents, float(inputs["timestep"][0])) for inputs, _ in outer]
     small = [inputs for inputs, _ in calls if inputs["hidden_states"].shape[1] == 16]
     assert len(small) == 4 and len(calls) == len(seen) == 8
     for (z, sigma), inputs in zip(seen[:4], small, strict=True):

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from ddit import PatchAdapter
+from ddit.coarse import coarse_call
 from ddit.config import Coarse
 from ddit.known import meta_transformer
 from ddit.models import architecture_for
@@ -35,7 +36,7 @@ def call_of(model: Any, scale: int = 1, text: int = 20, **changes: Any) -> dict[
     """A call for one sample at a scale, of 8 x 12 tokens in up to two frames at scale 1."""
     architecture = architecture_for(model)
     call = {**architecture.example(2, 16, 24, text), **changes}
-    return call if scale == 1 else architecture.coarse_inputs(call, scale, Coarse())[0]
+    return call if scale == 1 else coarse_call(architecture, call, architecture.read(call), scale, Coarse()).inputs
 
 
 def on_meta(call: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +166,8 @@ def test_known_models_in_full(name, size, tera):
     """1024 x 1024 pixels, and 480 x 832 of 81 frames, with 512 tokens of text."""
     architecture = architecture_for(meta_transformer(name))
     call = architecture.example(*size, 512)
-    calls = {s: call if s == 1 else architecture.coarse_inputs(call, s, Coarse())[0] for s in (1, 2, 4)}
+    noisy = architecture.read(call)
+    calls = {1: call, **{s: coarse_call(architecture, call, noisy, s, Coarse()).inputs for s in (2, 4)}}
     assert [round(count(architecture, calls[s]) / 1e12, 1) for s in (1, 2, 4)] == list(tera)
     seconds = []
     for _ in range(3):

@@ -20,7 +20,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 # names come from api; "ddit.models" is the registry of the model files.
 GROUPS = (
     ("ddit.cli",),
-    ("ddit.train", "ddit.eval"),
+    ("ddit.train", "ddit.eval", "ddit.app"),
     ("ddit.known", "ddit.methods"),
     ("ddit.generate", "ddit.outputs"),
     ("ddit.embedded",),
@@ -28,7 +28,7 @@ GROUPS = (
     ("ddit.api",),
     ("ddit.handle", "ddit.skip"),
     ("ddit.seat", "ddit.plan", "ddit.caller"),
-    ("ddit.adapter", "ddit.caches", "ddit.run"),
+    ("ddit.adapter", "ddit.caches", "ddit.run", "ddit.coarse"),
     ("ddit.models",),
     ("ddit.models.*",),
     ("ddit.models.base",),
@@ -79,14 +79,8 @@ IMPORTERS = {"ddit.skip": {"ddit", "ddit.api", "ddit.embedded", "ddit.generate",
 """All that import these: without ``skip=``, nothing of skipping is loaded."""
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 LAST = len(GROUPS) - 1
-PACKAGES = (
-    "ddit.cli",
-    "ddit.train",
-    "ddit.eval",
-    "ddit.embedded",
-    "ddit.skip",
-    "ddit.caches",
-)  # free to import inside themselves
+PACKAGES = ("ddit.cli", "ddit.train", "ddit.eval", "ddit.app", "ddit.embedded", "ddit.skip", "ddit.caches")
+"""Free to import inside themselves."""
 
 
 def unit(module: str) -> str | None:
@@ -186,6 +180,7 @@ def test_all_groups_are_there():
 CORE = (
     "run",
     "handle",
+    "coarse",
     "seat",
     "schedule",
     "patches",
@@ -193,7 +188,7 @@ CORE = (
     "models.base",
     "models.flux",
     "adapter",
-    "caches.cache",
+    "caches",
 )
 
 

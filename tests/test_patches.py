@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from ddit.config import Start
 from ddit.patches import (
+    TokenLayout,
     coarse_input,
-    coarse_positions,
     consistent_level,
     crop,
     detail,
@@ -57,14 +58,15 @@ def test_frames_of_a_video_stay_apart():
 def test_interpolated_positions_are_the_centres(scale, origin):
     """The mean of the positions of the tokens a large patch covers."""
     rows, columns = 3, 2
-    fine = coarse_positions(origin, (rows * scale, columns * scale), 1, "grid").double()
-    centres = F.avg_pool2d(fine.permute(2, 0, 1), scale).permute(1, 2, 0)
-    torch.testing.assert_close(coarse_positions(origin, (rows, columns), scale, "interpolated").double(), centres)
+    fine = TokenLayout((rows * scale, columns * scale)).places(origin).double()
+    centres = F.avg_pool2d(rearrange(fine, "(r c) k -> k r c", r=rows * scale), scale).flatten(1).T
+    layout = TokenLayout((rows, columns), scale, "interpolated")
+    torch.testing.assert_close(layout.places(origin).double(), centres)
 
 
 def test_grid_positions_count_on_from_the_origin():
-    positions = coarse_positions((3.0, 5.0), (2, 3), 4, "grid")
-    assert positions.tolist() == [[[3, 5], [3, 6], [3, 7]], [[4, 5], [4, 6], [4, 7]]]
+    positions = TokenLayout((2, 3), 4).places((3.0, 5.0))
+    assert positions.tolist() == [[3, 5], [3, 6], [3, 7], [4, 5], [4, 6], [4, 7]]
     assert positions.dtype == torch.float32
 
 

@@ -192,7 +192,7 @@ def test_batches_hold_steps_of_plain_runs(base):
     samples, architecture = stored(base), architecture_for(tiny.transformer())
     batch = make_batch(architecture, samples, [Draw(3, 2, 5)] * 2, "cpu", torch.float32)
     latents, velocity, _ = samples.load([3], [[5]])
-    assert torch.equal(architecture.latents(batch.inputs)[0], latents[0, 0])
+    assert torch.equal(architecture.read(batch.inputs).latents[0], latents[0, 0])
     assert torch.equal(batch.target[1], velocity[0, 0]) and batch.scales == [2, 2]
     assert batch.sigma.tolist() == pytest.approx([samples.sigmas[5]] * 2)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ddit.adapter import PatchAdapter
 from ddit.caches import Cache
 from ddit.caller import Current, adds_noise, calling_pipeline, run_of
-from ddit.models.base import Architecture, Inputs, first, to_meta
+from ddit.coarse import coarse_call, coarse_step
+from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first, to_meta
 from ddit.plan import Plan
 from ddit.report import Report
 from ddit.run import RunState
@@ -159,14 +160,13 @@ class Handle:
         arch = seat.architecture
         inputs = arch.bind(args, kwargs)
         self._current.follow(calling_pipeline(arch.transformer) or self.plan.pipe, self._start_over)
-        told = arch.sigma(inputs)
-        sigma = self._current.sigma(told)
-        obstacle = arch.obstacle(inputs)
-        if obstacle is not None:
-            return self._plain_step(seat, inputs, sigma, obstacle, args, kwargs)
-        z = arch.latents(inputs)
+        try:
+            noisy = arch.read(inputs)
+        except UnsupportedCall as reason:
+            return self._plain_step(seat, inputs, str(reason), args, kwargs)
+        z, sigma = noisy.latents, self._current.sigma(noisy.sigma)
         if not self._state.repeats(z, sigma):
-            self._begin(arch, inputs, self._state.continues(z, sigma))
+            self._begin(arch, inputs, noisy, self._state.continues(z, sigma))
             with torch.no_grad():
                 self._state.decide(z, sigma, arch.patch_size)
             if self._state.broken:
@@ -174,50 +174,42 @@ class Handle:
                     "the latents hold NaN or infinity: every step is full from here on, as broken as it is without ddit"
                 )
         scales = self._state.pass_scales()
-        size = (z.shape[-2], z.shape[-1])
         if set(scales) == {1}:
             answer = self._full(seat, range(len(z)), *args, **kwargs)
-            velocity = arch.velocity(first(answer), size)
-            self._state.record(velocity.detach(), scales, time.perf_counter() - started)
-            return answer
-        velocity = self._mixed_step(seat, inputs, scales, (z, told))
+            velocity = arch.velocity(first(answer), z.shape[2:])
+        else:
+            velocity = self._mixed_step(seat, inputs, noisy, scales)
+            answer = arch.answer(velocity.to(z.dtype), inputs)
         self._state.record(velocity.detach(), scales, time.perf_counter() - started)
-        return arch.answer(velocity.to(z.dtype), inputs)
+        return answer
 
-    def _mixed_step(self, seat: Seat, inputs: Inputs, scales: Sequence[int], noisy: tuple[Tensor, Tensor]) -> Tensor:
-        """One call with a scale for each sample: samples of one scale run together. ``[B, C, ..., H, W]``, float32.
-
-        Args:
-            noisy: Latents and noise level of the call.
-        """
+    def _mixed_step(self, seat: Seat, inputs: Inputs, noisy: Noisy, scales: Sequence[int]) -> Tensor:
+        """One call with a scale for each sample: samples of one scale run together. ``[B, C, ..., H, W]``, float32."""
         groups: dict[int, list[int]] = defaultdict(list)
         for sample, scale in enumerate(scales):
             groups[scale].append(sample)
-        parts = [self._group(seat, inputs, scale, samples, noisy) for scale, samples in groups.items()]
+        parts = [self._group(seat, inputs, noisy, scale, samples) for scale, samples in groups.items()]
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([sample for samples in groups.values() for sample in samples])
         return torch.cat(parts)[order.argsort()]
 
-    def _group(
-        self, seat: Seat, inputs: Inputs, scale: int, samples: list[int], noisy: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _group(self, seat: Seat, inputs: Inputs, noisy: Noisy, scale: int, samples: list[int]) -> Tensor:
         """Velocity of samples of one scale."""
-        arch, (z, sigma) = seat.architecture, noisy
-        rows = inputs
-        if len(samples) < len(z):
-            rows, z, sigma = arch.rows(inputs, samples), z[samples], sigma[samples]
+        arch = seat.architecture
+        if len(samples) < len(noisy.latents):
+            inputs, noisy = arch.rows(inputs, samples), noisy.rows(samples)
         if scale == 0:
-            return self._state.forecast(samples, z, sigma)
+            return self._state.forecast(samples, noisy.latents, noisy.sigma)
         if scale == 1:
-            size = (z.shape[-2], z.shape[-1])
-            return arch.velocity(first(self._full(seat, samples, **rows)), size).float()
-        return arch.coarse_step(
+            return arch.velocity(first(self._full(seat, samples, **inputs)), noisy.latents.shape[2:]).float()
+        return coarse_step(
+            arch,
             self._forward(seat, scale, samples),
-            rows,
+            inputs,
+            noisy,
             scale,
             self.plan.coarse,
-            noisy=(z, sigma),
             variance=self.plan.variance.get(scale),
             adapter=self.adapter,
         )
@@ -244,16 +236,16 @@ class Handle:
         )
 
     def _plain_step(
-        self, seat: Seat, inputs: Inputs, sigma: float, obstacle: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, seat: Seat, inputs: Inputs, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A call that can't run with large patches: say so once, and record it."""
         started = time.perf_counter()
-        tokens = inputs[seat.architecture.batched[0]]
+        tokens, sigma = inputs[seat.architecture.batched[0]], self._current.sigma(seat.architecture.sigma(inputs))
         if not self._state.repeats(tokens, sigma):
-            self._begin(seat.architecture, inputs, self._state.continues(tokens, sigma))
+            self._begin(seat.architecture, inputs, None, self._state.continues(tokens, sigma))
             self._state.force(tokens, sigma)
-        self._state.forced = obstacle
-        self._warn(f"ddit keeps every step full: {obstacle}")
+        self._state.forced = reason
+        self._warn(f"ddit keeps every step full: {reason}")
         answer = self._full(seat, range(len(tokens)), *args, **kwargs)
         self._state.passes += 1
         self._state.add_seconds(time.perf_counter() - started)
@@ -267,17 +259,21 @@ class Handle:
 
     # Runs
 
-    def _begin(self, arch: Architecture, inputs: Inputs, continues: bool) -> None:
-        """Start over if a call does not continue the run under way."""
+    def _begin(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None, continues: bool) -> None:
+        """Start over if a call does not continue the run under way.
+
+        Args:
+            noisy: What the call is about; ``None`` where it can't run with large patches.
+        """
         if not continues:
             self._start_over()
         if not self._current.begun:
             self._refuse_shared_cache()
             self._drawing.add(threading.get_ident())
-            self._current.state = self._new_run(arch, inputs)
+            self._current.state = self._new_run(arch, inputs, noisy)
             self._current.begun = True
-        elif len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
-            self._state.examples = self._examples(arch, inputs)
+        elif noisy is not None and len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
+            self._state.examples = self._examples(arch, inputs, noisy)
 
     def _refuse_shared_cache(self) -> None:
         """Caches of other libraries reset all their states when a run ends, those of other threads too."""
@@ -288,45 +284,34 @@ class Handle:
                 "put a lock around the pipeline's call, or leave the cache out"
             )
 
-    def _new_run(self, arch: Architecture, inputs: Inputs) -> RunState:
+    def _new_run(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> RunState:
         plan, scheduler = self.plan, self._current.scheduler
         total, sigmas = run_of(scheduler, getattr(self._current.pipe, "_num_timesteps", None))
-        examples = self._examples(arch, inputs)
         deterministic = not adds_noise(scheduler)
-        readable = arch.obstacle(inputs) is None
         if not deterministic and (plan.make_skipper is not None or getattr(plan.policy, "needs_statistics", False)):
             self._warn(
                 f"{type(scheduler).__name__} adds noise of its own, so that latents do not tell what comes next: "
                 "ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
             )
-        skipper, correction = None, 0
-        if plan.corrector is not None and readable:
-            correction = plan.corrector.count_flops(arch.latents(inputs))
-        costs: dict[int, float] = {}
+        examples, costs, skipper, correction = self._examples(arch, inputs, noisy), {}, None, 0
+        if plan.corrector is not None and noisy is not None:
+            correction = plan.corrector.count_flops(noisy.latents)
         if plan.make_skipper is not None:
             flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
             costs = {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}}
             skipper = plan.make_skipper(correction / flops[1])
-        return RunState(
-            plan.policy,
-            plan.measure,
-            skipper,
-            deterministic,
-            total,
-            sigmas,
-            costs,
-            examples=examples,
-            correction_flops=correction,
-        )
+        state = RunState(plan.policy, plan.measure, skipper, deterministic, total, sigmas, costs)
+        state.examples, state.correction_flops = examples, correction
+        return state
 
-    def _examples(self, arch: Architecture, inputs: Inputs) -> dict[int, Inputs]:
+    def _examples(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> dict[int, Inputs]:
         """Inputs of one sample at every scale, without data: from these, costs are counted when asked for."""
         one = arch.rows(inputs, [0])
-        if arch.obstacle(inputs) is not None:
+        if noisy is None:
             return {1: to_meta(one)}
         scales = [s for s in self.plan.policy.scales if s > 1]
         with torch.no_grad():
-            coarse = {s: arch.coarse_inputs(one, s, self.plan.coarse)[0] for s in scales}
+            coarse = {s: coarse_call(arch, one, noisy.rows([0]), s, self.plan.coarse).inputs for s in scales}
         return {s: to_meta(example) for s, example in {1: one, **coarse}.items()}
 
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

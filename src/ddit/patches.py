@@ -8,6 +8,7 @@ s the scale. A patch of size ``s p`` is a patch of size p after resizing it to `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, reduce
 
 import torch
@@ -46,20 +47,27 @@ def crop(z: Tensor, height: int, width: int) -> Tensor:
     return z if z.shape[-2:] == (height, width) else z[..., :height, :width]
 
 
-def coarse_positions(origin: tuple[float, float], grid: tuple[int, int], scale: int, mode: Positions) -> Tensor:
-    """Rows and columns of the large patches.
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which latent pixels each token covers: squares, ``scale`` times as wide as the model's own patches."""
 
-    Args:
-        origin: Position (row, column) of the grid's first token.
-        grid: Tokens (rows, columns) of the large patches' grid.
-        mode: ``grid`` counts on from the origin by one; ``interpolated`` gives the patches' centres.
+    grid: tuple[int, int]
+    """Rows and columns of tokens."""
+    scale: int = 1
+    positions: Positions = "grid"
+    """``grid`` counts on by one from token to token, as on a smaller image; ``interpolated`` gives centres."""
 
-    Returns:
-        ``[rows, columns, 2]`` float32.
-    """
-    step, offset = (scale, (scale - 1) / 2) if mode == "interpolated" else (1, 0.0)
-    rows, columns = (first + offset + step * torch.arange(n) for first, n in zip(origin, grid, strict=True))
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).float()
+    @classmethod
+    def of(cls, latents: Tensor, patch: int, scale: int = 1, positions: Positions = "grid") -> TokenLayout:
+        """Of latents ``[B, C, ..., H, W]`` that are cut into ``patch x patch`` squares, of the coarse grid if s > 1."""
+        height, width = latents.shape[-2:]
+        return cls((height // patch, width // patch), scale, positions)
+
+    def places(self, origin: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+        """Row and column of each token ``[N, 2]``, float32, where the model's own patches count on from ``origin``."""
+        step, offset = (self.scale, (self.scale - 1) / 2) if self.positions == "interpolated" else (1, 0.0)
+        axes = (begin + offset + step * torch.arange(n) for begin, n in zip(origin, self.grid, strict=True))
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float().flatten(0, 1)
 
 
 @cache
@@ -190,6 +198,12 @@ def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | Non
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """``[B] -> [B, 1, ..., 1]`` with as many axes as ``like``, in its dtype."""
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def pool_tokens(x: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
+    """Mean over the tokens of a grid (rows, columns) that a large patch covers: ``[B, N, D] -> [B, N/s s, D]``."""
+    z = pad_to_multiple(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), scale)
+    return rearrange(F.avg_pool2d(z, scale), "b d h w -> b (h w) d")
 
 
 def where_rows(chosen: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddit import __version__
+from ddit.cli.app import add_app
 from ddit.cli.common import add_command, add_flag, check_outputs, check_writable, command_line, environment
 from ddit.cli.draw import add_draw
 from ddit.cli.embedded import add_embedded
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     add_draw(commands)
+    add_app(commands)
     add_measure(commands)
 
     learn = add_command(

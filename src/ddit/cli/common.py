@@ -95,7 +95,7 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**{k: v for k, v in given.items() if v is not None}, **dict(args.call)}
 
 
-def method_words(args: argparse.Namespace) -> dict[str, Any]:
+def words_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say, by `ddit.methods.WORDS`."""
     words = {name: getattr(args, name) for name in WORDS}
     return {name: value for name, value in words.items() if value is not None}

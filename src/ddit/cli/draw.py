@@ -14,9 +14,9 @@ from ddit.cli.common import (
     check_run,
     command_line,
     environment,
-    method_words,
     model_options,
     positive,
+    words_of,
 )
 from ddit.config import Coarse, PatchSchedule, SkipSchedule
 from ddit.extras import require
@@ -37,8 +37,7 @@ def add_draw(commands: Any) -> None:
     generate.add_argument("prompt", nargs="?")
     generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
     model_options(generate)
-    _method_options(generate)
-    generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
+    method_options(generate)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
@@ -53,7 +52,7 @@ def add_draw(commands: Any) -> None:
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
 
 
-def _method_options(command: argparse.ArgumentParser) -> None:
+def method_options(command: argparse.ArgumentParser) -> None:
     """A flag for each of `ddit.methods.WORDS`; what is not given is the model's preset's."""
     patches = command.add_argument_group(
         "patches", "which patches the model sees in a step (default: the paper's rule)"
@@ -70,6 +69,7 @@ def _method_options(command: argparse.ArgumentParser) -> None:
     skip.add_argument(
         "--corrector", help="folder or hub id of a corrector of forecasts (default: the embedded model's; none)"
     )
+    command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
 
 
 RULE_HELP = {
@@ -88,7 +88,7 @@ SKIP_HELP = {
 
 
 def _generate(args: argparse.Namespace) -> None:
-    given = method_words(args)
+    given = words_of(args)
     patches_of(given, Preset())
     skip_of(given)
     out = args.out

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ddit import generate as lib
 from ddit import outputs
-from ddit.cli.common import call_options, command_line, environment, method_words
-from ddit.config import FULL, PatchSchedule
+from ddit.cli.common import call_options, command_line, environment, words_of
+from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
 from ddit.files import replacing
-from ddit.methods import make_method
+from ddit.methods import completed, make_method
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,13 @@ class Drawing:
         suffix = ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
-        words, load = method_words(args), {"dtype": args.dtype, "device": device}
+        words, load = completed(words_of(args), args.model, preset), {"dtype": args.dtype, "device": device}
         method = make_method(
             words,
             preset,
             load_adapter=partial(lib.load_adapter, **load),
             load_corrector=partial(lib.load_corrector, **load),
         )
-        # The clips' own does not gain at every speed.
-        if args.corrector is None and args.model == "embedded" and method.patches == FULL and method.skip is not None:
-            words["corrector"] = "embedded"
-            method = replace(method, corrector=lib.load_corrector("embedded", **load))
         settings = lib.call_settings(preset, **call_options(args))
         lib.check_call(pipe, settings)
         return cls(args, pipe, method, words, settings, suffix)
@@ -65,12 +61,14 @@ class Drawing:
 
     def asked(self, prompt: str) -> dict[str, Any]:
         """All that decides what is drawn."""
-        args = self.args
+        return {"prompt": prompt, "seeds": self.seeds, **self.setup}
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """The model, how it is called, and what makes it faster."""
         patches: Any = self.method.patches  # never a policy of one's own
         return {
-            "prompt": prompt,
-            "seeds": self.seeds,
-            "model": args.model,
+            "model": self.args.model,
             "call": self.settings,
             "method": self.words,
             "patches": patches.to_dict(),

@@ -170,7 +170,7 @@ def plain_runs(
         for i in range(len(prompts))
         for (signal, answer), (later, new) in pairwise(steps)
     ]
-    clean = architecture.latents({**calls[-1][0], architecture.batched[0]: latents[-1]})
+    clean = architecture.read({**calls[-1][0], architecture.batched[0]: latents[-1]}).latents
     detail = {s: detail_variance(clean, s, architecture.patch_size).tolist() for s in scales}
     return Plain(pictures, changes, detail)
 

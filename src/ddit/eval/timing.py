@@ -16,6 +16,7 @@ from torch.profiler import profile, record_function
 
 from ddit.adapter import PatchAdapter
 from ddit.api import apply
+from ddit.coarse import coarse_call, coarse_step
 from ddit.config import Coarse, FixedSchedule, PatchSchedule
 from ddit.memory import with_peak
 from ddit.models.base import Architecture, Inputs, first, to_meta
@@ -65,18 +66,17 @@ def step_forms(
     """One step at each scale as ``"1"``, ``"2"``, ...; the call of the model inside it alone as ``"2, model"``; with an
     adapter, which must be attached, also ``"2, adapter"``.
     """
-    forward, free = architecture.transformer.forward, Coarse()
+    forward, free, noisy = architecture.transformer.forward, Coarse(), architecture.read(inputs)
 
     def step(scale: int, coarse: Coarse, adapter: PatchAdapter | None = None) -> Callable[[], Tensor]:
-        return lambda: architecture.coarse_step(forward, inputs, scale, coarse, adapter=adapter)
+        return lambda: coarse_step(architecture, forward, inputs, noisy, scale, coarse, adapter=adapter)
 
     def model(scale: int) -> Callable[[], Any]:
-        call, small = architecture.coarse_inputs(inputs, scale, free)
-        grid = (small.shape[-2] // architecture.patch_size, small.shape[-1] // architecture.patch_size)
+        call = coarse_call(architecture, inputs, noisy, scale, free)
 
         def alone() -> Any:
-            with architecture.placed(grid, scale, free):
-                return forward(**call)
+            with architecture.placed(call.layout):
+                return forward(**call.inputs)
 
         return alone
 
@@ -113,7 +113,7 @@ def step_costs(
         ``utilisation`` (of the speed at which the machine multiplies large matrices). And what
         deciding and recording take of a full step, by the rule, and with skipping.
     """
-    z = architecture.latents(inputs)
+    z = architecture.read(inputs).latents
     device, batch = z.device, len(z)
     one = architecture.rows(inputs, [0])
     flops = {s: architecture.count_flops(to_meta(call_at(architecture, one, s))) for s in (1, *scales)}
@@ -145,7 +145,9 @@ def step_costs(
 
 def call_at(architecture: Architecture, inputs: Inputs, scale: int) -> Inputs:
     """The call of the transformer in a step at a scale, without an adapter."""
-    return inputs if scale == 1 else architecture.coarse_inputs(inputs, scale, Coarse())[0]
+    if scale == 1:
+        return inputs
+    return coarse_call(architecture, inputs, architecture.read(inputs), scale, Coarse()).inputs
 
 
 def matrix(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
@@ -216,7 +218,7 @@ def run_costs(
         inputs: As for `step_costs`.
         schedule: Scale of every step.
     """
-    transformer, device = architecture.transformer, architecture.latents(inputs).device
+    transformer, device = architecture.transformer, architecture.read(inputs).latents.device
     plain = transformer.forward
     # Applied once: compiled blocks would be compiled anew each time that an adapter is attached.
     with apply(transformer, patches=FixedSchedule(steps=tuple(schedule)), adapter=adapter) as handle:
@@ -242,11 +244,10 @@ def euler(architecture: Architecture, inputs: Inputs, steps: int, call: Callable
     Args:
         call: The transformer, or its own forward.
     """
-    z = architecture.latents(inputs)
-    size = (z.shape[-2], z.shape[-1])
+    z = architecture.read(inputs).latents
     for now, after in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         there = architecture.renoised(inputs, z, torch.full((len(z),), now, device=z.device))
-        velocity = architecture.velocity(first(call(**there)), size)
+        velocity = architecture.velocity(first(call(**there)), z.shape[2:])
         z = z + (after - now) * velocity
     return z
 
@@ -277,7 +278,7 @@ def trace(
     architecture: Architecture, inputs: Inputs, scales: Sequence[int], adapter: PatchAdapter | None, path: Path
 ) -> None:
     """A step at each scale in a trace for https://ui.perfetto.dev; arguments as for `step_costs`."""
-    now = clock(architecture.latents(inputs).device)
+    now = clock(architecture.read(inputs).latents.device)
     with _attached(adapter, architecture.transformer):
         forms = step_forms(architecture, inputs, scales, adapter)
         for form in forms.values():

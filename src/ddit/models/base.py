@@ -1,6 +1,6 @@
-"""What an architecture must supply, and the coarse step that is the same for all of them.
+"""What an architecture must supply: data about its layers, and how a call is read, written and answered.
 
-Letters: B samples, C channels, H and W latent height and width, s the scale, sigma the noise level in (0, 1].
+Letters: B samples, C channels, H and W latent height and width, N tokens, s the scale, sigma the noise level in (0, 1].
 """
 
 from __future__ import annotations
@@ -8,64 +8,71 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ddit.config import Coarse
 from ddit.models.flops import Costs, count
-from ddit.patches import (
-    coarse_input,
-    crop,
-    detail_velocity,
-    grow,
-    low_velocity,
-    pack,
-    pad_to_multiple,
-    patch_features,
-    unpack,
-)
+from ddit.patches import TokenLayout, pack, unpack
 
 Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
 
 
-class Adapter(Protocol):
-    """What a coarse step needs of `ddit.adapter.PatchAdapter`."""
+class UnsupportedCall(Exception):
+    """A call that can't run with large patches; the message says why."""
 
-    config: Any
-    inputs: dict[int, int]
 
-    def attach(self, transformer: nn.Module) -> Any: ...
+@dataclass(frozen=True)
+class Noisy:
+    """What a call is about."""
 
-    def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
+    latents: Tensor
+    """``[B, C, ..., H, W]``"""
+    sigma: Tensor
+    """``[B]``, float32"""
+    condition: Tensor | None = None
+    """What the model is given on the latents' grid beside them ``[B, K, ..., H, W]``; without noise, pooled."""
+
+    def rows(self, samples: Sequence[int]) -> Noisy:
+        """Some samples of the batch only."""
+        if len(samples) == len(self.latents):
+            return self
+        some = list(samples)
+        condition = None if self.condition is None else self.condition[some]
+        return Noisy(self.latents[some], self.sigma[some], condition)
 
 
 class Architecture(ABC):
-    """Facts about one family of transformers. An instance serves one transformer and may cache what it reads.
+    """One family of transformers: data, and four methods (`read`, `write`, `velocity`, `output`).
 
-    The model must predict the velocity ``v = eps - x`` of ``z = (1 - sigma) x + sigma eps``.
+    The model must predict the velocity ``v = eps - x`` of ``z = (1 - sigma) x + sigma eps``, or what `velocity` turns
+    into it. An instance serves one transformer and may cache what it reads.
     """
 
-    patch_size: ClassVar[int]
+    patch_size: ClassVar[int] = 2
     """Height and width of the model's own patches, in latent pixels."""
+    time_scale: ClassVar[float] = 1.0
+    """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
     """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
     embedding: ClassVar[str]
     """Name of the layer that makes tokens from patches."""
-    head: ClassVar[str]
+    head: ClassVar[str] = "proj_out"
     """Name of the layer that makes patches from tokens."""
-    feed_forward_names: ClassVar[re.Pattern[str]]
-    """Names of the linear layers of the feed-forward parts, in every block."""
-
-    block_lists: ClassVar[tuple[str, ...]]
+    rope: ClassVar[str | None] = None
+    """Name of the module that derives positions from a call's shape, see `rotary`; ``None`` where calls tell them."""
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """Names of the lists of blocks, in the order in which they run."""
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
     """Names of their lengths in the configuration."""
+    feed_forward_names: ClassVar[re.Pattern[str]]
+    """Names of the linear layers of the feed-forward parts, in every block."""
     text_tokens: ClassVar[int] = 512
     """Tokens of a prompt by the pipeline's default."""
     costs: ClassVar[Costs]
@@ -78,68 +85,112 @@ class Architecture(ABC):
         self._signature = inspect.signature(type(transformer).forward)
         self._counted: dict[Any, int] = {}
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-        """Name every argument of a call of ``transformer.forward``."""
-        bound = self._signature.bind(self.transformer, *args, **kwargs).arguments
-        return dict(list(bound.items())[1:])
+    # What a family must say
 
     @abstractmethod
-    def obstacle(self, inputs: Inputs) -> str | None:
-        """Why this call can't run with large patches, or ``None``."""
+    def read(self, inputs: Inputs) -> Noisy:
+        """What a call is about, latents as a view where possible.
+
+        Raises:
+            UnsupportedCall: Where it can't run with large patches.
+        """
+
+    @abstractmethod
+    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
+        """The same call about other latents, whose tokens lie as ``layout`` says; its answer is a tuple."""
+
+    @abstractmethod
+    def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        """The model's output as a velocity ``[B, C, ..., H, W]``; ``size`` is (..., H, W) of the latents."""
+
+    @abstractmethod
+    def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
+        """The inverse of `velocity`, as the model answers the call ``inputs``."""
 
     @abstractmethod
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         """A call for one sample, to count and to time.
 
         Args:
-            frames, height, width: Of the latents; pictures have one frame.
+            frames, height, width: Of the latents; images have one frame.
             text: Tokens of the prompt.
         """
 
-    @abstractmethod
-    def latents(self, inputs: Inputs) -> Tensor:
-        """The noisy latents ``[B, C, ..., H, W]`` of a call, a view where possible."""
+    # What a family may say
 
-    @abstractmethod
     def sigma(self, inputs: Inputs) -> Tensor:
-        """The noise level ``[B]`` of a call, float32."""
+        """The noise level ``[B]`` of any call, float32."""
+        return inputs["timestep"].float() / self.time_scale
 
-    @abstractmethod
-    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, coarse: Coarse) -> Inputs:
-        """Inputs of the same call on a coarse grid: ``latents [B, C, ..., H/s, W/s]`` at noise level ``sigma [B]``."""
+    def rotary(self, layout: TokenLayout, args: tuple[Any, ...], output: Any) -> Any:
+        """What the module `rope` answers to ``args`` where tokens lie as in ``layout``, instead of ``output``."""
+        raise NotImplementedError
 
-    def placed(self, grid: tuple[int, int], scale: int, coarse: Coarse) -> AbstractContextManager[Any]:
-        """The call of the model inside the block is on the coarse ``grid`` (rows, columns of tokens).
+    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
+        """What TeaCache watches: the modulated input of the first block.
 
-        For models that derive positions themselves; those that are told them need nothing here.
+        Args:
+            block: The first one.
+            argument: Gives one of its arguments by name.
         """
-        return nullcontext()
+        raise ValueError(f"TeaCache does not know {type(self.transformer).__name__}; take another cache")
 
-    @abstractmethod
+    def teacache_coefficients(self) -> tuple[float, ...] | None:
+        """Published for this model (https://github.com/ali-vilab/TeaCache), or ``None``."""
+        return None
+
+    # What follows
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+        """Name every argument of a call of ``transformer.forward``."""
+        bound = self._signature.bind(self.transformer, *args, **kwargs).arguments
+        return dict(list(bound.items())[1:])
+
+    def rows(self, inputs: Inputs, samples: Sequence[int]) -> Inputs:
+        """The call for some samples of the batch only."""
+        rows = torch.tensor(list(samples))
+        return {k: _walk(v, lambda t: t[rows.to(t.device)]) if k in self.batched else v for k, v in inputs.items()}
+
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
-        """Inputs of the same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""
+        """The same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""
+        noisy = replace(self.read(inputs), latents=latents, sigma=sigma)
+        return self.write(inputs, noisy, TokenLayout.of(latents, self.patch_size))
 
-    @abstractmethod
-    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        """The model's output as a velocity ``[B, C, ..., H, W]``; ``size`` is (H, W)."""
+    def answer(self, velocity: Tensor, inputs: Inputs) -> Any:
+        """A velocity ``[B, C, ..., H, W]`` in the form that the caller of the transformer expects."""
+        output = self.output(velocity, inputs)
+        return Transformer2DModelOutput(sample=output) if inputs.get("return_dict", True) else (output,)
 
-    @abstractmethod
-    def output(self, velocity: Tensor) -> Tensor:
-        """The inverse of `velocity`."""
+    @contextmanager
+    def placed(self, layout: TokenLayout) -> Iterator[None]:
+        """The call of the model inside the block has its tokens where ``layout`` says.
 
-    @abstractmethod
+        Positions that count on by one are what a model derives from the shape; others take their place.
+        """
+        if self.rope is None or layout.positions == "grid":
+            yield
+            return
+        module = self.transformer.get_submodule(self.rope)
+        handle = module.register_forward_hook(lambda _, args, output: self.rotary(layout, args, output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def tokens(self, inputs: Inputs) -> int:
-        """Number of picture tokens of one sample."""
+        """Number of image tokens of one sample, those of reference images too."""
+        x = inputs[self.batched[0]]
+        return x.shape[1] if x.ndim == 3 else x[0, 0].numel() // self.patch_size**2
 
     @property
     def channels(self) -> int:
         """Channels of the latents."""
-        return self.layer(self.head).out_features // self.patch_size**2
+        return self.features // self.patch_size**2
 
     @property
     def features(self) -> int:
         """Features of one token of the model's own patches."""
-        return self.channels * self.patch_size**2
+        return self.layer(self.head).out_features
 
     @property
     def width(self) -> int:
@@ -162,88 +213,12 @@ class Architecture(ABC):
         """The transformer's blocks in the order in which they run."""
         return [block for name in self.block_lists for block in self.transformer.get_submodule(name).children()]
 
-    @abstractmethod
-    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
-        """What TeaCache watches: the modulated input of the first block.
-
-        Args:
-            block: The first one.
-            argument: Gives one of its arguments by name.
-        """
-
-    def teacache_coefficients(self) -> tuple[float, ...] | None:
-        """Published for this model (https://github.com/ali-vilab/TeaCache), or ``None``."""
-        return None
-
-    def answer(self, velocity: Tensor, inputs: Inputs) -> Any:
-        """A velocity ``[B, C, ..., H, W]`` in the form that the caller of the transformer expects."""
-        tokens = self.output(velocity)
-        return Transformer2DModelOutput(sample=tokens) if inputs.get("return_dict", True) else (tokens,)
-
-    def rows(self, inputs: Inputs, index: list[int]) -> Inputs:
-        """The call for some samples of the batch only."""
-        rows = torch.tensor(index)
-        return {k: _take(v, rows) if k in self.batched else v for k, v in inputs.items()}
-
-    def coarse_inputs(self, inputs: Inputs, scale: int, coarse: Coarse) -> tuple[Inputs, Tensor]:
-        """Inputs of a call at ``scale``, and the shrunk latents among them in float32."""
-        return self._coarse_call(inputs, self.latents(inputs), self.sigma(inputs), scale, coarse)
-
-    def _coarse_call(
-        self, inputs: Inputs, z: Tensor, sigma: Tensor, scale: int, coarse: Coarse
-    ) -> tuple[Inputs, Tensor]:
-        padded = pad_to_multiple(z.float(), scale * self.patch_size)
-        small, level = coarse_input(padded, sigma, scale, self.patch_size, coarse.start)
-        return self.coarse(inputs, small.to(z.dtype), level, scale, coarse), small
-
-    def coarse_step(
-        self,
-        forward: Callable[..., Any],
-        inputs: Inputs,
-        scale: int,
-        coarse: Coarse,
-        *,
-        noisy: tuple[Tensor, Tensor] | None = None,
-        variance: Tensor | None = None,
-        adapter: Adapter | None = None,
-    ) -> Tensor:
-        """The model's answer to a call, computed with patches ``scale`` times as large (paper, section 3.2).
-
-        Args:
-            forward: The transformer's own forward.
-            coarse: How; an adapter's own form where there is one.
-            noisy: The call's latents ``[B, C, ..., H, W]`` and noise level ``[B]``, where they have been read already.
-            variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
-            adapter: Adds what it learnt, attached to the transformer.
-
-        Returns:
-            Velocity ``[B, C, ..., H, W]``, float32.
-        """
-        z, sigma = noisy or (self.latents(inputs), self.sigma(inputs))
-        padded = pad_to_multiple(z.float(), scale * self.patch_size)
-        call, small = self._coarse_call(inputs, z, sigma, scale, coarse)
-        height, width = small.shape[-2:]
-        grid = (height // self.patch_size, width // self.patch_size)
-        seen: AbstractContextManager[Any] = nullcontext()
-        if adapter is not None:
-            features = patch_features(padded, sigma, scale, coarse.start)
-            seen = adapter.at(scale, pack(features, scale * self.patch_size))
-        with self.placed(grid, scale, coarse), seen as learnt:
-            output = self.velocity(first(forward(**call)), (height, width)).float()
-        pooled = low_velocity(small, output, sigma, scale, coarse.start)
-        velocity = grow(pooled, scale, self.patch_size, coarse.start)
-        if coarse.start == "noise-consistent":
-            velocity = velocity + detail_velocity(padded, sigma, scale, variance)
-        if learnt is not None:
-            velocity = velocity + unpack(learnt.correction.float(), scale * self.patch_size, padded.shape)
-        return crop(velocity, *z.shape[-2:])
-
-    def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Adapter | None = None) -> int:
+    def count_flops(self, inputs: Inputs, scale: int = 1, adapter: Any = None) -> int:
         """Floating-point operations of one call, in closed form (`ddit.models.flops`).
 
         Args:
             inputs: Arguments at this scale.
-            adapter: Counted along at scales above 1.
+            adapter: A `ddit.PatchAdapter`, counted along at scales above 1.
         """
         config = None if adapter is None or scale == 1 else adapter.config
         shapes = [(name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor)]
@@ -254,16 +229,33 @@ class Architecture(ABC):
 
 
 class PackedArchitecture(Architecture):
-    """One whose pipeline packs squares of latent pixels into tokens ``[B, N, C p p]`` for the transformer."""
+    """One whose pipeline packs squares of latent pixels into tokens ``[B, N, C p p]`` for the transformer.
 
-    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        return unpack(output, self.patch_size, (len(output), self.channels, *size))
+    Further features of a token are a condition. Tokens behind those of the grid are reference images', which stay.
+    """
 
-    def output(self, velocity: Tensor) -> Tensor:
-        return pack(velocity, self.patch_size)
+    def unpacked(self, tokens: Tensor, sigma: Tensor, grid: tuple[int, int]) -> Noisy:
+        """What tokens ``[B, N + references, (C + K) p p]`` say about a grid of (rows, columns)."""
+        rows, columns = grid
+        height, width = rows * self.patch_size, columns * self.patch_size
+        channels = tokens.shape[-1] // self.patch_size**2
+        z = unpack(tokens[:, : rows * columns], self.patch_size, (len(tokens), channels, height, width))
+        return Noisy(z[:, : self.channels], sigma, z[:, self.channels :] if channels > self.channels else None)
 
-    def tokens(self, inputs: Inputs) -> int:
-        return inputs[self.batched[0]].shape[1]
+    def packed(self, noisy: Noisy, references: Tensor) -> Tensor:
+        """The inverse, with the tokens ``[B, references, (C + K) p p]`` behind."""
+        parts = [noisy.latents] if noisy.condition is None else [noisy.latents, noisy.condition.to(noisy.latents)]
+        tokens = pack(torch.cat(parts, dim=1), self.patch_size)
+        return torch.cat([tokens, references.to(tokens)], dim=1) if references.shape[1] else tokens
+
+    def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        count = size[0] * size[1] // self.patch_size**2
+        return unpack(output[:, :count], self.patch_size, (len(output), self.channels, *size))
+
+    def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
+        tokens = pack(velocity, self.patch_size)
+        others = inputs[self.batched[0]].shape[1] - tokens.shape[1]
+        return torch.cat([tokens, tokens.new_zeros(len(tokens), others, tokens.shape[2])], dim=1) if others else tokens
 
 
 def first(output: Any) -> Tensor:
@@ -278,10 +270,6 @@ def to_meta(value: Any) -> Any:
         return torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
 
     return _walk(value, empty)
-
-
-def _take(value: Any, rows: Tensor) -> Any:
-    return _walk(value, lambda t: t[rows.to(t.device)])
 
 
 def _walk(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

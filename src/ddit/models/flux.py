@@ -1,11 +1,13 @@
 """FLUX.1: `diffusers.FluxTransformer2DModel`.
 
 The pipeline packs 2 x 2 latent pixels into a token of 4 C features in the order (c, dy, dx), and tells the grid
-through ``img_ids [N, 3] = (0, row, column)`` alone.
+through ``img_ids [N, 3] = (0, row, column)`` alone. Fill and Control put features of a condition behind those of the
+latents, Kontext puts tokens of reference images behind the image's: the former are pooled with them, the latter stay.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit.config import Coarse
-from ddit.models.base import Inputs, PackedArchitecture
+from ddit.models.base import Inputs, Noisy, PackedArchitecture, UnsupportedCall
 from ddit.models.flops import Costs
-from ddit.patches import coarse_positions
+from ddit.patches import TokenLayout, pool_tokens
 
+_RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
 
 
 class Flux(PackedArchitecture):
-    patch_size = 2
     batched = (
         "hidden_states",
         "encoder_hidden_states",
@@ -31,12 +32,10 @@ class Flux(PackedArchitecture):
         "timestep",
         "guidance",
         "joint_attention_kwargs",
-        "controlnet_block_samples",
-        "controlnet_single_block_samples",
+        *_RESIDUALS,
     )
 
     embedding = "x_embedder"
-    head = "proj_out"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     block_counts = ("num_layers", "num_single_layers")
     feed_forward_names = re.compile(
@@ -58,20 +57,34 @@ class Flux(PackedArchitecture):
         self._grid: tuple[int, int] | None = None
         self._origin = (0.0, 0.0)
 
-    def obstacle(self, inputs: Inputs) -> str | None:
-        if any(inputs.get(f"controlnet_{kind}samples") is not None for kind in ("block_", "single_block_")):
-            return "ControlNet residuals are made for the model's own tokens"
-        model: Any = self.transformer
-        if model.config.in_channels != inputs["hidden_states"].shape[-1] or model.x_embedder.in_features != (
-            model.proj_out.out_features
-        ):
-            return "the model takes condition channels beside the latents (Fill, Control)"
+    def read(self, inputs: Inputs) -> Noisy:
         unknown = sorted(set(inputs.get("joint_attention_kwargs") or {}) - _HARMLESS)
         if unknown:
-            return f"the attention arguments {unknown} may depend on the model's own tokens"
-        if self._read_grid(inputs) is None:
-            return "img_ids are not one full grid of rows and columns (reference tokens, as in Kontext)"
-        return None
+            raise UnsupportedCall(f"the attention arguments {unknown} may depend on the model's own tokens")
+        grid = self._read_grid(inputs)
+        if grid is None:
+            raise UnsupportedCall("img_ids do not begin with one full grid of rows and columns")
+        return self.unpacked(inputs["hidden_states"], self.sigma(inputs), grid)
+
+    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
+        grid = self._read_grid(inputs)
+        assert grid is not None, "read() has refused this call"
+        count, ids = math.prod(grid), _of_one(inputs["img_ids"])
+        changed = {
+            "hidden_states": self.packed(noisy, inputs["hidden_states"][:, count:]),
+            "timestep": noisy.sigma.to(noisy.latents.dtype),
+            "joint_attention_kwargs": _copy(inputs.get("joint_attention_kwargs")),
+            "return_dict": False,
+        }
+        if layout.grid != grid:
+            places = layout.places(self._origin).to(ids.device)
+            # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
+            own = torch.cat([ids[:1, :1].float().expand(len(places), 1), places], dim=1)
+            changed["img_ids"] = torch.cat([own, ids[count:].float()])
+            for name in _RESIDUALS:
+                if inputs.get(name) is not None:
+                    changed[name] = [pool_tokens(x, grid, layout.scale) for x in inputs[name]]
+        return {**inputs, **changed}
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
@@ -96,50 +109,31 @@ class Flux(PackedArchitecture):
             return None
         return (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
-    def latents(self, inputs: Inputs) -> Tensor:
-        grid = self._read_grid(inputs)
-        assert grid is not None, "obstacle() has refused this call"
-        return self.velocity(inputs["hidden_states"], (grid[0] * self.patch_size, grid[1] * self.patch_size))
-
-    def sigma(self, inputs: Inputs) -> Tensor:
-        return inputs["timestep"].float()
-
-    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, coarse: Coarse) -> Inputs:
-        rows, columns = (n // self.patch_size for n in latents.shape[-2:])
-        ids = inputs["img_ids"]
-        ids = ids[0] if ids.ndim == 3 else ids
-        self._read_grid(inputs)
-        positions = coarse_positions(self._origin, (rows, columns), scale, coarse.positions).flatten(0, 1)
-        # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
-        coarse_ids = torch.cat([ids[:1, :1].float().expand(rows * columns, 1), positions.to(ids.device)], dim=1)
-        return {**self.renoised(inputs, latents, sigma), "img_ids": coarse_ids}
-
-    def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
-        return {
-            **inputs,
-            "hidden_states": self.output(latents),
-            "timestep": sigma.to(latents.dtype),
-            "joint_attention_kwargs": _copy(inputs.get("joint_attention_kwargs")),
-            "return_dict": False,
-        }
-
     def _read_grid(self, inputs: Inputs) -> tuple[int, int] | None:
         """Rows and columns from ``img_ids``, read by the host once per generation (the tensor stays the same)."""
         ids = inputs["img_ids"]
         if ids is not self._ids:
-            self._ids, self._grid = ids, _grid(ids)
-            row, column = (ids[0] if ids.ndim == 3 else ids)[0, 1:].tolist()
+            self._ids, self._grid = ids, _grid(_of_one(ids))
+            row, column = _of_one(ids)[0, 1:].tolist()
             self._origin = (row, column)
         return self._grid
 
 
+def _of_one(ids: Tensor) -> Tensor:
+    """Positions ``[N, 3]``; diffusers used to give them for each sample."""
+    return ids[0] if ids.ndim == 3 else ids
+
+
 def _grid(ids: Tensor) -> tuple[int, int] | None:
-    """(rows, columns) if the positions ``[N, 3]`` count through one grid row by row, else ``None``."""
-    ids = ids[0] if ids.ndim == 3 else ids
-    rows, columns = (len(ids[:, axis].unique()) for axis in (1, 2))
-    if rows * columns != len(ids) or len(ids[:, 0].unique()) != 1:
+    """(rows, columns) if the positions ``[N, 3]`` begin with those of one grid, row by row, else ``None``.
+
+    Tokens of reference images (Kontext) come behind, with another number in front.
+    """
+    own = ids[ids[:, 0] == ids[0, 0]]
+    rows, columns = (len(own[:, axis].unique()) for axis in (1, 2))
+    if rows * columns != len(own) or not torch.equal(own, ids[: len(own)]):
         return None
-    table = ids[:, 1:].reshape(rows, columns, 2)
+    table = own[:, 1:].reshape(rows, columns, 2)
     even = (table[..., 0] == table[:, :1, 0]).all() and (table[..., 1] == table[:1, :, 1]).all()
     return (rows, columns) if bool(even) else None
 

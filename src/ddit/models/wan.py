@@ -6,31 +6,28 @@ Image to video has condition channels behind those of the latents; its output ha
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddit.config import Coarse
-from ddit.models.base import Architecture, Inputs
+from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
-from ddit.patches import coarse_positions, pad_to_multiple, shrink
+from ddit.patches import TokenLayout
 
-TRAIN_STEPS = 1000
-"""Timestep of pure noise."""
 IMAGE_TOKENS = 257
 """Of the picture that image to video begins with, as its encoder gives them."""
 
 
 class Wan(Architecture):
-    patch_size = 2
+    time_scale = 1000.0
     batched = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image", "timestep")
     embedding = "patch_embedding"
-    head = "proj_out"
+    rope = "rope"
     block_lists = ("blocks",)
     teacache_first = 5
     feed_forward_names = re.compile(r"blocks\.\d+\.ffn\.net\.(0\.proj|2)")
@@ -50,18 +47,58 @@ class Wan(Architecture):
         ),
     )
 
-    def obstacle(self, inputs: Inputs) -> str | None:
-        model: Any = self.transformer
-        if tuple(model.config.patch_size) != (1, self.patch_size, self.patch_size):
-            return f"the model's own patches are {tuple(model.config.patch_size)}, not (1, 2, 2)"
-        return None
+    def read(self, inputs: Inputs) -> Noisy:
+        own = tuple(self.transformer.config.patch_size)  # type: ignore[union-attr, arg-type]
+        if own != (1, self.patch_size, self.patch_size):
+            raise UnsupportedCall(f"the model's own patches are {own}, not (1, 2, 2)")
+        x = inputs["hidden_states"]
+        latents, condition = x[:, : self.channels], x[:, self.channels :]
+        if inputs["timestep"].ndim == 2:
+            condition = x  # frames that are given have no noise: they are pooled as conditions are
+        return Noisy(latents, self.sigma(inputs), condition if condition.shape[1] else None)
+
+    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
+        latents, condition = noisy.latents, noisy.condition
+        timestep = noisy.sigma * self.time_scale
+        if inputs["timestep"].ndim == 2:
+            assert condition is not None, "read() gave one"
+            given = self._given_frames(inputs)
+            condition, like = condition[:, self.channels :], condition[:, : self.channels]
+            latents = torch.where(given[:, None, :, None, None], like.to(latents), latents)
+            timestep = (timestep[:, None] * ~given).repeat_interleave(math.prod(layout.grid), dim=1)
+        x = latents if condition is None else torch.cat([latents, condition.to(latents)], dim=1)
+        return {**inputs, "hidden_states": x, "timestep": timestep, "return_dict": False}
+
+    def sigma(self, inputs: Inputs) -> Tensor:
+        timestep = super().sigma(inputs)
+        # Wan 2.2 TI2V: a timestep per token, 0 where the frame is given.
+        return timestep if timestep.ndim == 1 else timestep.amax(1)
+
+    def _given_frames(self, inputs: Inputs) -> Tensor:
+        """Frames that are given rather than drawn ``[B, F]``: their tokens have timestep 0."""
+        frames = inputs["hidden_states"].shape[2]
+        return (inputs["timestep"].unflatten(1, (frames, -1)) == 0).all(2)
+
+    def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        return output
+
+    def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
+        return velocity
+
+    def rotary(self, layout: TokenLayout, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Any:
+        rope: Any = self.transformer.get_submodule("rope")
+        places, frames = layout.places(), args[0].shape[2]
+        axes = (torch.arange(frames).repeat_interleave(len(places)), *places.repeat(frames, 1).T)
+        waves = [_rotary(dim, axis) for dim, axis in zip((rope.t_dim, rope.h_dim, rope.w_dim), axes, strict=True)]
+        pairs = zip(zip(*waves, strict=True), output, strict=True)
+        return tuple(torch.cat(parts, dim=1)[None, :, None].to(like) for parts, like in pairs)
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
         image = config.image_dim
         return {
             "hidden_states": torch.zeros(1, config.in_channels, frames, height, width),
-            "timestep": torch.full((1,), TRAIN_STEPS / 2),
+            "timestep": torch.full((1,), self.time_scale / 2),
             "encoder_hidden_states": torch.zeros(1, text, config.text_dim),
             "encoder_hidden_states_image": torch.zeros(1, IMAGE_TOKENS, image) if image else None,
         }
@@ -77,75 +114,6 @@ class Wan(Architecture):
             30: (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),  # 1.3B
             40: (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),  # 14B
         }.get(config.num_layers)
-
-    def latents(self, inputs: Inputs) -> Tensor:
-        return inputs["hidden_states"][:, : self.channels]
-
-    def sigma(self, inputs: Inputs) -> Tensor:
-        timestep = inputs["timestep"].float() / TRAIN_STEPS
-        # Wan 2.2 TI2V: a timestep per token, 0 where the frame is known.
-        return timestep if timestep.ndim == 1 else timestep.amax(1)
-
-    def coarse(self, inputs: Inputs, latents: Tensor, sigma: Tensor, scale: int, coarse: Coarse) -> Inputs:
-        padded = pad_to_multiple(inputs["hidden_states"].float(), scale * self.patch_size)
-        small = shrink(padded, scale, self.patch_size, coarse.start)
-        return self._call(inputs, latents, sigma, small.to(latents.dtype))
-
-    def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
-        return self._call(inputs, latents, sigma, inputs["hidden_states"])
-
-    def _call(self, inputs: Inputs, latents: Tensor, sigma: Tensor, like: Tensor) -> Inputs:
-        """The call with other latents; conditions and known frames are those of ``like``, on the latents' grid."""
-        timestep = sigma * TRAIN_STEPS
-        given: Tensor = inputs["timestep"]
-        if given.ndim == 2:
-            known = self._known(inputs)
-            latents = torch.where(known[:, None, :, None, None], like[:, : self.channels], latents)
-            tokens = latents.shape[-2] * latents.shape[-1] // self.patch_size**2
-            timestep = (timestep[:, None] * ~known).repeat_interleave(tokens, dim=1)
-        return {
-            **inputs,
-            "hidden_states": torch.cat([latents, like[:, self.channels :]], dim=1),
-            "timestep": timestep,
-            "return_dict": False,
-        }
-
-    def _known(self, inputs: Inputs) -> Tensor:
-        """Frames that are given rather than drawn ``[B, F]``: their tokens have timestep 0."""
-        frames = inputs["hidden_states"].shape[2]
-        return (inputs["timestep"].unflatten(1, (frames, -1)) == 0).all(2)
-
-    def velocity(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        return output
-
-    def output(self, velocity: Tensor) -> Tensor:
-        return velocity
-
-    def tokens(self, inputs: Inputs) -> int:
-        return inputs["hidden_states"][0, 0].numel() // self.patch_size**2
-
-    @contextmanager
-    def placed(self, grid: tuple[int, int], scale: int, coarse: Coarse) -> Iterator[None]:
-        """Counting from the shape is what ``grid`` asks for; other positions take the place of the model's own."""
-        if coarse.positions == "grid":
-            yield
-            return
-        rope: Any = self.transformer.get_submodule("rope")
-        dims = (rope.t_dim, rope.h_dim, rope.w_dim)
-        places = coarse_positions((0.0, 0.0), grid, scale, coarse.positions).flatten(0, 1)
-
-        def replace(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-            frames = args[0].shape[2]
-            axes = (torch.arange(frames).repeat_interleave(len(places)), *places.repeat(frames, 1).T)
-            waves = [_rotary(dim, axis) for dim, axis in zip(dims, axes, strict=True)]
-            pairs = zip(zip(*waves, strict=True), output, strict=True)
-            return tuple(torch.cat(parts, dim=1)[None, :, None].to(like) for parts, like in pairs)
-
-        handle = rope.register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 def _rotary(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:

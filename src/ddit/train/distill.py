@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
+from ddit.coarse import coarse_step
 from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs
 from ddit.patches import detail_variance
@@ -92,9 +93,12 @@ def errors(
 
     ``adapter=None`` is the training-free step.
     """
-    velocity = architecture.coarse_step(
+    inputs = architecture.rows(batch.inputs, rows)
+    velocity = coarse_step(
+        architecture,
         transformer.forward,
-        architecture.rows(batch.inputs, rows),
+        inputs,
+        architecture.read(inputs),
         scale,
         coarse,
         variance=variance.get(scale),

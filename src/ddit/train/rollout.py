@@ -160,10 +160,9 @@ class Walk:
 
     def called(self, z: Tensor, step: int) -> Tensor:
         """What the model answers, all passes."""
-        height, width = z.shape[-2:]
         output = first(self.transformer.forward(**self.inputs(z, step)))
         self.hidden = None if self.corrector is None else self.corrector.take_hidden()
-        return self.architecture.velocity(output, (height, width)).float()
+        return self.architecture.velocity(output, z.shape[2:]).float()
 
     def forecast(self, z: Tensor, step: int, reference: Reference) -> Tensor:
         """What a skipped step takes for the model's answers, all passes."""

@@ -262,13 +262,12 @@ class _Runs:
         passes = len(calls) // len(sigmas)
         noisy = architecture.batched[0]
         final = calls[-1][0]
-        clean = architecture.latents({**final, noisy: latents})
-        height, width = clean.shape[-2:]
+        clean = architecture.read({**final, noisy: latents}).latents
         rows: dict[str, Tensor] = {"clean": clean}
         shared: dict[str, Tensor] = {}
-        rows["latents"] = torch.stack([architecture.latents(inputs) for inputs, _ in calls[::passes]], dim=1)
+        rows["latents"] = torch.stack([architecture.read(inputs).latents for inputs, _ in calls[::passes]], dim=1)
         for which in range(passes):
-            answers = [architecture.velocity(answer, (height, width)) for _, answer in calls[which::passes]]
+            answers = [architecture.velocity(answer, clean.shape[2:]) for _, answer in calls[which::passes]]
             rows[f"velocity{which}"] = torch.stack(answers, dim=1)
             # Of the last step, latents and noise level too: conditions may sit in them (image to video).
             for name, value in calls[which - passes][0].items():

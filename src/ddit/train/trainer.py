@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from ddit.adapter import PatchAdapter
 from ddit.extras import require
-from ddit.files import replacing, replacing_folder, write_json
-from ddit.generate import load_pipeline
+from ddit.files import replacing, replacing_folder, write_json, write_text
+from ddit.generate import load_pipeline, model_folder
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
+from ddit.pretrained import model_card
 from ddit.progress import progress
 from ddit.skip.corrector import ForecastCorrector
 from ddit.train import rollout
@@ -281,6 +282,8 @@ class Run:
             kinds = ("scale", "sigma", "run_steps", "speedup")
             named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
             self.accelerator.log(named, step=self.step)
+        if saved_step(result_folder(self.config)) == self.step:
+            self._write_card(result_folder(self.config))
 
     def save(self) -> None:
         """A checkpoint beside the earlier ones, then the result; what is replaced is deleted last."""
@@ -301,6 +304,7 @@ class Run:
             self.part.register_to_config(steps_trained=self.step)
             with self.averaged(), replacing_folder(result_folder(self.config)) as path:
                 self.part.save_pretrained(path)
+                self._write_card(path)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
@@ -308,6 +312,13 @@ class Run:
             ) from error
         for old in checkpoints(out)[: -self.config.keep]:
             old.unlink()
+
+    def _write_card(self, folder: Path) -> None:
+        """The model card of the result, with the last validation."""
+        rows = read_lines(Path(self.config.out) / "validation.jsonl")
+        last = [row for row in rows if row["step"] == rows[-1]["step"]]
+        base = None if model_folder(self.config.model).exists() else self.config.model
+        write_text(folder / "README.md", str(model_card(self.part, base, last)))
 
     def make_up(self) -> None:
         """Make what a run lacks that was killed between its checkpoint and what comes after it."""

@@ -1,0 +1,93 @@
+"""A coarse step: one call of the model with large patches (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ddit.config import Coarse
+from ddit.models.base import Architecture, Inputs, Noisy, first
+from ddit.patches import (
+    TokenLayout,
+    coarse_input,
+    crop,
+    detail_velocity,
+    grow,
+    low_velocity,
+    pack,
+    pad_to_multiple,
+    patch_features,
+    shrink,
+    unpack,
+)
+
+
+class Adapter(Protocol):
+    """What a coarse step needs of `ddit.adapter.PatchAdapter`."""
+
+    def at(self, scale: int, patches: Tensor) -> AbstractContextManager[Any]: ...
+
+
+class CoarseCall(NamedTuple):
+    """A call on the grid of large patches."""
+
+    inputs: Inputs
+    latents: Tensor
+    """``[B, C, ..., H/s, W/s]``, float32"""
+    layout: TokenLayout
+
+
+def coarse_call(arch: Architecture, inputs: Inputs, noisy: Noisy, scale: int, coarse: Coarse) -> CoarseCall:
+    """The call ``inputs``, which is about ``noisy``, with patches ``scale`` times as large."""
+    patch, dtype = arch.patch_size, noisy.latents.dtype
+    z, condition = (
+        None if x is None else pad_to_multiple(x.float(), scale * patch) for x in (noisy.latents, noisy.condition)
+    )
+    assert z is not None
+    small, level = coarse_input(z, noisy.sigma, scale, patch, coarse.start)
+    if condition is not None:
+        condition = shrink(condition, scale, patch, coarse.start).to(dtype)
+    layout = TokenLayout.of(small, patch, scale, coarse.positions)
+    return CoarseCall(arch.write(inputs, Noisy(small.to(dtype), level, condition), layout), small, layout)
+
+
+def coarse_step(
+    arch: Architecture,
+    forward: Callable[..., Any],
+    inputs: Inputs,
+    noisy: Noisy,
+    scale: int,
+    coarse: Coarse,
+    *,
+    variance: Tensor | None = None,
+    adapter: Adapter | None = None,
+) -> Tensor:
+    """The model's answer to a call, computed with patches ``scale`` times as large.
+
+    Args:
+        forward: The transformer's own forward.
+        inputs, noisy: The call, and what `Architecture.read` makes of it.
+        coarse: How; an adapter's own form where there is one.
+        variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
+        adapter: Adds what it learnt, attached to the transformer.
+
+    Returns:
+        Velocity ``[B, C, ..., H, W]``, float32.
+    """
+    z, sigma, patch = noisy.latents, noisy.sigma, arch.patch_size
+    call = coarse_call(arch, inputs, noisy, scale, coarse)
+    padded = pad_to_multiple(z.float(), scale * patch)
+    hears: AbstractContextManager[Any] = nullcontext()
+    if adapter is not None:
+        hears = adapter.at(scale, pack(patch_features(padded, sigma, scale, coarse.start), scale * patch))
+    with arch.placed(call.layout), hears as learnt:
+        output = arch.velocity(first(forward(**call.inputs)), call.latents.shape[2:]).float()
+    velocity = grow(low_velocity(call.latents, output, sigma, scale, coarse.start), scale, patch, coarse.start)
+    if coarse.start == "noise-consistent":
+        velocity = velocity + detail_velocity(padded, sigma, scale, variance)
+    if learnt is not None:
+        velocity = velocity + unpack(learnt.correction.float(), scale * patch, padded.shape)
+    return crop(velocity, *z.shape[-2:])
