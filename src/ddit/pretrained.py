@@ -99,8 +99,8 @@ class TrainedPart(ModelMixin, ConfigMixin):
 
 CARD = """# {title}
 
-For ddit ([DDiT](https://arxiv.org/abs/2602.16968)), which changes the patch size of a diffusion transformer from step to
-step. Made for {base}, whose licence holds for this {noun} too.
+For ddit ([DDiT](https://arxiv.org/abs/2602.16968)), which changes the patch size of a diffusion transformer from step
+to step. Made for {base}, whose licence holds for this {noun} too.
 
 ```python
 ddit.apply(pipe, {beside}{noun}="folder or hub id of this {noun}")
@@ -121,7 +121,9 @@ On samples kept apart: `error` with this {noun}, `training_free` without it. Low
 """
 
 
-def model_card(part: TrainedPart, base_model: str | None = None, quality: Sequence[Mapping[str, Any]] = ()) -> ModelCard:
+def model_card(
+    part: TrainedPart, base_model: str | None = None, quality: Sequence[Mapping[str, Any]] = ()
+) -> ModelCard:
     """What readers on the hub should know, as the trainers of diffusers write it.
 
     Args:

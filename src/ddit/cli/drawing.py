@@ -80,10 +80,13 @@ class Drawing:
     ) -> tuple[dict[str, Any], list[Path]]:
         """Draw and save a prompt; gives its report and the files."""
         args, prompts = self.args, [prompt] * self.args.num_images
-        draw = partial(lib.race, repeats=args.repeats) if args.compare else lib.run
-        drawn: Any = draw(self.pipe, prompts, self.seeds, self.settings, method=self.method, on_step=on_step)
-        plain, dynamic = drawn if args.compare else (None, drawn)
-        report = dynamic.report
+        asked, plain = (self.pipe, prompts, self.seeds, self.settings), None
+        if args.compare:
+            methods = {"plain": None, "method": self.method}
+            plain, dynamic = lib.by_turns(*asked, methods, repeats=args.repeats, on_step=on_step).values()
+        else:
+            dynamic = lib.run(*asked, method=self.method, on_step=on_step)
+        report: Any = dynamic.report
         result = {"command": command_line(), **self.asked(prompt), **report.to_dict()}
         result.update(seconds=dynamic.seconds, environment=environment(args.device))
         result["strips"] = [report.strip(i) for i in range(len(prompts))]

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ddit.files import replacing
+from ddit.files import replacing, write_text
+from ddit.generate import model_folder
+from ddit.pretrained import TrainedPart, model_card
 from ddit.train.config import TrainConfig
 
 
@@ -68,6 +70,14 @@ def keep_until(path: Path, step: int) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
     return sorted(folder.glob("checkpoint-*.pt"))
+
+
+def write_card(folder: Path, config: TrainConfig, part: TrainedPart) -> None:
+    """The model card of a result, with the last validation."""
+    rows = read_lines(Path(config.out) / "validation.jsonl")
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    base = None if model_folder(config.model).exists() else config.model
+    write_text(folder / "README.md", str(model_card(part, base, last)))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

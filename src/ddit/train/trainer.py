@@ -21,26 +21,15 @@ from torch import Tensor, nn
 
 from ddit.adapter import PatchAdapter
 from ddit.extras import require
-from ddit.files import replacing, replacing_folder, write_json, write_text
-from ddit.generate import load_pipeline, model_folder
+from ddit.files import replacing, replacing_folder, write_json
+from ddit.generate import load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
-from ddit.pretrained import model_card
 from ddit.progress import progress
 from ddit.skip.corrector import ForecastCorrector
-from ddit.train import rollout
+from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
-from ddit.train.disk import (
-    add_lines,
-    check_settings,
-    checkpoints,
-    keep_until,
-    load_checkpoint,
-    read_lines,
-    result_folder,
-    saved_step,
-)
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
 from ddit.train.parts import make_optimizer, new_part, sum_over_processes
 from ddit.train.rollout import Course
@@ -78,14 +67,14 @@ def train(config: TrainConfig) -> Path:
             if run.step % config.validate_every == 0 or run.step == config.steps:
                 run.validate()
     accelerator.end_training()
-    return result_folder(config)
+    return disk.result_folder(config)
 
 
 def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
     """Check the run's settings against those it began with; returns the prompts where the samples need them."""
     if config.optimizer == "prodigy":
         require("prodigyopt", "the optimizer Prodigy")
-    check_settings(config, out / "train.json")
+    disk.check_settings(config, out / "train.json")
     begun = all((folder / "samples.json").exists() for folder in config.samples_folders)
     if config.prompts is None and not begun:
         raise ValueError("name a file with prompts (--prompts); the base draws its own samples for them")
@@ -277,13 +266,13 @@ class Run:
             if self.config.pictures:
                 (out / "pictures").mkdir(exist_ok=True)
                 save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
-        add_lines(out / "validation.jsonl", rows)
+        disk.add_lines(out / "validation.jsonl", rows)
         if self.config.tracker:
             kinds = ("scale", "sigma", "run_steps", "speedup")
             named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
             self.accelerator.log(named, step=self.step)
-        if saved_step(result_folder(self.config)) == self.step:
-            self._write_card(result_folder(self.config))
+        if disk.saved_step(disk.result_folder(self.config)) == self.step:
+            disk.write_card(disk.result_folder(self.config), self.config, self.part)
 
     def save(self) -> None:
         """A checkpoint beside the earlier ones, then the result; what is replaced is deleted last."""
@@ -302,44 +291,37 @@ class Run:
             with replacing(out / f"checkpoint-{self.step:06d}.pt") as path:
                 torch.save(state, path)
             self.part.register_to_config(steps_trained=self.step)
-            with self.averaged(), replacing_folder(result_folder(self.config)) as path:
+            with self.averaged(), replacing_folder(disk.result_folder(self.config)) as path:
                 self.part.save_pretrained(path)
-                self._write_card(path)
+                disk.write_card(path, self.config, self.part)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
                 "Free some space and run the same command"
             ) from error
-        for old in checkpoints(out)[: -self.config.keep]:
+        for old in disk.checkpoints(out)[: -self.config.keep]:
             old.unlink()
-
-    def _write_card(self, folder: Path) -> None:
-        """The model card of the result, with the last validation."""
-        rows = read_lines(Path(self.config.out) / "validation.jsonl")
-        last = [row for row in rows if row["step"] == rows[-1]["step"]]
-        base = None if model_folder(self.config.model).exists() else self.config.model
-        write_text(folder / "README.md", str(model_card(self.part, base, last)))
 
     def make_up(self) -> None:
         """Make what a run lacks that was killed between its checkpoint and what comes after it."""
         out = Path(self.config.out)
         if self.accelerator.is_main_process:
             for name in ("train", "validation"):
-                keep_until(out / f"{name}.jsonl", self.step)
+                disk.keep_until(out / f"{name}.jsonl", self.step)
         self.accelerator.wait_for_everyone()
         if self.step == 0:
             return
-        if saved_step(result_folder(self.config)) != self.step:
+        if disk.saved_step(disk.result_folder(self.config)) != self.step:
             self.save()
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
-        if due and not any(row["step"] == self.step for row in read_lines(out / "validation.jsonl")):
+        if due and not any(row["step"] == self.step for row in disk.read_lines(out / "validation.jsonl")):
             self.validate()
 
     def _restore(self) -> None:
-        found = checkpoints(Path(self.config.out))
+        found = disk.checkpoints(Path(self.config.out))
         if not found:
             return
-        state = load_checkpoint(found[-1])
+        state = disk.load_checkpoint(found[-1])
         self.part.load_state_dict(state["part"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr.load_state_dict(state["lr"])
@@ -350,7 +332,7 @@ class Run:
 
     def _log(self, figures: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            add_lines(Path(self.config.out) / "train.jsonl", [figures])
+            disk.add_lines(Path(self.config.out) / "train.jsonl", [figures])
         if self.config.tracker:
             self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
 
