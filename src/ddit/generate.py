@@ -297,22 +297,6 @@ def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
             transformer.forward = before
 
 
-def race(
-    pipe: Any,
-    prompts: list[str],
-    seeds: list[int],
-    settings: dict[str, Any],
-    method: Method,
-    *,
-    repeats: int = 1,
-    on_step: OnStep | None = None,
-) -> tuple[Run, Run]:
-    """Plain and by a method; see `by_turns`."""
-    methods = {"plain": None, "method": method}
-    drawn = by_turns(pipe, prompts, seeds, settings, methods, repeats=repeats, on_step=on_step)
-    return drawn["plain"], drawn["method"]
-
-
 def by_turns(
     pipe: Any,
     prompts: list[str],

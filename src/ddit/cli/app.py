@@ -15,8 +15,9 @@ from ddit.cli.common import (
     environment,
     model_options,
     positive,
+    words_of,
 )
-from ddit.cli.draw import DEMO_THRESHOLD, Drawing, method_options, words_of
+from ddit.cli.draw import DEMO_THRESHOLD, method_options
 from ddit.extras import require
 from ddit.files import write_json, write_text
 from ddit.methods import patches_of, skip_of
@@ -91,6 +92,7 @@ def _prepare(args: argparse.Namespace) -> None:
     Study.check(args.out)
     from ddit import generate as lib
     from ddit.app.draw import draw_pairs
+    from ddit.cli.drawing import Drawing
     from ddit.progress import progress
     from ddit.train.samples import read_prompts
 

@@ -28,6 +28,19 @@ PROMPTS = 200
 
 def add_measure(commands: Any) -> None:
     """The commands with their options."""
+    _add_evaluate(commands)
+    _add_bench(commands)
+    calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
+    model_options(calibrate, adapter=None)
+    calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
+    calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
+    calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
+
+
+def _add_evaluate(commands: Any) -> None:
+    """`ddit evaluate` and `compare`, which share most options."""
     evaluate = add_command(commands, "evaluate", _evaluate, "judge methods on held-out prompts of the embedded model")
     model_options(evaluate)
     evaluate.add_argument(
@@ -55,6 +68,8 @@ def add_measure(commands: Any) -> None:
     compare.add_argument("--out", type=Path, default=Path("out/compare"), help="stem of .json, .md, .png and .svg")
     compare.set_defaults(suite="compare")
 
+
+def _add_bench(commands: Any) -> None:
     bench = add_command(commands, "bench", _bench, "count or time a step at every scale; needs no weights")
     bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
     bench.add_argument("--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES")
@@ -78,14 +93,6 @@ def add_measure(commands: Any) -> None:
     bench.add_argument("--repeats", type=positive, default=15, help="medians of this many (default: %(default)s)")
     bench.add_argument("--trace", type=Path, help="write a trace of a step at each scale for ui.perfetto.dev")
     bench.add_argument("--out", "--json", type=Path, help="stem of .json and .md")
-
-    calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
-    model_options(calibrate, adapter=None)
-    calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
-    calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
-    calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
-    calibrate.add_argument("--seed", type=int, default=0)
-    calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
 
 
 def _judging_options(command: argparse.ArgumentParser) -> None:
@@ -138,19 +145,12 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError(
             "--at chooses among the default methods; with --methods give each its steps: plain:run_steps=25"
         )
+    same = ("model", "adapter", "split", "batch", "seed", "device", "dtype", "out", "preset")
     config = SuiteConfig(
-        model=args.model,
-        methods=tuple(args.methods or ()),
+        **{name: getattr(args, name) for name in same},
         prompts=args.prompts or PROMPTS,
-        adapter=args.adapter,
-        split=args.split,
-        batch=args.batch,
-        seed=args.seed,
+        methods=tuple(args.methods or ()),
         settings=call_options(args),
-        device=args.device,
-        dtype=args.dtype,
-        out=args.out,
-        preset=args.preset,
         run_steps=at,
         texts=tuple(texts),
         judges=tuple(getattr(args, "judges", ())),

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from ddit.adapter import PatchAdapter
-from ddit.coarse import coarse_call
-from ddit.config import Coarse
 from ddit.eval import timing
 from ddit.generate import model_folder
 from ddit.known import compression, meta_transformer, transformer
@@ -45,9 +43,9 @@ def count(
     architecture = architecture_for(meta)
     inputs = example(architecture, model, height, width, frames)
     adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
-    rows, noisy = {}, architecture.read(inputs)
+    rows = {}
     for scale in scales:
-        call = inputs if scale == 1 else coarse_call(architecture, inputs, noisy, scale, Coarse()).inputs
+        call = timing.call_at(architecture, inputs, scale)
         flops = architecture.count_flops(to_meta(call), scale, adapter)
         rows[scale] = {"tokens": architecture.tokens(call), "flops": flops}
     return {

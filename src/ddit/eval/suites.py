@@ -50,19 +50,19 @@ class SuiteConfig:
     """What to run; see ``ddit evaluate --help``."""
 
     model: str
-    methods: tuple[str, ...]
     prompts: int
-    adapter: str | None
-    """Folder or hub id of the adapter that methods use unless they say ``adapter=none``."""
-    split: Split
     batch: int
-    seed: int
-    settings: dict[str, Any]
-    """Arguments of the pipeline's call that override the model's own."""
-    device: str
-    dtype: str
     out: Path
     """Stem of the files to write."""
+    methods: tuple[str, ...] = ()
+    adapter: str | None = None
+    """Folder or hub id of the adapter that methods use unless they say ``adapter=none``."""
+    split: Split = "judge"
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call that override the model's own."""
+    device: str = "cpu"
+    dtype: str = "float32"
     preset: Path | None = None
     """Folder with a preset to use instead of the model's own."""
     run_steps: tuple[int, ...] = ()
