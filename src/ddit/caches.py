@@ -183,6 +183,11 @@ class Cache:
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
+            if any("controlnet" in key and kwargs[key] for key in kwargs):
+                raise ValueError(
+                    "caches skip blocks, but not what a ControlNet adds between them, which would count twice: "
+                    "leave the cache out, or call the transformer's disable_cache()"
+                )
             name = self._name(run, step, guidance, scale, samples)
             with self.transformer.cache_context(name, step_index=step, num_inference_steps=steps):
                 for manager in self._managers():
