@@ -26,13 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny
+import tiny_flux
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
 from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import first
-from ddit.patches import TokenLayout
+from ddit.patches import TokenLayout, expand, pad_to_multiple, shrink
 from ddit.schedule import StepContext
 
 
@@ -85,6 +86,7 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
+CASES.update({name: Case(**case) for name, case in tiny_flux.CASES.items()})
 SMALL = ("flux", "qwen-image", "wan")
 """One of each transformer."""
 
@@ -209,6 +211,34 @@ def test_positions_change_the_answer_and_centres_at_scale_one_are_the_models_own
     low = [coarse_step(arch, forward, inputs, noisy, 2, coarse) for coarse in (grid, interpolated)]
     assert low[0].shape == low[1].shape and (low[0] - low[1]).abs().max() > 1e-4
     assert not pipe.transformer.get_submodule(arch.embedding)._forward_hooks
+
+
+@parameters(SMALL)
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_model_that_knows_the_picture_is_exact_in_what_pooling_keeps(name, scale):
+    """The velocity of clean latents x is (z - x) / sigma, at every scale, whatever a model predicts instead."""
+    case = CASES[name]
+    pipe = case.make()
+    with recorded(pipe) as calls:
+        draw(pipe, case, num_inference_steps=3)
+    (inputs, answer), arch = calls[1], architecture_for(pipe.transformer)
+    noisy, whole = arch.read(inputs), scale * arch.patch_size
+    clean = torch.randn(noisy.latents.shape, generator=torch.Generator().manual_seed(0))
+    exact = (noisy.latents - clean) / expand(noisy.sigma, clean)
+    assert arch.output(exact, inputs).shape == answer.shape
+    torch.testing.assert_close(arch.velocity(arch.output(exact, inputs), clean.shape[2:]), exact)
+
+    def pooled(z: Tensor) -> Tensor:
+        return shrink(pad_to_multiple(z, whole), scale, arch.patch_size, "noise-consistent")
+
+    def knowing(**small: Any) -> tuple[Tensor]:
+        asked = arch.read(small)
+        return (arch.output((asked.latents - pooled(clean)) / expand(asked.sigma, clean), small),)
+
+    velocity = coarse_step(arch, knowing, inputs, noisy, scale, Coarse())
+    rows, columns = (n // scale for n in clean.shape[-2:])  # a patch beyond the edge counts its inner part alone
+    found, wanted = (pooled(v)[..., :rows, :columns] for v in (velocity, exact))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 @parameters(SMALL)

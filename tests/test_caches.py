@@ -57,7 +57,7 @@ def without_warm_up(cache: str, name: str, monkeypatch: pytest.MonkeyPatch) -> A
     return LIKELY[cache]()
 
 
-@parameters()
+@parameters([name for name in CASES if "controlnet" not in name])
 @every_cache
 def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch):
     """Where the scale changes, the model answers just what it answers without a cache."""

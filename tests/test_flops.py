@@ -26,6 +26,7 @@ PICTURE = dict(image_dim=16, added_kv_proj_dim=24)
 MODELS = {
     "flux": lambda: tiny.transformer(num_layers=2, num_single_layers=3),
     "flux-guidance": lambda: tiny.transformer(guidance_embeds=True),
+    "flux-fill": lambda: tiny.transformer(in_channels=48, out_channels=16),
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
     "wan": tiny.wan_transformer,
     "wan-i2v": lambda: tiny.wan_transformer(in_channels=12, **PICTURE),
