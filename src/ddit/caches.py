@@ -112,6 +112,11 @@ class Cache:
         if isinstance(config, CacheDitConfig):
             self._dit.enable(config, len(self.architecture.blocks()))
             return
+        if not isinstance(config, TaylorSeerCacheConfig) and not teacache.knows(self.architecture.blocks()):
+            raise ValueError(
+                f"{type(config).__name__} does not know the blocks of {type(self.transformer).__name__}; "
+                "choose taylorseer or cache-dit"
+            )
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
             return

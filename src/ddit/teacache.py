@@ -103,6 +103,14 @@ class TeaCacheHead(ModelHook):
         return True
 
 
+def knows(blocks: Sequence[nn.Module]) -> bool:
+    """Whether caches that leave blocks out, diffusers' own and this one, know what these blocks take and give."""
+    try:
+        return all(TransformerBlockRegistry.get(type(block)) for block in blocks)
+    except ValueError:
+        return False
+
+
 def relative_change(new: Tensor, old: Tensor) -> float:
     """Mean absolute difference, relative to the mean absolute value before."""
     return float((new - old).abs().mean() / old.abs().mean())
