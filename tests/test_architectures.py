@@ -87,7 +87,7 @@ CASES = {
     ),
 }
 CASES.update({name: Case(**case) for name, case in tiny_flux.CASES.items()})
-SMALL = ("flux", "qwen-image", "wan")
+SMALL = ("chroma", "flux", "qwen-image", "wan")
 """One of each transformer."""
 
 

@@ -1,4 +1,4 @@
-"""FLUX.1 with a condition, reference images, a ControlNet or an IP-Adapter: what the model sees in a coarse step."""
+"""FLUX.1 and Chroma with a condition, reference images, a ControlNet, an image prompt: what a coarse step sees."""
 
 from __future__ import annotations
 
@@ -82,6 +82,15 @@ def test_residuals_are_means_over_large_patches():
     assert not torch.allclose(controlled, free, atol=1e-2)
 
 
+def test_the_mask_of_chroma_ends_with_the_image():
+    arch, inputs, _ = call_of(tiny_flux.chroma(), "chroma", prompt="a circle")
+    mask = inputs["attention_mask"]
+    assert mask.shape == (1, 20 + 96) and 0 < mask[:, :20].sum() < 20 and mask[:, 20:].all()
+    for scale in (2, 4):
+        small = coarse_call(arch, inputs, arch.read(inputs), scale, Coarse()).inputs
+        assert torch.equal(small["attention_mask"], mask[:, : 20 + 96 // scale**2])
+
+
 def _with_ip_adapter() -> Any:
     from diffusers.models.attention_processor import FluxIPAdapterJointAttnProcessor2_0
     from diffusers.models.embeddings import ImageProjection
@@ -151,6 +160,10 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "controlnet-inpaint": (
         lambda: tiny_flux.with_controlnet(diffusers.FluxControlNetInpaintPipeline),
         {**CONTROL, **INPAINT},
+    ),
+    "chroma-img2img": (
+        lambda: tiny_flux.chroma(diffusers.ChromaImg2ImgPipeline),
+        dict(image=PICTURE, strength=0.8, negative_prompt=""),
     ),
 }
 

@@ -31,6 +31,7 @@ GROUPS = (
     ("ddit.adapter", "ddit.caches", "ddit.run", "ddit.coarse"),
     ("ddit.models",),
     ("ddit.models.*",),
+    ("ddit.models.flux",),
     ("ddit.models.base",),
     ("ddit.models.flops",),
     ("ddit.pretrained", "ddit.preset", "ddit.teacache"),

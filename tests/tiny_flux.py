@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxControlPipeline,
@@ -61,7 +63,27 @@ def with_controlnet(cls: type = FluxControlNetPipeline, *, nets: int = 1, **over
     return pipe
 
 
+def chroma(cls: type = ChromaPipeline):
+    """As the FLUX above, but 2 + 2 blocks: of one, a cache of each kind alone would find nothing to leave out."""
+    torch.manual_seed(0)
+    same = ("patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim")
+    same = (*same, "num_attention_heads", "joint_attention_dim", "axes_dims_rope")
+    config: Any = tiny.transformer(num_layers=2, num_single_layers=2).config
+    transformer = ChromaTransformer2DModel(
+        **{name: config[name] for name in same},
+        approximator_num_channels=8,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    ).eval()
+    parts = tiny.parts()
+    names = {"text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2", "scheduler": "scheduler", "vae": "vae"}
+    pipe = cls(**{name: parts[theirs] for name, theirs in names.items()}, transformer=transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 CASES: dict[str, dict[str, Any]] = {
+    "chroma": dict(make=chroma, call={**TEXT, **SIZE, "guidance_scale": 3.0}, passes=2),
     "flux-kontext": dict(make=kontext, call={**TEXT, **SIZE, **KONTEXT}),
     "flux-fill": dict(make=fill, call={**TEXT, **SIZE, "image": PICTURE, "mask_image": MASK}),
     "flux-control": dict(make=control, call={**TEXT, **SIZE, "control_image": PICTURE}),

@@ -66,7 +66,13 @@ class Cache:
         if isinstance(config, CacheDitConfig):
             self._dit.enable(config, len(self.architecture.blocks()))
             return
-        _state_manager()
+        with insides():
+            from ddit.caches import teacache
+        if not _is(config, "TaylorSeerCacheConfig") and not teacache.knows(self.architecture.blocks()):
+            raise ValueError(
+                f"{type(config).__name__} does not know the blocks of {type(self.transformer).__name__}; "
+                "choose taylorseer or cache-dit"
+            )
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
             return
@@ -77,8 +83,6 @@ class Cache:
                 "nobody has published TeaCache's coefficients for this model; fit them with 'ddit calibrate', or "
                 "choose another cache (first-block, taylorseer)"
             )
-        with insides():
-            from ddit.caches import teacache
         teacache.enable(self.transformer, self.architecture, config)
 
     def _tell(self, steps: int | None) -> None:
@@ -136,6 +140,11 @@ class Cache:
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
+            if any("controlnet" in key and kwargs[key] for key in kwargs):
+                raise ValueError(
+                    "caches skip blocks, but not what a ControlNet adds between them, which would count twice: "
+                    "leave the cache out, or call the transformer's disable_cache()"
+                )
             name = self._name(run, step, guidance, scale, samples)
             with self.transformer.cache_context(name, step_index=step, num_inference_steps=steps):
                 for manager in self._managers() if _is(self._theirs, "MagCacheConfig") else ():

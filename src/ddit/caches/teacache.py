@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -80,6 +80,14 @@ class TeaCacheHead(ModelHook):
                 return False
         state.expected = 0.0
         return True
+
+
+def knows(blocks: Sequence[nn.Module]) -> bool:
+    """Whether caches that leave blocks out, diffusers' own and this one, know what these blocks take and give."""
+    try:
+        return all(TransformerBlockRegistry.get(type(block)) for block in blocks)
+    except ValueError:
+        return False
 
 
 def enable(transformer: nn.Module, architecture: Architecture, config: TeaCacheConfig) -> None:

@@ -126,6 +126,10 @@ class Architecture(ABC):
         """What the module `rope` answers to ``args`` where tokens lie as in ``layout``, instead of ``output``."""
         raise NotImplementedError
 
+    def further_rows(self, inputs: Inputs) -> dict[str, int]:
+        """Rows per sample of kinds that `ddit.models.flops.lengths` does not know, or knows otherwise."""
+        return {}
+
     def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
         """What TeaCache watches: the modulated input of the first block.
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-Kind = Literal["image", "text", "joint", "sample", "time", "picture", "context", "added"]
-"""What the rows are that a layer sees, see `lengths`."""
+Kind = str
+"""What the rows are that a layer sees, see `lengths`; a family may have further ones."""
 
 _ENCODED_TEXT = 512
 """Of the context of Wan, the last rows that are text to a layer with keys of their own for the picture."""
@@ -37,6 +37,8 @@ class Counted(Protocol):
     costs: ClassVar[Costs]
 
     def tokens(self, inputs: dict[str, Any]) -> int: ...
+
+    def further_rows(self, inputs: dict[str, Any]) -> dict[Kind, int]: ...
 
 
 def count(
@@ -87,6 +89,7 @@ def lengths(architecture: Counted, inputs: dict[str, Any]) -> dict[Kind, int]:
         "picture": picture,
         "context": text + picture - added,
         "added": added,
+        **architecture.further_rows(inputs),
     }
 
 
