@@ -66,6 +66,7 @@ class Cache:
         if isinstance(config, CacheDitConfig):
             self._dit.enable(config, len(self.architecture.blocks()))
             return
+        _state_manager()
         with insides():
             from ddit.caches import teacache
         if not _is(config, "TaylorSeerCacheConfig") and not teacache.knows(self.architecture.blocks()):
