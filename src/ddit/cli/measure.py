@@ -221,7 +221,7 @@ def _bench(args: argparse.Namespace) -> None:
     sizes = [_size(text) for text in args.size]
     kept: dict[str, Any] = {"blocks": args.blocks, "rank": args.adapter_rank, "scales": scales}
     results = [bench.count(arch, **size, **kept) for arch in args.arch for size in sizes]
-    tables = [bench.table(results)]
+    tables = [bench.counts_table(results)]
     print(tables[0])
     if args.device == "meta":
         given = [f for f in ("compile", "attention", "runs", "trace", "random_weights") if getattr(args, f)]

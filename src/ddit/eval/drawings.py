@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from ddit.eval.quality import Entry
-from ddit.files import write_json
+from ddit.files import add_lines, read_lines, write_json
 from ddit.generate import run
 from ddit.outputs import eight_bits, save_png
 from ddit.progress import progress
@@ -76,23 +75,6 @@ class Drawings:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05}.png"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file, if there is one; a last line that a kill cut short is taken off it."""
-    if not path.exists():
-        return []
-    written = path.read_bytes()
-    whole = written[: written.rfind(b"\n") + 1]
-    if len(whole) < len(written):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def add_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Append records to a JSONL file."""
-    with path.open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def draw(

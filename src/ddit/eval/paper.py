@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ddit.eval import vbench
-from ddit.eval.drawings import Drawings, add_lines, read_lines
+from ddit.eval.drawings import Drawings
 from ddit.eval.imagereward import ImageReward
 from ddit.eval.judges import Clip, Inception, Judge, Lpips, Psnr, Ssim, distance_to
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval
 from ddit.eval.parts import digest
 from ddit.eval.quality import Entry
+from ddit.eval.tables import table
 from ddit.extras import require
-from ddit.files import write_text
+from ddit.files import add_lines, read_lines, write_text
 from ddit.outputs import frames
 from ddit.progress import progress
 from ddit.tell import warn
@@ -239,21 +240,21 @@ def _figures(name: str, values: Tensor, base: Tensor | None, distance: FrechetTo
 def markdown(rows: Sequence[dict[str, Any]], prompts: int, sources: Mapping[str, str]) -> str:
     """The rows as the paper's table, and below it what each judge was loaded from."""
     shown = [name for name in HEADS if any(name in row for row in rows)]
-    lines = [
+    text = (
         f"{prompts} prompts. Speed is wall-clock, relative to the first row. In brackets are 95 % intervals: with a "
-        "sign, of the change against the first row on the same prompts (a change is measured where they leave out 0).",
-        "",
-        f"| method | steps | s | speed | FLOPs | {' | '.join(HEADS[name] for name in shown)} |",
-        "|---" * (5 + len(shown)) + "|",
-    ]
+        "sign, of the change against the first row on the same prompts (a change is measured where they leave out 0)."
+        "\n\n"
+    )
+    lines = []
     for row in rows:
         work = row["flops_fraction"] * row["run_steps"] / rows[0]["run_steps"]
         low, high = row["speedup_interval"]
         speed = f"{row['speedup']:.2f}x" + (f" ({low:.2f} to {high:.2f})" if row is not rows[0] else "")
         cells = [row["method"], row["run_steps"], f"{row['seconds']:.2f}", speed, f"{work:.0%}"]
-        lines.append(f"| {' | '.join(map(str, cells + [_cell(row, name) for name in shown]))} |")
+        lines.append([*cells, *(_cell(row, name) for name in shown)])
     loaded = ", ".join(f"{HEADS[name]} {source}" for name, source in sources.items())
-    return "\n".join([*lines, *(["", f"Weights of the judges: {loaded}."] if loaded else [])]) + "\n"
+    told = table(["method", "steps", "s", "speed", "FLOPs", *(HEADS[name] for name in shown)], lines)
+    return text + told + (f"\nWeights of the judges: {loaded}.\n" if loaded else "")
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ddit.eval.drawings import Drawings, read_lines
-from ddit.files import write_json, write_text
+from ddit.eval.drawings import Drawings
+from ddit.files import read_lines, write_json, write_text
 from ddit.outputs import check_video_writer
 
 NAME = "vbench"

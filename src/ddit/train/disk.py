@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddit.files import replacing, write_text
+from ddit.files import read_lines, replacing, write_text
 from ddit.generate import model_folder
 from ddit.pretrained import TrainedPart, model_card
 from ddit.train.config import TrainConfig
@@ -40,23 +39,6 @@ def saved_step(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError):
         return None
     return found if (folder / "diffusion_pytorch_model.safetensors").is_file() else None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log, but for a last one cut short."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def add_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to a log."""
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ddit.adapter import PatchAdapter
 from ddit.extras import require
-from ddit.files import replacing, replacing_folder, write_json
+from ddit.files import add_lines, read_lines, replacing, replacing_folder, write_json
 from ddit.generate import load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
@@ -266,7 +266,7 @@ class Run:
             if self.config.pictures:
                 (out / "pictures").mkdir(exist_ok=True)
                 save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
-        disk.add_lines(out / "validation.jsonl", rows)
+        add_lines(out / "validation.jsonl", rows)
         if self.config.tracker:
             kinds = ("scale", "sigma", "run_steps", "speedup")
             named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
@@ -314,7 +314,7 @@ class Run:
         if disk.saved_step(disk.result_folder(self.config)) != self.step:
             self.save()
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
-        if due and not any(row["step"] == self.step for row in disk.read_lines(out / "validation.jsonl")):
+        if due and not any(row["step"] == self.step for row in read_lines(out / "validation.jsonl")):
             self.validate()
 
     def _restore(self) -> None:
@@ -332,7 +332,7 @@ class Run:
 
     def _log(self, figures: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            disk.add_lines(Path(self.config.out) / "train.jsonl", [figures])
+            add_lines(Path(self.config.out) / "train.jsonl", [figures])
         if self.config.tracker:
             self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
 
