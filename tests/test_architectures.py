@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny
+import tiny_flux
 import tiny_video
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_step
@@ -32,7 +33,7 @@ from ddit.config import FULL, Coarse, Positions, Start
 from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import first
-from ddit.patches import TokenLayout
+from ddit.patches import TokenLayout, expand, pad_to_multiple, shrink
 from ddit.schedule import StepContext
 
 
@@ -85,9 +86,12 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-CASES.update({name: Case(**case) for name, case in tiny_video.CASES.items()})
-SMALL = ("flux", "qwen-image", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing")
+for more in (tiny_flux.CASES, tiny_video.CASES):
+    CASES.update({name: Case(**case) for name, case in more.items()})
+SMALL = ("chroma", "flux", "qwen-image", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing")
 """One of each transformer."""
+PATCHED = tuple(name for name in SMALL if name != "wan-animate")
+"""Those all of whose layers see patches or text: Animate has encoders of the face beside its blocks."""
 
 
 def _video_to_video():
@@ -213,6 +217,34 @@ def test_positions_change_the_answer_and_centres_at_scale_one_are_the_models_own
 
 
 @parameters(SMALL)
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_model_that_knows_the_picture_is_exact_in_what_pooling_keeps(name, scale):
+    """The velocity of clean latents x is (z - x) / sigma, at every scale, whatever a model predicts instead."""
+    case = CASES[name]
+    pipe = case.make()
+    with recorded(pipe) as calls:
+        draw(pipe, case, num_inference_steps=3)
+    (inputs, answer), arch = calls[1], architecture_for(pipe.transformer)
+    noisy, whole = arch.read(inputs), scale * arch.patch_size
+    clean = torch.randn(noisy.latents.shape, generator=torch.Generator().manual_seed(0))
+    exact = (noisy.latents - clean) / expand(noisy.sigma, clean)
+    assert arch.output(exact, inputs).shape == answer.shape
+    torch.testing.assert_close(arch.velocity(arch.output(exact, inputs), clean.shape[2:]), exact)
+
+    def pooled(z: Tensor) -> Tensor:
+        return shrink(pad_to_multiple(z, whole), scale, arch.patch_size, "noise-consistent")
+
+    def knowing(**small: Any) -> tuple[Tensor]:
+        asked = arch.read(small)
+        return (arch.output((asked.latents - pooled(clean)) / expand(asked.sigma, clean), small),)
+
+    velocity = coarse_step(arch, knowing, inputs, noisy, scale, Coarse())
+    rows, columns = (n // scale for n in clean.shape[-2:])  # a patch beyond the edge counts its inner part alone
+    found, wanted = (pooled(v)[..., :rows, :columns] for v in (velocity, exact))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@parameters(("chroma", "flux", "qwen-image", "wan", "wan-animate"))
 def test_a_sample_is_the_same_alone_and_in_a_batch(name):
     case = CASES[name]
     pipe = case.make()
@@ -248,7 +280,7 @@ def test_bfloat16(name):
     assert run.report.scales == [[1, 1, 2, 4, 1, 1, 1, 1]]
 
 
-@parameters(SMALL)
+@parameters(PATCHED)
 def test_flops_at_scale_one_are_those_of_the_model(name):
     case = CASES[name]
     pipe = case.make()
@@ -282,7 +314,7 @@ def test_a_new_adapter_is_the_training_free_step(name, start: Start):
         assert not torch.equal(draw(pipe, case), free)
 
 
-@parameters(SMALL)
+@parameters(PATCHED)
 def test_feed_forward_layers_of_every_block_are_adapted(name):
     pipe = CASES[name].make()
     adapter = PatchAdapter.for_model(pipe.transformer, rank=2)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -288,15 +289,16 @@ class PatchAdapter(TrainedPart):
         parts = self._parts(self._state.scale)
         added = parts.embed(self._call.patches)
         added = (added if parts.size is None else added + parts.size).to(output.dtype)
-        # A convolution puts channels first: [B, width, ..., h, w] where a linear layer gives [B, N, width].
-        return output + (added if output.ndim == 3 else added.mT.reshape(output.shape))
+        if output.ndim > 3:  # A convolution puts channels first: [B, width, ..., h, w] instead of [B, N, width].
+            return output + added.mT.reshape(output.shape)
+        return output + F.pad(added, (0, 0, 0, output.shape[1] - added.shape[1]))  # reference tokens lie behind
 
     def _head(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """The de-embedding reads what the model's own head reads; its answer takes a path of its own (see `at`)."""
         if self._call is None:
             return
         parts = self._parts(self._state.scale)
-        correction = parts.head(args[0].to(self.dtype))
+        correction = parts.head(args[0][:, : self._call.patches.shape[1]].to(self.dtype))
         if parts.residual is not None:
             correction = correction + parts.residual(self._call.patches)
         self._call.correction = correction

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ddit.models.base import Architecture
 
 REGISTRY = {
+    "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
     "SkyReelsV2Transformer3DModel": ("ddit.models.wan", "SkyReels"),

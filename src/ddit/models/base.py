@@ -243,7 +243,7 @@ class PackedArchitecture(Architecture):
         rows, columns = grid
         height, width = rows * self.patch_size, columns * self.patch_size
         channels = tokens.shape[-1] // self.patch_size**2
-        z = unpack(tokens[:, : rows * columns], self.patch_size, (len(tokens), channels, height, width))
+        z = unpack(tokens, self.patch_size, (len(tokens), channels, height, width))
         return Noisy(z[:, : self.channels], sigma, z[:, self.channels :] if channels > self.channels else None)
 
     def packed(self, noisy: Noisy, references: Tensor) -> Tensor:
@@ -253,8 +253,7 @@ class PackedArchitecture(Architecture):
         return torch.cat([tokens, references.to(tokens)], dim=1) if references.shape[1] else tokens
 
     def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
-        count = size[0] * size[1] // self.patch_size**2
-        return unpack(output[:, :count], self.patch_size, (len(output), self.channels, *size))
+        return unpack(output, self.patch_size, (len(output), self.channels, *size))
 
     def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
         tokens = pack(velocity, self.patch_size)

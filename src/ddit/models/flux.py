@@ -88,16 +88,23 @@ class Flux(PackedArchitecture):
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
+        return {
+            **self.image_and_text(height, width, text),
+            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+            "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
+        }
+
+    def image_and_text(self, height: int, width: int, text: int) -> Inputs:
+        """What relatives of FLUX.1 have in common of an `example`."""
+        config: Any = self.transformer.config  # type: ignore[union-attr]
         rows, columns = height // self.patch_size, width // self.patch_size
         grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
         return {
             "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
             "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
-            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
             "timestep": torch.full((1,), 0.5),
             "img_ids": torch.cat([torch.zeros(rows * columns, 1), grid.flatten(0, 1)], dim=1),
             "txt_ids": torch.zeros(text, 3),
-            "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
         }
 
     def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:

@@ -95,7 +95,7 @@ class Vace(Wan):
             (r"vace_patch_embedding|vace_blocks\.\d+\.proj_(in|out)", "image"),
             *((rf"(vace_)?({pattern})", kind) for pattern, kind in Wan.costs.rows),
         ),
-        attention=tuple((rf"(vace_)?{pattern}", *kinds) for pattern, *kinds in Wan.costs.attention),
+        attention=tuple((rf"(vace_)?{name}", queries, keys) for name, queries, keys in Wan.costs.attention),
     )
 
     def read(self, inputs: Inputs) -> Noisy:
@@ -149,11 +149,13 @@ class Animate(Wan):
 
     def further_rows(self, inputs: Inputs) -> dict[str, int]:
         frames = inputs["hidden_states"].shape[2]
-        heads = self.transformer.config.face_encoder_num_heads + 1  # type: ignore[union-attr, operator]
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        heads = config.face_encoder_num_heads + 1
         return {"posed": self.tokens(inputs) * (frames - 1) // frames, "face": frames * heads, "head": heads}
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
-        size = self.transformer.config.motion_encoder_size  # type: ignore[union-attr]
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        size = config.motion_encoder_size
         return {
             **super().example(frames, height, width, text),
             "pose_hidden_states": torch.zeros(1, self.channels, frames - 1, height, width),
@@ -163,6 +165,8 @@ class Animate(Wan):
 
 class SkyReels(Wan):
     """`diffusers.SkyReelsV2Transformer3DModel`; diffusion forcing as long as all frames have one noise level."""
+
+    costs = Costs(rows=((r"fps_projection\..*", "sample"), *Wan.costs.rows), attention=Wan.costs.attention)
 
     def teacache_coefficients(self) -> None:
         return None
