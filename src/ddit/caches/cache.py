@@ -72,7 +72,7 @@ class Cache:
         if not _is(config, "TaylorSeerCacheConfig") and not teacache.knows(self.architecture.blocks()):
             raise ValueError(
                 f"{type(config).__name__} does not know the blocks of {type(self.transformer).__name__}; "
-                "choose taylorseer or cache-dit"
+                "choose taylorseer, or cache-dit where it does"
             )
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
@@ -176,7 +176,8 @@ class Cache:
             self._computed = True
 
         if self._last is None:
-            _, self._last = self.architecture.feed_forward()[-1]
+            blocks = self.architecture.block_lists[-1]
+            *_, self._last = (x for name, x in self.architecture.feed_forward() if name.startswith(f"{blocks}."))
         probe = self._last.register_forward_hook(note)
         try:
             yield

@@ -40,7 +40,7 @@ class DitContexts:
         """Put cache-dit on the transformer.
 
         Raises:
-            ValueError: Where cache-dit is not installed.
+            ValueError: Where cache-dit is not installed, or does not know the transformer's blocks.
         """
         require("cache_dit", "this cache")
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")  # it logs every call otherwise
@@ -50,7 +50,12 @@ class DitContexts:
         chosen = cache_dit.DBCacheConfig(residual_diff_threshold=config.threshold, **settings)
         self._forwards = {module: vars(module).get("forward") for module in self.transformer.modules()}
         self._order = list(self.transformer._modules)
-        cache_dit.enable_cache(self.transformer, cache_config=chosen)
+        try:
+            cache_dit.enable_cache(self.transformer, cache_config=chosen)
+        except AssertionError as error:
+            raise ValueError(
+                f"cache-dit does not know the blocks of {type(self.transformer).__name__}; choose taylorseer"
+            ) from error
 
     def disable(self) -> None:
         """Take it off, with all that it leaves: forwards, and the lists of blocks in another order.
