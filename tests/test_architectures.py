@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddit
 import tiny
 import tiny_flux
+import tiny_qwen
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
@@ -86,7 +87,7 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-CASES.update({name: Case(**case) for name, case in tiny_flux.CASES.items()})
+CASES.update({name: Case(**case) for name, case in {**tiny_flux.CASES, **tiny_qwen.CASES}.items()})
 SMALL = ("chroma", "flux", "qwen-image", "wan")
 """One of each transformer."""
 
