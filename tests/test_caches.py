@@ -47,7 +47,10 @@ REUSED = {
 }
 """Their strips."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
-NOT_KNOWN = [(name, cache) for name in ("chroma",) for cache in ("teacache", "first-block", "magcache")]
+NOT_KNOWN = [
+    *((name, cache) for name in ("chroma", "qwen-image-2.1") for cache in ("teacache", "first-block", "magcache")),
+    ("qwen-image-2.1", "cache-dit"),
+]
 """Models and the caches that do not know their blocks."""
 
 
@@ -311,7 +314,7 @@ def test_magcache_is_told_the_number_of_steps():
 def test_a_cache_that_does_not_know_the_blocks_is_refused(name, cache):
     pipe = CASES[name].make()
     before = set(vars(pipe.transformer.transformer_blocks[0]))
-    with pytest.raises(ValueError, match=r"does not know the blocks of \w+; choose taylorseer or cache-dit"):
+    with pytest.raises(ValueError, match=r"does not know the blocks of \w+; choose another cache"):
         ddit.apply(pipe, cache=LIKELY[cache]())
     assert set(vars(pipe.transformer.transformer_blocks[0])) == before
 

@@ -13,19 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny_qwen
-from ddit import FixedSchedule, PatchAdapter
+from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.coarse import coarse_call, coarse_step
 from ddit.config import FULL, Coarse
 from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import first
 from ddit.patches import TokenLayout, pool_tokens
+from ddit.skip.corrector import ForecastCorrector
 from ddit.teacache import TeaCacheConfig
 from test_architectures import CASES, draw
 from tiny_qwen import MASK, PICTURE, SQUARE, TEXT
 
 COARSE = FixedSchedule(steps=(1, 2, 4, 2, 1))
-NAMES = tuple(tiny_qwen.CASES)
+NAMES = tuple(name for name in tiny_qwen.CASES if name != "qwen-image-2.1")
 
 
 def call_of(pipe: Any, name: str) -> tuple[Any, dict[str, Any], Tensor]:
@@ -185,3 +186,103 @@ def test_an_adapter_leaves_reference_images_alone(name):
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         assert not torch.allclose(draw(pipe, CASES[name]), free)
+
+
+# Qwen-Image 2.1
+
+REFERENCES = {**CASES["qwen-image-2.1"].call, "image": [SQUARE], "output_resolution": 64}
+
+
+def drawn21(pipe: Any, seed: int = 0, **changes: Any) -> Tensor:
+    call = {**REFERENCES, "num_inference_steps": 6, "output_type": "latent", "return_dict": False, **changes}
+    seeds = [torch.Generator().manual_seed(seed + i) for i in range(call.get("num_images_per_prompt", 1))]
+    return pipe(**call, generator=seeds)[0]
+
+
+def test_reference_images_come_first_in_2_1():
+    pipe = tiny_qwen.version21()
+    with recorded(pipe) as calls:
+        drawn21(pipe, num_inference_steps=1)
+    (inputs, answer), arch = calls[0], architecture_for(pipe.transformer)
+    noisy = arch.read(inputs)
+    assert noisy.latents.shape == (1, 4, 8, 12) and answer.shape[1] == 2 + 16 + 96
+    assert torch.equal(noisy.latents.flatten(2).mT, inputs["hidden_states"][:, 16:])
+    small = coarse_call(arch, inputs, noisy, 2, Coarse()).inputs
+    assert small["img_shapes"] == [[(1, 4, 4), (1, 4, 6)]] and small["img_mask"].shape[1] == 6 + 24 // 4
+    assert torch.equal(small["hidden_states"][:, :16], inputs["hidden_states"][:, :16])
+    with arch.placed(TokenLayout.of(noisy.latents, 1, positions="interpolated")):
+        torch.testing.assert_close(first(pipe.transformer(**inputs)), answer)
+
+
+def test_what_the_pipeline_keeps_of_the_prompt_serves_every_grid():
+    """With a key-value cache the prompt and reference images are computed once."""
+    pipe = tiny_qwen.version21()
+    plain = drawn21(pipe, use_kv_cache=True)
+    with ddit.apply(pipe, patches=FULL):
+        assert torch.equal(drawn21(pipe, use_kv_cache=True), plain)
+    for first_scale in (1, 2):
+        with ddit.apply(pipe, patches=FixedSchedule(steps=(first_scale, 2, 4, 1, 2, 1))) as run:
+            kept, anew = (drawn21(pipe, use_kv_cache=use) for use in (True, False))
+        assert run.report.forced is None
+        torch.testing.assert_close(kept, anew, rtol=1e-3, atol=1e-4)
+
+
+def test_samples_of_2_1_may_have_scales_of_their_own():
+    class Later(Alternating):
+        def choose(self, context: Any) -> list[int]:
+            return super().choose(context) if context.step else [1] * context.batch
+
+    pipe = tiny_qwen.version21()
+    with ddit.apply(pipe, patches=Later()) as run:
+        both = drawn21(pipe, num_images_per_prompt=2, use_kv_cache=True)
+    assert run.report.scales == [[1] * 6, [1] + [2] * 5]
+    with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 2))):
+        torch.testing.assert_close(both[1:], drawn21(pipe, seed=1, use_kv_cache=True), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(160, 96), (224, 160)])
+def test_grids_of_2_1_hold_places_of_four(size):
+    """Also where rows and columns of large patches would be odd."""
+    pipe = tiny_qwen.version21()
+    with ddit.apply(pipe, patches=COARSE) as run:
+        latents = drawn21(pipe, height=size[0], width=size[1])
+    assert latents.shape[1] == size[0] * size[1] // 256 and {2, 4} <= set(run.report.scales[0])
+    assert all(count % 4 == 0 for count in run.report.tokens.values())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_operations_of_2_1_are_those_of_the_calls(kept):
+    """With a key-value cache those of every step but the first, with reference images too."""
+    pipe = tiny_qwen.version21()
+    changes = dict(use_kv_cache=True) if kept else dict(image=None)
+    with recorded(pipe) as calls:
+        drawn21(pipe, num_inference_steps=2, **changes)
+    inputs, arch = calls[-1][0], architecture_for(pipe.transformer)
+    with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 2, 4))) as run:
+        drawn21(pipe, **changes)
+    for scale in (1, 2, 4):
+        call = inputs if scale == 1 else coarse_call(arch, inputs, arch.read(inputs), scale, Coarse()).inputs
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            pipe.transformer(**call)
+        assert run.report.flops[scale] == counter.get_total_flops()
+
+
+def test_a_run_keeps_no_key_value_cache():
+    pipe = tiny_qwen.version21()
+    with ddit.apply(pipe, patches=COARSE) as run:
+        drawn21(pipe, use_kv_cache=True)
+        kept = [call["kv_cache"] for call in run._latest.examples.values()]
+    assert all(layer.k is None for cache in kept for layer in cache.layer_caches)
+
+
+def test_an_adapter_and_a_corrector_read_the_tokens_of_the_image_in_2_1():
+    pipe = tiny_qwen.version21()
+    adapter, corrector = PatchAdapter.for_model(pipe.transformer), ForecastCorrector.for_model(pipe.transformer)
+    with ddit.apply(pipe, patches=COARSE):
+        free = drawn21(pipe)
+    with ddit.apply(pipe, patches=COARSE, adapter=adapter):
+        torch.testing.assert_close(drawn21(pipe), free)
+    with ddit.apply(pipe, patches=FULL, skip=SkipSchedule(speedup=1.5), corrector=corrector):
+        assert torch.isfinite(drawn21(pipe, num_inference_steps=10)).all()
+    arch = architecture_for(pipe.transformer)
+    assert torch.equal(arch.own(torch.arange(10)[None], 4), torch.tensor([[6, 7, 8, 9]]))

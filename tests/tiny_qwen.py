@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     QwenImageEditPipeline,
@@ -53,9 +55,9 @@ class Means:
         self.factor = factor
 
     def encode(self, image: Tensor) -> SimpleNamespace:
-        """Latents ``[B, 4, 1, H, W]`` of a picture ``[B, 3, 1, H, W]``."""
+        """Latents ``[B, 4, 1, H, W]`` of a picture ``[B, 3 or 4, 1, H, W]``."""
         means = F.avg_pool2d(image[:, :, 0], self.factor)
-        return SimpleNamespace(latents=torch.cat([means, means[:, :1]], dim=1)[:, :, None])
+        return SimpleNamespace(latents=torch.cat([means, means], dim=1)[:, :4, None])
 
     def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
         return (latents,)
@@ -86,6 +88,44 @@ def transformer(**overrides: Any) -> QwenImageTransformer2DModel:
     config: Any = tiny.qwen_pipeline().transformer.config
     torch.manual_seed(0)
     return QwenImageTransformer2DModel.from_config(config, **overrides).eval()
+
+
+class Spoken:
+    """Stands for a processor: the system's prompt has three tokens."""
+
+    tokenizer = SimpleNamespace(encode=lambda text: [7])
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0, 1, 2]]
+
+
+class Seen(QwenImage21Pipeline):
+    """Reads prompts of 6 tokens; a reference image has 4 x 4 latents, hence a place of 4 among them."""
+
+    def encode_prompt(self, prompt: Any, image: Any = None, prompt_embeds: Any = None, **settings: Any) -> Any:
+        mask = torch.zeros(1, 6, dtype=torch.bool)
+        mask[0, 1:5] = image is not None
+        prompt_embeds = prompt_embeds.repeat_interleave(settings["num_images_per_prompt"], dim=0)
+        return prompt_embeds, None, mask
+
+
+def version21(**overrides: Any):
+    """Pictures of 128 x 192 pixels have 8 x 12 tokens."""
+    torch.manual_seed(0)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        **overrides,
+    ).eval()
+    parts: Any = dict(scheduler=components.make_scheduler(), vae=Means(16), text_encoder=None, processor=Spoken())
+    pipe = Seen(transformer=transformer, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def edit(cls: type = QwenImageEditPipeline):
@@ -120,7 +160,9 @@ def with_controlnet(union: bool = False):
     return made(QwenImageControlNetPipeline, 8, controlnet=QwenImageMultiControlNetModel([net]) if union else net)
 
 
+EMBEDS = {k: v for k, v in TEXT.items() if not k.endswith("mask")}
 CASES: dict[str, dict[str, Any]] = {
+    "qwen-image-2.1": dict(make=version21, call=dict(EMBEDS, height=128, width=192, use_kv_cache=False), passes=2),
     "qwen-image-edit": dict(make=edit, call=dict(TEXT, image=SQUARE, height=1024, width=1536), passes=2),
     "qwen-image-edit-plus": dict(
         make=edit_plus, call=dict(TEXT, image=[SQUARE, SQUARE], height=1024, width=1536), passes=2

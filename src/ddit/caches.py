@@ -113,10 +113,7 @@ class Cache:
             self._dit.enable(config, len(self.architecture.blocks()))
             return
         if not isinstance(config, TaylorSeerCacheConfig) and not teacache.knows(self.architecture.blocks()):
-            raise ValueError(
-                f"{type(config).__name__} does not know the blocks of {type(self.transformer).__name__}; "
-                "choose taylorseer or cache-dit"
-            )
+            raise _unknown(config, self.transformer)
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
             return
@@ -298,6 +295,7 @@ class DitContexts:
 
         Raises:
             ModuleNotFoundError: Where cache-dit is not installed.
+            ValueError: Where it does not know the transformer.
         """
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")  # it logs every call otherwise
         try:
@@ -308,7 +306,10 @@ class DitContexts:
         chosen = cache_dit.DBCacheConfig(residual_diff_threshold=config.threshold, **settings)
         self._forwards = {module: vars(module).get("forward") for module in self.transformer.modules()}
         self._order = list(self.transformer._modules)
-        cache_dit.enable_cache(self.transformer, cache_config=chosen)
+        try:
+            cache_dit.enable_cache(self.transformer, cache_config=chosen)
+        except (AssertionError, ValueError) as error:
+            raise _unknown(config, self.transformer) from error
 
     def disable(self) -> None:
         """Take it off, with all that it leaves: forwards, and the lists of blocks in another order.
@@ -352,6 +353,13 @@ class DitContexts:
         """Forget the states of these names."""
         for name in names:
             self._sets.pop(name, None)
+
+
+def _unknown(config: Any, transformer: Any) -> ValueError:
+    return ValueError(
+        f"{type(config).__name__} does not know the blocks of {type(transformer).__name__}; "
+        "choose another cache, such as taylorseer"
+    )
 
 
 def _check(config: Any) -> None:

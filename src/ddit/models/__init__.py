@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 REGISTRY = {
     "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
+    "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
     "WanTransformer3DModel": ("ddit.models.wan", "Wan"),
 }

@@ -58,6 +58,8 @@ class Architecture(ABC):
 
     patch_size: ClassVar[int] = 2
     """Height and width of the model's own patches, in latent pixels."""
+    grid_multiple: ClassVar[int] = 1
+    """Numbers of rows and columns of tokens that the model takes are multiples of this."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
