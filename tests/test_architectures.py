@@ -88,7 +88,7 @@ CASES = {
     ),
 }
 CASES.update({name: Case(**case) for name, case in {**tiny_flux.CASES, **tiny_qwen.CASES}.items()})
-SMALL = ("chroma", "flux", "qwen-image", "qwen-image-2.1", "wan")
+SMALL = ("chroma", "flux", "flux2", "qwen-image", "qwen-image-2.1", "wan")
 """One of each transformer."""
 
 

@@ -47,8 +47,9 @@ REUSED = {
 }
 """Their strips."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
+UNKNOWN = ("chroma", "flux2", "flux2-reference", "qwen-image-2.1")
 NOT_KNOWN = [
-    *((name, cache) for name in ("chroma", "qwen-image-2.1") for cache in ("teacache", "first-block", "magcache")),
+    *((name, cache) for name in UNKNOWN for cache in ("teacache", "first-block", "magcache")),
     ("qwen-image-2.1", "cache-dit"),
 ]
 """Models and the caches that do not know their blocks."""
