@@ -101,6 +101,7 @@ class ForecastCorrector(TrainedPart):
     """
 
     noun = "corrector"
+    beside = "patches=ddit.FixedSchedule(steps=(1,)), skip=ddit.SkipSchedule(speedup=3), "
 
     @register_to_config
     def __init__(
