@@ -30,6 +30,8 @@ MODELS = {
     "flux": lambda: tiny.transformer(num_layers=2, num_single_layers=3),
     "flux-guidance": lambda: tiny.transformer(guidance_embeds=True),
     "flux-fill": lambda: tiny.transformer(in_channels=48, out_channels=16),
+    "flux2": lambda: tiny_flux.flux2(num_layers=2, num_single_layers=3).transformer,
+    "flux2-klein": lambda: tiny_flux.flux2(guidance_embeds=False).transformer,
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
     "wan": tiny.wan_transformer,
     "wan-i2v": lambda: tiny.wan_transformer(in_channels=12, **PICTURE),

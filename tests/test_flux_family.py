@@ -26,7 +26,8 @@ from ddit.patches import pack, pad_to_multiple, pool_tokens, shrink, unpack
 from ddit.skip.corrector import ForecastCorrector
 from ddit.teacache import TeaCacheConfig
 from test_architectures import CASES, draw
-from tiny_flux import KONTEXT, MASK, PICTURE, SIZE, TEXT
+from tiny_flux import EMBEDS as EMBEDS2
+from tiny_flux import KONTEXT, LARGE, MASK, PICTURE, SIZE, TEXT
 
 COARSE = FixedSchedule(steps=(1, 2, 4, 2, 1))
 
@@ -261,3 +262,60 @@ def test_operations_are_those_of_the_calls(name):
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             pipe.transformer(**call)
         assert run.report.flops[scale] == counter.get_total_flops()
+
+
+# FLUX.2
+
+KLEIN = {**EMBEDS2, "negative_prompt_embeds": -EMBEDS2["prompt_embeds"], "guidance_scale": 4.0}
+
+
+def test_tokens_of_flux_2_are_latents_of_twice_the_size():
+    arch, inputs, _ = call_of(tiny_flux.flux2(), "flux2")
+    noisy = arch.read(inputs)
+    channels = inputs["hidden_states"].mT.unflatten(2, (8, 12))
+    assert torch.equal(noisy.latents, diffusers.Flux2Pipeline._unpatchify_latents(channels))
+
+
+def test_reference_images_of_flux_2_stay_as_they_are():
+    arch, inputs, _ = call_of(tiny_flux.flux2(), "flux2-reference")
+    small = coarse_call(arch, inputs, arch.read(inputs), 2, Coarse()).inputs
+    assert inputs["img_ids"].shape == (1, 96 + 2 * 24, 4) and small["img_ids"].shape == (24 + 2 * 24, 4)
+    assert torch.equal(small["img_ids"][24:], inputs["img_ids"][0, 96:].float())
+    assert small["img_ids"][:24].unique(dim=0).shape[0] == 24 and small["img_ids"][:24, [0, 3]].eq(0).all()
+    assert torch.equal(small["hidden_states"][:, 24:], inputs["hidden_states"][:, 96:])
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes"),
+    [
+        (diffusers.Flux2KleinPipeline, {}),
+        (diffusers.Flux2KleinPipeline, dict(image=LARGE)),
+        (diffusers.Flux2KleinInpaintPipeline, dict(image=LARGE, mask_image=MASK, strength=0.8)),
+        (diffusers.Flux2KleinInpaintPipeline, dict(image=LARGE, mask_image=MASK, image_reference=LARGE)),
+    ],
+)
+def test_klein_uses_large_patches(cls, changes):
+    pipe = tiny_flux.flux2(cls)
+    call = {**KLEIN, **changes, "num_inference_steps": 8, "output_type": "latent", "return_dict": False}
+
+    def drawn() -> Tensor:
+        return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+
+    plain = drawn()
+    with ddit.apply(pipe, patches=FULL):
+        assert torch.equal(drawn(), plain)
+    with ddit.apply(pipe, patches=COARSE) as run:
+        coarse = drawn()
+    assert run.report.forced is None and {2, 4} <= set(run.report.scales[0])
+    assert coarse.shape == plain.shape and torch.isfinite(coarse).all() and not torch.equal(coarse, plain)
+
+
+def test_klein_kv_runs_in_full_where_it_keeps_reference_images():
+    pipe = tiny_flux.flux2(diffusers.Flux2KleinKVPipeline)
+    call = {**EMBEDS2, "num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+    plain = pipe(**call, image=LARGE, generator=torch.Generator().manual_seed(0))[0]
+    with ddit.apply(pipe, patches=COARSE) as run:
+        with pytest.warns(UserWarning, match="Klein KV"):
+            assert torch.equal(pipe(**call, image=LARGE, generator=torch.Generator().manual_seed(0))[0], plain)
+        pipe(**call, generator=torch.Generator().manual_seed(0))
+        assert run.report.scales == [[1, 2, 4, 2]]

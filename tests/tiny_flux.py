@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxControlPipeline,
@@ -17,9 +21,10 @@ from diffusers import (
     FluxMultiControlNetModel,
 )
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import tiny
+from ddit.embedded import components
 
 SIZE = dict(height=32, width=48)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8))
@@ -82,8 +87,45 @@ def chroma(cls: type = ChromaPipeline):
     return pipe
 
 
+class Means(nn.Module):
+    """Stands for FLUX.2's autoencoder: a latent pixel is the mean of 8 x 8 pixels."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+    config = SimpleNamespace(block_out_channels=(1,) * 4, batch_norm_eps=0.0, latent_channels=4)
+    bn = SimpleNamespace(running_mean=torch.zeros(16), running_var=torch.ones(16))
+
+    def encode(self, image: Tensor) -> SimpleNamespace:
+        means = F.avg_pool2d(image, 8)
+        return SimpleNamespace(latents=torch.cat([means, means[:, :1]], dim=1))
+
+
+def flux2(cls: type = Flux2Pipeline, **overrides: Any):
+    """2 + 2 blocks, as Chroma; pictures of 128 x 192 pixels have 8 x 12 tokens."""
+    torch.manual_seed(0)
+    settings = dict(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=cls is Flux2Pipeline,
+    )
+    transformer = Flux2Transformer2DModel(**{**settings, **overrides}).eval()
+    parts: Any = dict(scheduler=components.make_scheduler(), vae=Means(), text_encoder=None, tokenizer=None)
+    pipe = cls(transformer=transformer, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+EMBEDS = dict(prompt_embeds=torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1)), height=128, width=192)
+LARGE = PICTURE.resize((64, 96))
+
 CASES: dict[str, dict[str, Any]] = {
     "chroma": dict(make=chroma, call={**TEXT, **SIZE, "guidance_scale": 3.0}, passes=2),
+    "flux2": dict(make=flux2, call=EMBEDS),
+    "flux2-reference": dict(make=flux2, call={**EMBEDS, "image": [LARGE, LARGE]}),
     "flux-kontext": dict(make=kontext, call={**TEXT, **SIZE, **KONTEXT}),
     "flux-fill": dict(make=fill, call={**TEXT, **SIZE, "image": PICTURE, "mask_image": MASK}),
     "flux-control": dict(make=control, call={**TEXT, **SIZE, "control_image": PICTURE}),

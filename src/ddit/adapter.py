@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddit.config import Coarse, Positions, Start
 from ddit.models import architecture_for
+from ddit.models.base import Architecture
 from ddit.pretrained import TrainedPart, config_hash
 
 
@@ -167,6 +167,7 @@ class PatchAdapter(TrainedPart):
         )
         self._state = AdapterState()
         self._call: AdapterCall | None = None
+        self._own = Architecture.own
 
     @classmethod
     def for_model(
@@ -235,6 +236,7 @@ class PatchAdapter(TrainedPart):
         """
         self.check(transformer)
         architecture = architecture_for(transformer)
+        self._own = architecture.own
         head = architecture.layer(architecture.head)
         layers = architecture.feed_forward() if self.config["rank"] else []
         if any(_LOW_RANK in vars(layer) for _, layer in layers):
@@ -291,14 +293,16 @@ class PatchAdapter(TrainedPart):
         added = (added if parts.size is None else added + parts.size).to(output.dtype)
         if output.ndim > 3:  # A convolution puts channels first: [B, width, ..., h, w] instead of [B, N, width].
             return output + added.mT.reshape(output.shape)
-        return output + F.pad(added, (0, 0, 0, output.shape[1] - added.shape[1]))  # reference tokens lie behind
+        changed = output.clone()
+        self._own(changed, added.shape[1]).add_(added)
+        return changed
 
     def _head(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """The de-embedding reads what the model's own head reads; its answer takes a path of its own (see `at`)."""
         if self._call is None:
             return
         parts = self._parts(self._state.scale)
-        correction = parts.head(args[0][:, : self._call.patches.shape[1]].to(self.dtype))
+        correction = parts.head(self._own(args[0], self._call.patches.shape[1]).to(self.dtype))
         if parts.residual is not None:
             correction = correction + parts.residual(self._call.patches)
         self._call.correction = correction

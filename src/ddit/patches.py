@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,9 @@ def pack(z: Tensor, patch: int) -> Tensor:
 
 
 def unpack(tokens: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
-    """The inverse of `pack`; ``shape`` is that of the latents, of which C may differ. Tokens behind are left out."""
+    """The inverse of `pack`; ``shape`` is that of the latents, of which C may differ."""
     *frames, height, width = shape[2:]
-    grid = (*frames, height // patch, width // patch)
-    squares = tokens[:, : prod(grid)].unflatten(1, grid).movedim(-1, -3)
+    squares = tokens.unflatten(1, (*frames, height // patch, width // patch)).movedim(-1, -3)
     return F.pixel_shuffle(squares, patch).movedim(-3, 1)
 
 

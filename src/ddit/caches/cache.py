@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ddit.caches.config import CacheDitConfig, Config, check_config, insides
+from ddit.caches.config import CacheDitConfig, Config, check_config, insides, unknown_blocks
 from ddit.caches.dbcache import DitContexts
 from ddit.models.base import Architecture
 from ddit.teacache import TeaCacheConfig
@@ -70,10 +70,7 @@ class Cache:
         with insides():
             from ddit.caches import teacache
         if not _is(config, "TaylorSeerCacheConfig") and not teacache.knows(self.architecture.blocks()):
-            raise ValueError(
-                f"{type(config).__name__} does not know the blocks of {type(self.transformer).__name__}; "
-                "choose taylorseer, or cache-dit where it does"
-            )
+            raise unknown_blocks(config, self.transformer)
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
             return

@@ -92,3 +92,11 @@ def check_config(config: Any) -> None:
             f"{type(config).__name__} does not work with dynamic patches; "
             "ddit supports FirstBlockCache, TaylorSeer, MagCache and its own TeaCache"
         )
+
+
+def unknown_blocks(config: Any, transformer: Any) -> ValueError:
+    """For a cache that can't tell what a transformer's blocks take and give."""
+    return ValueError(
+        f"{type(config).__name__} does not know the blocks of {type(transformer).__name__}; "
+        "choose another cache, such as taylorseer"
+    )

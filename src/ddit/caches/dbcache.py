@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-from ddit.caches.config import CacheDitConfig
+from ddit.caches.config import CacheDitConfig, unknown_blocks
 from ddit.extras import require
 
 
@@ -40,7 +40,7 @@ class DitContexts:
         """Put cache-dit on the transformer.
 
         Raises:
-            ValueError: Where cache-dit is not installed, or does not know the transformer's blocks.
+            ValueError: Where cache-dit is not installed, or does not know the transformer.
         """
         require("cache_dit", "this cache")
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")  # it logs every call otherwise
@@ -52,10 +52,8 @@ class DitContexts:
         self._order = list(self.transformer._modules)
         try:
             cache_dit.enable_cache(self.transformer, cache_config=chosen)
-        except AssertionError as error:
-            raise ValueError(
-                f"cache-dit does not know the blocks of {type(self.transformer).__name__}; choose taylorseer"
-            ) from error
+        except (AssertionError, ValueError) as error:
+            raise unknown_blocks(config, self.transformer) from error
 
     def disable(self) -> None:
         """Take it off, with all that it leaves: forwards, and the lists of blocks in another order.

@@ -83,11 +83,12 @@ class TeaCacheHead(ModelHook):
 
 
 def knows(blocks: Sequence[nn.Module]) -> bool:
-    """Whether caches that leave blocks out, diffusers' own and this one, know what these blocks take and give."""
+    """Whether caches that leave blocks out, diffusers' own and this one, know what these blocks give, all the same."""
     try:
-        return all(TransformerBlockRegistry.get(type(block)) for block in blocks)
+        known = [TransformerBlockRegistry.get(type(block)) for block in blocks]
     except ValueError:
         return False
+    return len({metadata.return_encoder_hidden_states_index for metadata in known}) == 1
 
 
 def enable(transformer: nn.Module, architecture: Architecture, config: TeaCacheConfig) -> None:

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 REGISTRY = {
     "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
+    "Flux2Transformer2DModel": ("ddit.models.flux2", "Flux2"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
+    "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
     "SkyReelsV2Transformer3DModel": ("ddit.models.wan", "SkyReels"),
     "WanAnimateTransformer3DModel": ("ddit.models.wan", "Animate"),

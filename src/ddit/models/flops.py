@@ -108,7 +108,10 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _count_adapter(costs: Costs, length: Mapping[Kind, int], config: Mapping[str, Any], scale: int) -> int:
-    """Operations of an adapter's parts at a scale: those per large patch, and LoRA per row of its layer."""
+    """Operations of an adapter's parts at a scale: those per large patch, and LoRA per row of its layer.
+
+    Tokens of reference images count as large patches here, though only LoRA sees them.
+    """
     features, width = config["features"] * scale * scale, config["width"]
     total = 2 * length["image"] * (2 * features * width + (features**2 if config["residual"] else 0))
     for name, sizes in config["layers"].items():
