@@ -24,7 +24,7 @@ from ddit.config import FULL
 from ddit.models import architecture_for
 from ddit.schedule import StepContext
 from ddit.teacache import TeaCacheConfig, polynomial, relative_change
-from test_architectures import CASES, SMALL, draw, parameters
+from test_architectures import CASES, draw, parameters
 
 SCHEDULE = (1, 1, 1, 2, 2, 1, 4, 4)
 FIXED = FixedSchedule(steps=SCHEDULE)
@@ -47,6 +47,8 @@ REUSED = {
     "cache-dit": "1 (1) (1) 2 (2) 1 4 (4)",
 }
 """Their strips."""
+CACHED = ("flux", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
+"""Models that every cache is tried on."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
 UNKNOWN = (
     *("chroma", "flux2", "flux2-reference", "qwen-image-2.1"),
@@ -60,23 +62,21 @@ NOT_KNOWN = [
 """Models and the caches that do not know their blocks."""
 
 
-def without_warm_up(cache: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def without_warm_up(cache: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A cache of `LIKELY`, for which one computed step is enough."""
-    if (name, cache) in NOT_KNOWN:
-        pytest.skip("the cache does not know this model's blocks; see below")
     from ddit.models.wan import Wan
 
     monkeypatch.setattr(Wan, "teacache_first", 1)
     return LIKELY[cache]()
 
 
-@parameters([name for name in CASES if "controlnet" not in name])
+@parameters(CACHED)
 @every_cache
 def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch):
     """Where the scale changes, the model answers just what it answers without a cache."""
     case = CASES[name]
     pipe = case.make()
-    config = without_warm_up(cache, name, monkeypatch)
+    config = without_warm_up(cache, monkeypatch)
     if hasattr(pipe, "transformer_2") and pipe.transformer_2 is not None:
         pytest.skip("the hand-over between two transformers starts afresh as well; tested below")
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
@@ -100,13 +100,13 @@ def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch
     assert exact.count(False) == case.passes * REUSED[cache].count("(")
 
 
-@parameters(SMALL)
+@parameters(CACHED)
 @every_cache
 def test_costs_and_removal(name, cache, monkeypatch):
     case = CASES[name]
     pipe = case.make()
     plain = draw(pipe, case)
-    run = ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, name, monkeypatch))
+    run = ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, monkeypatch))
     first = draw(pipe, case)
     assert torch.equal(draw(pipe, case), first), "a second run starts afresh"
     with_cache = run.report
@@ -118,12 +118,12 @@ def test_costs_and_removal(name, cache, monkeypatch):
     assert with_cache.flops_fraction < run.report.flops_fraction
 
 
-@parameters(SMALL)
+@parameters(CACHED)
 @every_cache
 def test_an_exception_leaves_nothing_behind(name, cache, monkeypatch):
     case = CASES[name]
     pipe = case.make()
-    with ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, name, monkeypatch)):
+    with ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, monkeypatch)):
         whole = draw(pipe, case)
 
         def stop(_: Any, step: int, *rest: Any) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class Alternating:
 def test_samples_of_different_scale_have_states_of_their_own(cache, monkeypatch):
     case = CASES["flux"]
     pipe = case.make()
-    config = without_warm_up(cache, "flux", monkeypatch)
+    config = without_warm_up(cache, monkeypatch)
     with ddit.apply(pipe, patches=Alternating(), cache=config) as run:
         draw(pipe, case, prompt=[tiny.PROMPT] * 3)
     # A sample that parts from the others, or joins them, starts afresh, and so do they.
