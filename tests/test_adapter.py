@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ddit
 import tiny
-from ddit import FixedSchedule, PatchAdapter, PatchSchedule
+from ddit import FixedSchedule, PatchAdapter, PatchSchedule, pretrained
 from ddit.config import PAPER, Start
 from ddit.models import architecture_for
 from ddit.patches import pack, unpack
@@ -145,7 +145,11 @@ def test_flops_of_the_adapter_are_counted(pipe):
 def test_saved_and_loaded(pipe, tmp_path):
     adapter = adapter_for(pipe.transformer, rank=3, scales=(2,))
     adapter.save_pretrained(tmp_path / "a")
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["base"] == "FluxTransformer2DModel" and config["base_hash"] == config_hash(pipe.transformer)
     assert config["scales"] == [2] and config["rank"] == 3 and config["ddit_version"] == ddit.__version__
@@ -173,6 +177,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_utils, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
     monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("---\n{}\n---\n"))
     monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    monkeypatch.setattr(pretrained, "file_exists", lambda *_, **__: False)
     adapter = adapter_for(pipe.transformer)
     adapter.push_to_hub("you/flux-adapter")
     (cached / "refs").mkdir()

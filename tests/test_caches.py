@@ -21,9 +21,10 @@ import tiny
 from ddit import FixedSchedule, PatchSchedule
 from ddit.caches import CacheDitConfig, make_cache
 from ddit.config import FULL
+from ddit.models import architecture_for
 from ddit.schedule import StepContext
 from ddit.teacache import TeaCacheConfig, polynomial, relative_change
-from test_architectures import CASES, SMALL, draw, parameters
+from test_architectures import CASES, draw, parameters
 
 SCHEDULE = (1, 1, 1, 2, 2, 1, 4, 4)
 FIXED = FixedSchedule(steps=SCHEDULE)
@@ -46,10 +47,22 @@ REUSED = {
     "cache-dit": "1 (1) (1) 2 (2) 1 4 (4)",
 }
 """Their strips."""
+CACHED = ("flux", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
+"""Models that every cache is tried on."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
+UNKNOWN = (
+    *("chroma", "flux2", "flux2-reference", "qwen-image-2.1"),
+    *("wan-animate", "skyreels-v2", "skyreels-v2-image", "skyreels-v2-forcing"),
+)
+NOT_KNOWN = [
+    *((name, cache) for name in UNKNOWN for cache in ("teacache", "first-block", "magcache")),
+    ("qwen-image-2.1", "cache-dit"),
+    ("wan-animate", "cache-dit"),
+]
+"""Models and the caches that do not know their blocks."""
 
 
-def without_warm_up(cache: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def without_warm_up(cache: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A cache of `LIKELY`, for which one computed step is enough."""
     from ddit.models.wan import Wan
 
@@ -57,13 +70,13 @@ def without_warm_up(cache: str, name: str, monkeypatch: pytest.MonkeyPatch) -> A
     return LIKELY[cache]()
 
 
-@parameters()
+@parameters(CACHED)
 @every_cache
 def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch):
     """Where the scale changes, the model answers just what it answers without a cache."""
     case = CASES[name]
     pipe = case.make()
-    config = without_warm_up(cache, name, monkeypatch)
+    config = without_warm_up(cache, monkeypatch)
     if hasattr(pipe, "transformer_2") and pipe.transformer_2 is not None:
         pytest.skip("the hand-over between two transformers starts afresh as well; tested below")
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
@@ -87,13 +100,13 @@ def test_a_cache_starts_afresh_on_every_change_of_scale(name, cache, monkeypatch
     assert exact.count(False) == case.passes * REUSED[cache].count("(")
 
 
-@parameters(SMALL)
+@parameters(CACHED)
 @every_cache
 def test_costs_and_removal(name, cache, monkeypatch):
     case = CASES[name]
     pipe = case.make()
     plain = draw(pipe, case)
-    run = ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, name, monkeypatch))
+    run = ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, monkeypatch))
     first = draw(pipe, case)
     assert torch.equal(draw(pipe, case), first), "a second run starts afresh"
     with_cache = run.report
@@ -105,12 +118,12 @@ def test_costs_and_removal(name, cache, monkeypatch):
     assert with_cache.flops_fraction < run.report.flops_fraction
 
 
-@parameters(SMALL)
+@parameters(CACHED)
 @every_cache
 def test_an_exception_leaves_nothing_behind(name, cache, monkeypatch):
     case = CASES[name]
     pipe = case.make()
-    with ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, name, monkeypatch)):
+    with ddit.apply(pipe, patches=FIXED, cache=without_warm_up(cache, monkeypatch)):
         whole = draw(pipe, case)
 
         def stop(_: Any, step: int, *rest: Any) -> dict[str, Any]:
@@ -177,7 +190,7 @@ class Alternating:
 def test_samples_of_different_scale_have_states_of_their_own(cache, monkeypatch):
     case = CASES["flux"]
     pipe = case.make()
-    config = without_warm_up(cache, "flux", monkeypatch)
+    config = without_warm_up(cache, monkeypatch)
     with ddit.apply(pipe, patches=Alternating(), cache=config) as run:
         draw(pipe, case, prompt=[tiny.PROMPT] * 3)
     # A sample that parts from the others, or joins them, starts afresh, and so do they.
@@ -222,7 +235,6 @@ def test_without_ddit_a_change_of_the_grid_fails():
 
 
 def _call(pipe: Any, side: int) -> dict[str, Any]:
-    from ddit.models import architecture_for
 
     return architecture_for(pipe.transformer).example(1, 2 * side, 2 * side, 512)
 
@@ -301,6 +313,16 @@ def test_magcache_is_told_the_number_of_steps():
     with ddit.apply(pipe, patches=FIXED, cache=config):
         draw(pipe, case)
     assert config.num_inference_steps == case.steps == len(config.mag_ratios)
+
+
+@pytest.mark.parametrize(("name", "cache"), NOT_KNOWN)
+def test_a_cache_that_does_not_know_the_blocks_is_refused(name, cache):
+    pipe = CASES[name].make()
+    block = architecture_for(pipe.transformer).blocks()[0]
+    before = set(vars(block))
+    with pytest.raises(ValueError, match=r"does not know the blocks of \w+; choose another cache"):
+        ddit.apply(pipe, cache=LIKELY[cache]())
+    assert set(vars(block)) == before
 
 
 def test_pairs_that_cannot_work_are_refused():

@@ -211,7 +211,7 @@ def test_a_bend_is_what_the_line_before_was_off_by():
 def test_saved_and_loaded(pipe, tmp_path):
     corrector = corrector_for(pipe.transformer, sampler="FlowMatchEulerDiscreteScheduler")
     corrector.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["base"] == "FluxTransformer2DModel" and config["base_hash"] == config_hash(pipe.transformer)
     assert config["sampler"] == "FlowMatchEulerDiscreteScheduler" and config["ddit_version"] == ddit.__version__

@@ -14,7 +14,6 @@ from ddit.embedded.detector import (
     ATTRIBUTES,
     Detector,
     crowd,
-    disturb,
     evaluate_detector,
     judge,
     labels,
@@ -22,6 +21,8 @@ from ddit.embedded.detector import (
     save_detector,
     train_detector,
 )
+from ddit.embedded.judging import disturb
+from ddit.embedded.optim import fit
 from ddit.embedded.scenes import Scene, Thing, draw
 
 ENOUGH = 0.99
@@ -203,7 +204,7 @@ def test_labels_say_what_is_where():
 
 
 def test_training_resumes_as_if_never_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddit.embedded.detector.warm_cosine", lambda step, steps: 1.0)
+    monkeypatch.setattr(fit, "__defaults__", (lambda step, steps: 1.0,))  # whatever the number of steps
     options = {"pictures": 12, "batch": 6, "seed": 3}
     whole = train_detector(tmp_path / "whole", steps=3, **options)
     train_detector(tmp_path / "part", steps=1, **options)

@@ -14,6 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
+import tiny_flux
+import tiny_sd3
+import tiny_video
 from ddit import PatchAdapter
 from ddit.coarse import coarse_call
 from ddit.config import Coarse
@@ -24,11 +27,18 @@ from ddit.models.flops import count
 PICTURE = dict(image_dim=16, added_kv_proj_dim=24)
 
 MODELS = {
+    "chroma": lambda: tiny_flux.chroma().transformer,
     "flux": lambda: tiny.transformer(num_layers=2, num_single_layers=3),
     "flux-guidance": lambda: tiny.transformer(guidance_embeds=True),
+    "flux-fill": lambda: tiny.transformer(in_channels=48, out_channels=16),
+    "flux2": lambda: tiny_flux.flux2(num_layers=2, num_single_layers=3).transformer,
+    "flux2-klein": lambda: tiny_flux.flux2(guidance_embeds=False).transformer,
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
+    "sd3": tiny_sd3.transformer,
     "wan": tiny.wan_transformer,
     "wan-i2v": lambda: tiny.wan_transformer(in_channels=12, **PICTURE),
+    "wan-vace": tiny_video.vace,
+    "skyreels-v2": tiny_video.skyreels,
 }
 
 

@@ -1,13 +1,18 @@
 """Imports run one way only, and `import ddit` never pulls in torch."""
 
 import ast
+import builtins
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
+import torch
+
+import tiny
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 
@@ -15,7 +20,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 # names come from api; "ddit.models" is the registry of the model files.
 GROUPS = (
     ("ddit.cli",),
-    ("ddit.train", "ddit.eval"),
+    ("ddit.train", "ddit.eval", "ddit.app"),
     ("ddit.known", "ddit.methods"),
     ("ddit.generate", "ddit.outputs"),
     ("ddit.embedded",),
@@ -26,6 +31,7 @@ GROUPS = (
     ("ddit.adapter", "ddit.caches", "ddit.run", "ddit.coarse"),
     ("ddit.models",),
     ("ddit.models.*",),
+    ("ddit.models.flux", "ddit.models.video"),
     ("ddit.models.base",),
     ("ddit.models.flops",),
     ("ddit.pretrained", "ddit.preset", "ddit.teacache"),
@@ -74,7 +80,8 @@ IMPORTERS = {"ddit.skip": {"ddit", "ddit.api", "ddit.embedded", "ddit.generate",
 """All that import these: without ``skip=``, nothing of skipping is loaded."""
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 LAST = len(GROUPS) - 1
-PACKAGES = ("ddit.cli", "ddit.train", "ddit.eval", "ddit.embedded", "ddit.skip")  # free to import inside themselves
+PACKAGES = ("ddit.cli", "ddit.train", "ddit.eval", "ddit.app", "ddit.embedded", "ddit.skip", "ddit.caches")
+"""Free to import inside themselves."""
 
 
 def unit(module: str) -> str | None:
@@ -278,12 +285,47 @@ def test_importing_is_free_of_torch(module):
     assert run.stdout.split() == []
 
 
-def test_without_skipping_nothing_of_it_is_loaded():
-    code = "import sys, ddit.api; print(*(name for name in sys.modules if name.startswith('ddit.skip')))"
-    env = os.environ | {"PYTHONPATH": str(SRC)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == []
+@pytest.fixture
+def afresh():
+    """Inside the test the package is not imported yet."""
+
+    def loaded():
+        return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "ddit"}
+
+    before = loaded()
+    for name in before:
+        del sys.modules[name]
+    yield loaded
+    for name in loaded():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def test_the_core_needs_nothing_of_skipping_and_no_insides_of_diffusers(pipe, monkeypatch, afresh):
+    """Another release of diffusers may break caches, which say so, but nothing else."""
+    importing = builtins.__import__
+
+    def guarded(name, scope=None, *rest):
+        ours = (scope or {}).get("__name__", "").startswith("ddit")
+        if ours and re.match(r"diffusers\.(hooks|models\.(cache_utils|_)|.*\._)", name):
+            raise ImportError(f"cannot import name 'Gone' from {name!r} (/somewhere)")
+        return importing(name, scope, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", guarded)
+    import ddit
+    import ddit.teacache
+
+    plain = tiny.sample(pipe)
+    with ddit.apply(pipe, patches=ddit.FixedSchedule(steps=(1, 2))) as run:
+        tiny.sample(pipe)
+    assert run.report.strip() == "1 2 2 2 2 2 2 2"
+    assert [name for name in afresh() if name.startswith("ddit.skip")] == []
+    for cache in ("first-block:0.1", "magcache:0.1", ddit.teacache.TeaCacheConfig(0.2, (1.0, 0.0))):
+        with pytest.raises(ValueError, match="without a cache") as told:
+            ddit.apply(pipe, cache=cache)
+        lacks = f"version {diffusers.__version__} lacks (cannot import name 'Gone' from 'diffusers.hooks."
+        assert lacks in str(told.value) and "somewhere" not in str(told.value)
+    assert torch.equal(tiny.sample(pipe), plain)
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

@@ -33,6 +33,7 @@ def test_the_demo_needs_no_extra(tmp_path):
         (["generate", tiny.PROMPT, "--plot", "p.png"], "plot"),
         (["evaluate", "--out", "e"], "plot"),
         (["train", "--prompts", "p.txt", "--out", "run"], "train"),
+        (["app", "--study", "nowhere"], "app"),
     ],
 )
 def test_the_extra_is_named_before_any_work(tmp_path, monkeypatch, arguments, extra):

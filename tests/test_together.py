@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from peft import LoraConfig
 
 import ddit
 import tiny
-from ddit import FixedSchedule, PatchSchedule, SkipSchedule
+from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.config import FULL
 from helpers import COARSE, call_inputs, fixed
 
@@ -81,6 +82,64 @@ def test_group_offloading(pipe, when):
             apply_group_offloading(pipe.transformer, **offload)
         torch.testing.assert_close(tiny.sample(pipe), expected)
         assert handle.report.strip() == "1 2 4 4 4 4 4 4"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sequential_offloading(pipe, when):
+    """Weights lie on the meta device but while their layer runs; here the CPU stands for the GPU."""
+    settings = dict(patches=fixed(1, 2, 4), skip=SkipSchedule(speedup=2))
+    with ddit.apply(pipe, **settings, adapter=opened(pipe.transformer)):
+        expected = tiny.sample(pipe)
+
+    def offload():
+        cpu_offload(pipe.transformer, execution_device=torch.device("cpu"), offload_buffers=True)
+
+    if when == "before":
+        offload()
+    with ddit.apply(pipe, **settings, adapter=opened(pipe.transformer)):
+        if when == "after":
+            offload()
+        assert next(pipe.transformer.parameters()).is_meta
+        torch.testing.assert_close(tiny.sample(pipe), expected)
+
+
+def opened(transformer) -> PatchAdapter:
+    """An adapter that changes what is drawn."""
+    torch.manual_seed(0)
+    adapter = PatchAdapter.for_model(transformer, rank=2)
+    for weight in adapter.parameters():
+        torch.nn.init.normal_(weight, std=0.01)
+    return adapter
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["sequential", "stream"])
+def test_offloading_from_a_gpu(pipe, kind):
+    with ddit.apply(pipe, patches=fixed(1, 2, 4)):
+        expected = tiny.sample(pipe)
+    if kind == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
+        apply_group_offloading(pipe.transformer, **devices, offload_type="leaf_level", use_stream=True)
+        pipe.to("cuda")
+    with ddit.apply(pipe, patches=fixed(1, 2, 4)):
+        torch.testing.assert_close(tiny.sample(pipe).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_in_int8(pipe, when):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    with ddit.apply(pipe, patches=fixed(1, 2, 4), adapter=opened(pipe.transformer)):
+        expected = tiny.sample(pipe)
+    if when == "before":
+        quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    with ddit.apply(pipe, patches=fixed(1, 2, 4), adapter=opened(pipe.transformer)) as handle:
+        if when == "after":
+            quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+        drawn = tiny.sample(pipe)
+    assert handle.report.strip() == "1 2 4 4 4 4 4 4" and 0 < (drawn - expected).std() < 0.1 * expected.std()
 
 
 def test_sigmas_of_ones_own(pipe):

@@ -26,11 +26,12 @@ from ddit.models import architecture_for
 from ddit.preset import Preset
 from ddit.train import rollout
 from ddit.train.config import TrainConfig
+from ddit.train.disk import checkpoints, result_folder
 from ddit.train.distill import Draw, draw, make_batch
 from ddit.train.distill import weights as noise_weights
 from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
-from ddit.train.trainer import checkpoints, result_folder, train
+from ddit.train.trainer import train
 
 PROMPTS = [
     f"a {size} {colour} {shape} on the left on a smooth background"

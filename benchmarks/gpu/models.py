@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks.gpu.shapes import Shape
 from ddit.eval.bench import Bench
 from ddit.models.base import Architecture, Inputs, first
-from ddit.models.wan import TRAIN_STEPS, Wan
 
 
 class Sampler:
@@ -25,7 +24,7 @@ class Sampler:
         self.transformer: Any = architecture.transformer
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=shape.shift)
         self.name = architecture.batched[0]
-        self.scale = 1 if isinstance(architecture, Wan) else TRAIN_STEPS
+        self.scale = 1000 / architecture.time_scale
         """FLUX is told the noise level, Wan the timestep."""
         text = inputs["encoder_hidden_states"]
         others = [{"encoder_hidden_states": torch.randn_like(text)} for _ in range(shape.guidance - 1)]

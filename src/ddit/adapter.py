@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ddit.config import Coarse, Positions, Start
 from ddit.models import architecture_for
+from ddit.models.base import Architecture
 from ddit.pretrained import TrainedPart, config_hash
 
 
@@ -166,6 +167,7 @@ class PatchAdapter(TrainedPart):
         )
         self._state = AdapterState()
         self._call: AdapterCall | None = None
+        self._own = Architecture.own
 
     @classmethod
     def for_model(
@@ -234,6 +236,7 @@ class PatchAdapter(TrainedPart):
         """
         self.check(transformer)
         architecture = architecture_for(transformer)
+        self._own = architecture.own
         head = architecture.layer(architecture.head)
         layers = architecture.feed_forward() if self.config["rank"] else []
         if any(_LOW_RANK in vars(layer) for _, layer in layers):
@@ -288,15 +291,18 @@ class PatchAdapter(TrainedPart):
         parts = self._parts(self._state.scale)
         added = parts.embed(self._call.patches)
         added = (added if parts.size is None else added + parts.size).to(output.dtype)
-        # A convolution puts channels first: [B, width, ..., h, w] where a linear layer gives [B, N, width].
-        return output + (added if output.ndim == 3 else added.mT.reshape(output.shape))
+        if output.ndim > 3:  # A convolution puts channels first: [B, width, ..., h, w] instead of [B, N, width].
+            return output + added.mT.reshape(output.shape)
+        changed = output.clone()
+        self._own(changed, added.shape[1]).add_(added)
+        return changed
 
     def _head(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """The de-embedding reads what the model's own head reads; its answer takes a path of its own (see `at`)."""
         if self._call is None:
             return
         parts = self._parts(self._state.scale)
-        correction = parts.head(args[0].to(self.dtype))
+        correction = parts.head(self._own(args[0], self._call.patches.shape[1]).to(self.dtype))
         if parts.residual is not None:
             correction = correction + parts.residual(self._call.patches)
         self._call.correction = correction

@@ -43,9 +43,7 @@ class CoarseCall(NamedTuple):
 def coarse_call(arch: Architecture, inputs: Inputs, noisy: Noisy, scale: int, coarse: Coarse) -> CoarseCall:
     """The call ``inputs``, which is about ``noisy``, with patches ``scale`` times as large."""
     patch, dtype = arch.patch_size, noisy.latents.dtype
-    z, condition = (
-        None if x is None else pad_to_multiple(x.float(), scale * patch) for x in (noisy.latents, noisy.condition)
-    )
+    z, condition = (None if x is None else _padded(arch, x, scale) for x in (noisy.latents, noisy.condition))
     assert z is not None
     small, level = coarse_input(z, noisy.sigma, scale, patch, coarse.start)
     if condition is not None:
@@ -79,7 +77,7 @@ def coarse_step(
     """
     z, sigma, patch = noisy.latents, noisy.sigma, arch.patch_size
     call = coarse_call(arch, inputs, noisy, scale, coarse)
-    padded = pad_to_multiple(z.float(), scale * patch)
+    padded = _padded(arch, z, scale)
     hears: AbstractContextManager[Any] = nullcontext()
     if adapter is not None:
         hears = adapter.at(scale, pack(patch_features(padded, sigma, scale, coarse.start), scale * patch))
@@ -91,3 +89,8 @@ def coarse_step(
     if learnt is not None:
         velocity = velocity + unpack(learnt.correction.float(), scale * patch, padded.shape)
     return crop(velocity, *z.shape[-2:])
+
+
+def _padded(arch: Architecture, z: Tensor, scale: int) -> Tensor:
+    """As many latents as large patches fill, on a grid that the model takes; float32."""
+    return pad_to_multiple(z.float(), scale * arch.patch_size * arch.grid_multiple)

@@ -10,6 +10,9 @@ EXTRA_OF = {
     "imageio_ffmpeg": "video",
     "cache_dit": "cache-dit",
     "prodigyopt": "train",
+    "torchmetrics": "judges",
+    "pyarrow": "judges",
+    "gradio": "app",
 }
 """Module that is imported only where it is needed -> the extra that brings it."""
 

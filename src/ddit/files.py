@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,3 +59,20 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file, if there is one; a last line that a kill cut short is taken off it."""
+    if not path.exists():
+        return []
+    written = path.read_bytes()
+    whole = written[: written.rfind(b"\n") + 1]
+    if len(whole) < len(written):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def add_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records to a JSONL file."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))

@@ -297,22 +297,6 @@ def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
             transformer.forward = before
 
 
-def race(
-    pipe: Any,
-    prompts: list[str],
-    seeds: list[int],
-    settings: dict[str, Any],
-    method: Method,
-    *,
-    repeats: int = 1,
-    on_step: OnStep | None = None,
-) -> tuple[Run, Run]:
-    """Plain and by a method; see `by_turns`."""
-    methods = {"plain": None, "method": method}
-    drawn = by_turns(pipe, prompts, seeds, settings, methods, repeats=repeats, on_step=on_step)
-    return drawn["plain"], drawn["method"]
-
-
 def by_turns(
     pipe: Any,
     prompts: list[str],
@@ -333,16 +317,21 @@ def by_turns(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it must be at least 1")
-    warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
     for method in methods.values():
-        scales = method.patches.scales if method is not None and method.patches is not None else (1, 2, 4)
-        steps = FixedSchedule(steps=(1, *sorted(scales, reverse=True)))
-        run(pipe, prompts, seeds, warm, method=method and Method(patches=steps, adapter=method.adapter))
+        warm_up(pipe, prompts, seeds, settings, method)
     drawn: dict[str, list[Run]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, method in methods.items():
             drawn[name].append(run(pipe, prompts, seeds, settings, method=method, on_step=on_step))
     return {name: _median(runs) for name, runs in drawn.items()}
+
+
+def warm_up(pipe: Any, prompts: list[str], seeds: list[int], settings: dict[str, Any], method: Method | None) -> None:
+    """Run a few steps at every scale of a method, so that the first use of each is not timed."""
+    warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
+    scales = method.patches.scales if method is not None and method.patches is not None else (1, 2, 4)
+    steps = FixedSchedule(steps=(1, *sorted(scales, reverse=True)))
+    run(pipe, prompts, seeds, warm, method=method and Method(patches=steps, adapter=method.adapter))
 
 
 def _median(runs: list[Run]) -> Run:

@@ -49,6 +49,16 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
     return Method(patches=patches_of(given, preset), skip=skip_of(given), cache=cache, preset=preset, **parts)
 
 
+def completed(values: Mapping[str, Any], model: str, preset: Preset) -> dict[str, Any]:
+    """The words with the corrector that ships with a model, where it gains: where steps between full ones are skipped.
+
+    That of the clips does not gain at every speed, so it has to be named.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    gains = model == "embedded" and skip_of(given) is not None and patches_of(given, preset) == FULL
+    return {"corrector": "embedded", **given} if gains else given
+
+
 def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
     """The schedule of patches.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers import ConfigMixin, ModelMixin
+from huggingface_hub import ModelCard, ModelCardData, file_exists
 from safetensors import safe_open
 from torch import nn
 
@@ -22,7 +23,9 @@ class TrainedPart(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
     noun = "part"
-    """What users call it."""
+    """What users call it, and the argument of `ddit.apply` that takes it."""
+    beside = ""
+    """Other arguments of `ddit.apply` that it can't do without."""
 
     @classmethod
     def from_pretrained(cls: type[Part], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Part:
@@ -53,6 +56,24 @@ class TrainedPart(ModelMixin, ConfigMixin):
         check_weights(part, f"{noun} {name!r}")
         return part
 
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save to a folder, with a model card (``README.md``); arguments as in `diffusers.ModelMixin`."""
+        super().save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("push_to_hub"):  # or `_upload_folder` has seen to it
+            self.card().save(Path(save_directory) / "README.md")
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, token: Any = None, **kwargs: Any) -> Any:
+        """As in diffusers, whose bare card gives way to ours; a card that is on the hub already stays."""
+        if not file_exists(repo_id, "README.md", token=token):
+            self.card().save(Path(working_dir) / "README.md")
+        return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
+
+    def card(self) -> ModelCard:
+        """The model card that it was loaded with, else a new one."""
+        source = self.config.get("_name_or_path")
+        loaded = source and Path(source) / "README.md"
+        return ModelCard.load(loaded) if loaded and loaded.is_file() else model_card(self)
+
     def check(self, transformer: nn.Module) -> None:
         """Refuse a transformer that this was not made for.
 
@@ -74,6 +95,63 @@ class TrainedPart(ModelMixin, ConfigMixin):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise TypeError(f"a {self.noun} has no forward of its own; pass it to ddit.apply")
+
+
+CARD = """# {title}
+
+For ddit ([DDiT](https://arxiv.org/abs/2602.16968)), which changes the patch size of a diffusion transformer from step
+to step. Made for {base}, whose licence holds for this {noun} too.
+
+```python
+ddit.apply(pipe, {beside}{noun}="folder or hub id of this {noun}")
+```
+
+| setting | |
+|---|---|
+{settings}
+"""
+QUALITY = """
+## Quality
+
+On samples kept apart: `error` with this {noun}, `training_free` without it. Lower is better.
+
+| {head} |
+|{rule}
+{rows}
+"""
+
+
+def model_card(
+    part: TrainedPart, base_model: str | None = None, quality: Sequence[Mapping[str, Any]] = ()
+) -> ModelCard:
+    """What readers on the hub should know, as the trainers of diffusers write it.
+
+    Args:
+        base_model: Hub id of the pipeline that it was trained for.
+        quality: Rows of one validation, as in ``validation.jsonl``.
+    """
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation=base_model and "adapter",
+        library_name="ddit",  # with "diffusers" the hub would tell people to load it as a pipeline
+        license="other",
+        license_name="as-the-base-model",
+        tags=["ddit", "diffusers", "diffusion-transformer", part.noun, "arxiv:2602.16968"],
+    )
+    shown = {k: v for k, v in part.config.items() if not k.startswith("_") and not isinstance(v, dict)}
+    base = part.config["base"] if base_model is None else f"{base_model} ({part.config['base']})"
+    text = CARD.format(
+        title=f"{part.noun.capitalize()} for {base_model or part.config['base']}",
+        base=base,
+        beside=part.beside,
+        noun=part.noun,
+        settings="\n".join(f"| {name} | {json.dumps(value)} |" for name, value in shown.items()),
+    )
+    if quality:
+        rows = ["| " + " | ".join(f"{value:g}" for value in row.values()) + " |" for row in quality]
+        head = " | ".join(quality[0])
+        text += QUALITY.format(noun=part.noun, head=head, rule="---|" * len(quality[0]), rows="\n".join(rows))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 LARGEST = 1e4

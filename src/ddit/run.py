@@ -173,7 +173,7 @@ class RunState:
         if not self.levels:
             return True
         other_form = z.ndim != self._seen.ndim and len(z) == len(self._seen)
-        return sigma <= self.levels[-1] and (self._like(z) and len(z) == len(self._seen) or other_form)
+        return sigma <= self.levels[-1] and ((self._like(z) and len(z) == len(self._seen)) or other_form)
 
     def decide(self, z: Tensor, sigma: float, patch_size: int) -> list[int]:
         """Begin a step: the scale of each sample, 0 where the model is not called.

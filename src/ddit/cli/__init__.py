@@ -10,15 +10,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from ddit import __version__
-from ddit.cli.common import add_command, check_outputs, check_writable, command_line, environment
+from ddit.cli.app import add_app
+from ddit.cli.common import add_command, add_flag, check_outputs, check_writable, command_line, environment
 from ddit.cli.draw import add_draw
 from ddit.cli.embedded import add_embedded
 from ddit.cli.measure import add_measure
 from ddit.files import write_json
-from ddit.train.config import CHOICES, TrainConfig
+from ddit.train.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     add_draw(commands)
+    add_app(commands)
     add_measure(commands)
 
     learn = add_command(
@@ -84,34 +86,13 @@ def parser() -> argparse.ArgumentParser:
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
     learn.add_argument("--dry-run", action="store_true", help="only count parameters and memory; needs no weights")
     learn.add_argument("--json", type=Path, help="write the curves of loss and validation; with --dry-run, the figures")
-    _train_options(learn)
+    for field in fields(TrainConfig):  # what is not given is left to the config file or the default
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        add_flag(learn, TrainConfig, field.name, "" if shown is None else f"default: {shown}")
 
     add_embedded(commands)
     add_command(commands, "info", _info, "versions, devices and supported models")
     return top
-
-
-def _train_options(command: argparse.ArgumentParser) -> None:
-    """One flag for each field of `TrainConfig`; unset ones are left to the config file or the default."""
-    for field in fields(TrainConfig):
-        flag = f"--{field.name.replace('_', '-')}"
-        default = "" if field.default is None else f"default: {field.default}"
-        if isinstance(field.default, tuple):
-            shown = " ".join(map(str, field.default))
-            command.add_argument(flag, type=type(field.default[0]), nargs="+", help=f"default: {shown}")
-        elif str(field.type).startswith("tuple[int"):
-            command.add_argument(flag, type=int, nargs="+")
-        elif field.name in CHOICES:
-            command.add_argument(flag, choices=get_args(CHOICES[field.name]), help=default)
-        elif str(field.type).startswith("bool"):
-            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=default)
-        else:
-            kind = type(field.default) if field.default is not None else _optional_type(str(field.type))
-            command.add_argument(flag, type=kind, help=default)
-
-
-def _optional_type(annotation: str) -> type:
-    return {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
 
 
 def _train(args: argparse.Namespace) -> None:

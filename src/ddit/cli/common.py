@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ddit import __version__
+from ddit.methods import WORDS
 
 
 def add_command(commands: Any, name: str, run: Callable[..., None] | None, text: str) -> argparse.ArgumentParser:
@@ -47,6 +49,29 @@ def model_options(command: argparse.ArgumentParser, *, adapter: str | None = "no
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
+def add_flag(command: Any, record: type, field: str, text: str = "", *, name: str = "") -> None:
+    """The flag that sets a field of a dataclass, by the field's annotation; ``None`` where it is not given.
+
+    Args:
+        text: Help.
+        name: Of the flag, where the command line has another than the field.
+    """
+    flag = "--" + (name or field).replace("_", "-")
+    command.add_argument(flag, default=None, help=text or None, **_parsed(get_type_hints(record)[field]))
+
+
+def _parsed(hint: Any) -> dict[str, Any]:
+    """How argparse reads what an annotation allows."""
+    origin, parts = get_origin(hint), [part for part in get_args(hint) if part is not type(None)]
+    if origin in (Union, types.UnionType):
+        return _parsed(parts[0])
+    if origin is Literal:
+        return {"choices": parts}
+    if origin is tuple:
+        return {"type": parts[0], "nargs": "+"}
+    return {"action": argparse.BooleanOptionalAction} if hint is bool else {"type": hint}
+
+
 CALL_FLAGS = {"num_inference_steps": "steps", "height": "height", "width": "width", "num_frames": "frames"}
 """Arguments of a pipeline's call -> the option that sets them, in commands that have it."""
 
@@ -68,6 +93,12 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call that the options give."""
     given = {name: getattr(args, option, None) for name, option in CALL_FLAGS.items()}
     return {**{k: v for k, v in given.items() if v is not None}, **dict(args.call)}
+
+
+def words_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, by `ddit.methods.WORDS`."""
+    words = {name: getattr(args, name) for name in WORDS}
+    return {name: value for name, value in words.items() if value is not None}
 
 
 def positive(text: str) -> int:

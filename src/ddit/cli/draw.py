@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 from ddit.cli.common import (
     add_command,
-    call_options,
+    add_flag,
     check_outputs,
     check_run,
     command_line,
     environment,
     model_options,
     positive,
+    words_of,
 )
-from ddit.config import FULL, PatchSchedule, Positions, Start
+from ddit.config import Coarse, PatchSchedule, SkipSchedule
 from ddit.extras import require
-from ddit.files import replacing, write_json
-from ddit.methods import WORDS, patches_of, skip_of
+from ddit.files import write_json
+from ddit.methods import KINDS, SKIP, patches_of, skip_of
 from ddit.preset import Preset
-
-if TYPE_CHECKING:
-    from ddit.generate import Method
 
 DEMO_THRESHOLD = 0.01
 """tau of the demo: the embedded model is small, and its latents bend more than those of FLUX.1-dev."""
@@ -42,8 +37,7 @@ def add_draw(commands: Any) -> None:
     generate.add_argument("prompt", nargs="?")
     generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
     model_options(generate)
-    _method_options(generate)
-    generate.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
+    method_options(generate)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
@@ -58,42 +52,43 @@ def add_draw(commands: Any) -> None:
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
 
 
-def _method_options(command: argparse.ArgumentParser) -> None:
+def method_options(command: argparse.ArgumentParser) -> None:
     """A flag for each of `ddit.methods.WORDS`; what is not given is the model's preset's."""
     patches = command.add_argument_group(
         "patches", "which patches the model sees in a step (default: the paper's rule)"
     )
-    patches.add_argument("--patches", choices=("rule", "paper", "full"), help="paper is the rule to the letter")
+    patches.add_argument("--patches", choices=KINDS, help="paper is the rule to the letter")
     patches.add_argument("--schedule", type=int, nargs="+", metavar="SCALE", help="scale of each step, no rule")
-    patches.add_argument("--threshold", type=float, help="tau: larger uses larger patches")
-    patches.add_argument("--percentile", type=float, help="rho of the paper")
-    patches.add_argument("--order", type=int, help="of the difference of the latents, 1 to 3")
-    patches.add_argument("--scales", type=int, nargs="+", help="to choose from, such as 1 2 4")
-    patches.add_argument("--warmup", type=int, help="full steps at the beginning")
-    patches.add_argument(
-        "--careful",
-        action=argparse.BooleanOptionalAction,
-        help="without an adapter, large patches only while what they drop lies below the noise",
-    )
-    patches.add_argument("--start", choices=get_args(Start), help="how a coarse step is computed without an adapter")
-    patches.add_argument("--positions", choices=get_args(Positions), help="of large patches")
+    for field, text in RULE_HELP.items():
+        add_flag(patches, PatchSchedule, field, text)
+    add_flag(patches, Coarse, "start", "how a coarse step is computed without an adapter")
+    add_flag(patches, Coarse, "positions", "of large patches")
     skip = command.add_argument_group("skip", "in which steps the model is not called (default: in none)")
-    skip.add_argument("--speedup", type=float, help="call the model so rarely that a run takes so many times less work")
-    skip.add_argument("--quality", type=float, help="as rarely as keeps this PSNR in dB to the plain run")
-    skip.add_argument("--skip-threshold", type=float, help="while forecasts change the picture by less than this")
+    for word, text in SKIP_HELP.items():
+        add_flag(skip, SkipSchedule, SKIP[word], text, name=word)
     skip.add_argument(
         "--corrector", help="folder or hub id of a corrector of forecasts (default: the embedded model's; none)"
     )
+    command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
 
 
-def _words(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say, by `ddit.methods.WORDS`."""
-    words = {name: getattr(args, name) for name in WORDS}
-    return {name: value for name, value in words.items() if value is not None}
+RULE_HELP = {
+    "threshold": "tau: larger uses larger patches",
+    "percentile": "rho of the paper",
+    "order": "of the difference of the latents, 1 to 3",
+    "scales": "to choose from, such as 1 2 4",
+    "warmup": "full steps at the beginning",
+    "careful": "without an adapter, large patches only while what they drop lies below the noise",
+}
+SKIP_HELP = {
+    "speedup": "call the model so rarely that a run takes so many times less work",
+    "quality": "as rarely as keeps this PSNR in dB to the plain run",
+    "skip_threshold": "while forecasts change the picture by less than this",
+}
 
 
 def _generate(args: argparse.Namespace) -> None:
-    given = _words(args)
+    given = words_of(args)
     patches_of(given, Preset())
     skip_of(given)
     out = args.out
@@ -110,6 +105,7 @@ def _generate(args: argparse.Namespace) -> None:
     if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4"):
         raise ValueError(f"{args.out} must end in .png, or for a video model in .mp4")
     from ddit import generate as lib
+    from ddit.cli.drawing import Drawing
 
     lib.check_prompt(args.prompt, args.model)
     drawing = Drawing.load(args, args.device)
@@ -145,7 +141,6 @@ def _demo(args: argparse.Namespace) -> None:
     check_outputs([args.out, args.out.with_suffix(".json")])
     from ddit import generate as lib
     from ddit import outputs
-    from ddit.config import SkipSchedule
 
     pipe, preset = lib.load_pipeline("embedded")
     patches = PatchSchedule(threshold=DEMO_THRESHOLD)
@@ -184,6 +179,7 @@ def _draw_many(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ddit import generate as lib
+    from ddit.cli.drawing import Drawing
     from ddit.progress import progress
     from ddit.train.samples import read_prompts
 
@@ -210,127 +206,6 @@ def _draw_many(args: argparse.Namespace) -> None:
             write_json(names[i].with_suffix(".json"), result)
             advance()
     print(f"wrote {len(mine)} of {len(prompts)} to {folder}; {len(prompts) - len(missing)} were there")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A model with all that the command line asks of it."""
-
-    args: argparse.Namespace
-    pipe: Any
-    method: Method
-    words: dict[str, Any]
-    """What was asked for, by `ddit.methods.WORDS`."""
-    settings: dict[str, Any]
-    """Arguments of the pipeline's call."""
-    suffix: str
-    """Of the files: .png, or .mp4 of a video model."""
-
-    @classmethod
-    def load(cls, args: argparse.Namespace, device: str) -> Drawing:
-        """Load what is asked for.
-
-        Raises:
-            ValueError: For a model, adapter, cache or size that can't be had.
-        """
-        from ddit import generate as lib
-        from ddit import outputs
-        from ddit.methods import make_method
-
-        pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=device, preset=args.preset)
-        suffix = ".mp4" if lib.draws_video(pipe) else ".png"
-        if suffix == ".mp4":
-            outputs.check_video_writer()
-        words, load = _words(args), {"dtype": args.dtype, "device": device}
-        method = make_method(
-            words,
-            preset,
-            load_adapter=partial(lib.load_adapter, **load),
-            load_corrector=partial(lib.load_corrector, **load),
-        )
-        # The clips' own does not gain at every speed.
-        if args.corrector is None and args.model == "embedded" and method.patches == FULL and method.skip is not None:
-            words["corrector"] = "embedded"
-            method = replace(method, corrector=lib.load_corrector("embedded", **load))
-        settings = lib.call_settings(preset, **call_options(args))
-        lib.check_call(pipe, settings)
-        return cls(args, pipe, method, words, settings, suffix)
-
-    @property
-    def patches(self) -> Any:
-        """The schedule of patches."""
-        return self.method.patches
-
-    @property
-    def seeds(self) -> list[int]:
-        return [self.args.seed + i for i in range(self.args.num_images)]
-
-    def asked(self, prompt: str) -> dict[str, Any]:
-        """All that decides what is drawn."""
-        args = self.args
-        return {
-            "prompt": prompt,
-            "seeds": self.seeds,
-            "model": args.model,
-            "call": self.settings,
-            "method": self.words,
-            "patches": self.patches.to_dict(),
-            "skip": self.method.skip and self.method.skip.to_dict(),
-        }
-
-    def draw(
-        self, prompt: str, out: Path, on_step: Callable[..., None] | None = None, *, plot: Path | None = None
-    ) -> tuple[dict[str, Any], list[Path]]:
-        """Draw and save a prompt; gives its report and the files."""
-        from ddit import generate as lib
-        from ddit import outputs
-
-        args, prompts = self.args, [prompt] * self.args.num_images
-        draw = partial(lib.race, repeats=args.repeats) if args.compare else lib.run
-        drawn: Any = draw(self.pipe, prompts, self.seeds, self.settings, method=self.method, on_step=on_step)
-        plain, dynamic = drawn if args.compare else (None, drawn)
-        report = dynamic.report
-        result = {"command": command_line(), **self.asked(prompt), **report.to_dict()}
-        result.update(seconds=dynamic.seconds, environment=environment(args.device))
-        result["strips"] = [report.strip(i) for i in range(len(prompts))]
-        if plain is not None:
-            from ddit.eval.metrics import similarity
-
-            result.update(similarity(outputs.frames(plain.pictures), outputs.frames(dynamic.pictures)))
-            result.update(baseline_seconds=plain.seconds, speedup=plain.seconds / dynamic.seconds)
-        written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
-        if plot is not None:
-            plot.parent.mkdir(parents=True, exist_ok=True)
-            rule = self.patches
-            threshold = rule.threshold if isinstance(rule, PatchSchedule) else None
-            with replacing(plot) as part:
-                named = part.with_name(part.name + (plot.suffix or ".png"))  # the ending tells the format
-                report.plot(named, threshold=threshold)
-                named.replace(part)
-            written.append(plot)
-        return result, written
-
-    def is_there(self, prompt: str, path: Path) -> bool:
-        """Whether an earlier run has drawn a prompt to ``path``: its report is written last.
-
-        Raises:
-            ValueError: When something else was drawn there.
-        """
-        report = path.with_suffix(".json")
-        if not report.is_file():
-            return False
-        try:
-            before = json.loads(report.read_text())
-        except ValueError:
-            before = {}
-        asked = json.loads(json.dumps(self.asked(prompt)))
-        differ = [name for name, value in asked.items() if before.get(name) != value]
-        if differ:
-            raise ValueError(
-                f"{report} tells of another run ({', '.join(differ)} differ); name another folder with --out, "
-                "or delete it to draw it anew"
-            )
-        return True
 
 
 class _step_bar:

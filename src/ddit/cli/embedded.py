@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,6 @@ def _choose_threshold(args: argparse.Namespace) -> None:
         SkipSchedule(threshold=threshold)
     if not 0 <= args.margin <= 1:
         raise ValueError(f"margin is {args.margin}; it must lie between 0 and 1")
-    from dataclasses import replace
-
     from ddit.eval.suites import SuiteConfig, choose_threshold
     from ddit.generate import model_folder
     from ddit.preset import FILE, Preset
@@ -121,20 +120,7 @@ def _choose_threshold(args: argparse.Namespace) -> None:
     folder = model_folder(args.model)
     for path in (args.out.with_suffix(".json"), folder / FILE):
         check_writable(path)
-
-    config = SuiteConfig(
-        model=args.model,
-        methods=(),
-        prompts=args.prompts,
-        adapter=None,
-        split="tune",
-        batch=args.batch,
-        seed=0,
-        settings={},
-        device="cpu",
-        dtype="float32",
-        out=args.out,
-    )
+    config = SuiteConfig(model=args.model, prompts=args.prompts, batch=args.batch, out=args.out)
     about = {"command": command_line(), "environment": environment("cpu")}
     chosen = choose_threshold(config, args.thresholds, args.margin, about)["chosen"]
     preset = Preset.load(folder)

@@ -22,23 +22,39 @@ from ddit.files import write_json, write_text
 
 PAPER = "paper"
 EMBEDDED_SUITES = ("embedded", "embedded-video")
+JUDGES = ("fid", "clip", "imagereward", "lpips", "ssim", "psnr", "vbench")
+PROMPTS = 200
 
 
 def add_measure(commands: Any) -> None:
     """The commands with their options."""
+    _add_evaluate(commands)
+    _add_bench(commands)
+    calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
+    model_options(calibrate, adapter=None)
+    calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
+    calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
+    calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
+
+
+def _add_evaluate(commands: Any) -> None:
+    """`ddit evaluate` and `compare`, which share most options."""
     evaluate = add_command(commands, "evaluate", _evaluate, "judge methods on held-out prompts of the embedded model")
     model_options(evaluate)
     evaluate.add_argument(
         "--suite",
-        choices=("quality", "proxy", *EMBEDDED_SUITES),
+        choices=("quality", "paper", "proxy", *EMBEDDED_SUITES),
         default="quality",
-        help="proxy is the proxy card, how far a small model behaves like the real ones; "
-        f"{' and '.join(EMBEDDED_SUITES)} are quality on the model of that name",
+        help="paper has the field's judges on prompts of a file, for any model; proxy is the proxy card, how far "
+        f"a small model behaves like the real ones; {' and '.join(EMBEDDED_SUITES)} are quality on that model",
     )
     evaluate.add_argument(
         "--methods", nargs="+", help="such as plain plain:run_steps=20 ddit:threshold=0.01 ddit:speedup=3,patches=full"
     )
     _judging_options(evaluate)
+    _paper_options(evaluate)
     evaluate.add_argument("--out", type=Path, default=Path("out/evaluate"), help="stem of .json, .md and .png")
 
     text = "race dynamic patches against fewer steps, caches and progressive resolution"
@@ -52,6 +68,8 @@ def add_measure(commands: Any) -> None:
     compare.add_argument("--out", type=Path, default=Path("out/compare"), help="stem of .json, .md, .png and .svg")
     compare.set_defaults(suite="compare")
 
+
+def _add_bench(commands: Any) -> None:
     bench = add_command(commands, "bench", _bench, "count or time a step at every scale; needs no weights")
     bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
     bench.add_argument("--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES")
@@ -76,22 +94,35 @@ def add_measure(commands: Any) -> None:
     bench.add_argument("--trace", type=Path, help="write a trace of a step at each scale for ui.perfetto.dev")
     bench.add_argument("--out", "--json", type=Path, help="stem of .json and .md")
 
-    calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
-    model_options(calibrate, adapter=None)
-    calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
-    calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
-    calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
-    calibrate.add_argument("--seed", type=int, default=0)
-    calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
-
 
 def _judging_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompts", type=positive, default=200, help="how many (default: %(default)s)")
-    text = "prompts of your own, one per line, for any model; then likeness to plain is all that is judged"
+    command.add_argument("--prompts", type=positive, help=f"how many (default: {PROMPTS}, of suite paper all)")
+    text = (
+        "prompts of your own for any model, whose likeness to plain is judged: a file (text with one per line, .json, "
+    )
+    text += ".jsonl, .csv, .tsv, .parquet), or dataset:OWNER/NAME on the hub"
     command.add_argument("--prompt-file", metavar="FILE", help=text)
+    command.add_argument("--prompt-column", metavar="NAME", help="where prompts are in it (default: the usual names)")
     command.add_argument("--split", choices=("judge", "tune"), default="judge")
     command.add_argument("--batch", type=positive, default=8)
     command.add_argument("--seed", type=int, default=0)
+
+
+def _paper_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("suite paper")
+    text = "who judges (default: all but vbench, which is for clips; fid with --reference)"
+    group.add_argument("--judges", nargs="+", choices=JUDGES, default=[], help=text)
+    text = "what FID compares with: a folder of pictures, or statistics as .npz of clean-fid or pytorch-fid"
+    group.add_argument("--reference", type=Path, metavar="PATH", help=text)
+    text = "a judge's weights on this machine or the hub instead of the default ones; may be given several times"
+    group.add_argument("--weights", type=_weights, action="append", default=[], metavar="JUDGE=PATH", help=text)
+
+
+def _weights(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or name not in JUDGES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JUDGE=PATH with one of {', '.join(JUDGES)}")
+    return name, path
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -99,45 +130,61 @@ def _evaluate(args: argparse.Namespace) -> None:
         if args.model not in ("embedded", args.suite):
             raise ValueError(f"suite {args.suite} is of another model than {args.model}; leave one of them out")
         args.model, args.suite = args.suite, "quality"
-    check_run(args, [args.out.with_suffix(end) for end in (".json", ".md", ".png")])
-    require("matplotlib", "the figure of a measurement")
+    paper = args.suite == "paper"
+    endings = (".json", ".md", ".jsonl") if paper else (".json", ".md", ".png")
+    inside = [args.out.with_suffix(".pictures") / "any"] if paper else []
+    check_run(args, [*(args.out.with_suffix(end) for end in endings), *inside])
+    if not paper:
+        require("matplotlib", "the figure of a measurement")
+        _refuse_paper_options(args)
+    texts = _texts(args)
     from ddit.eval.suites import SuiteConfig, run_suite
-    from ddit.generate import EMBEDDED
-
-    texts: list[str] = []
-    if args.prompt_file is not None:
-        from ddit.train.samples import read_prompts
-
-        texts = read_prompts(args.prompt_file)
-    elif args.model not in EMBEDDED and not Path(args.model).is_dir():
-        raise ValueError(
-            "without --prompt-file only what the project's own grammars ask for can be judged; give the file, "
-            f"or name {' or '.join(EMBEDDED)}, or a folder with a model that knows their words"
-        )
 
     at = tuple(getattr(args, "at", ()))
     if at and args.methods:
         raise ValueError(
             "--at chooses among the default methods; with --methods give each its steps: plain:run_steps=25"
         )
+    same = ("model", "adapter", "split", "batch", "seed", "device", "dtype", "out", "preset")
     config = SuiteConfig(
-        model=args.model,
+        **{name: getattr(args, name) for name in same},
+        prompts=args.prompts or PROMPTS,
         methods=tuple(args.methods or ()),
-        prompts=args.prompts,
-        adapter=args.adapter,
-        split=args.split,
-        batch=args.batch,
-        seed=args.seed,
         settings=call_options(args),
-        device=args.device,
-        dtype=args.dtype,
-        out=args.out,
-        preset=args.preset,
         run_steps=at,
         texts=tuple(texts),
+        judges=tuple(getattr(args, "judges", ())),
+        weights=dict(getattr(args, "weights", ())),
+        reference=getattr(args, "reference", None),
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
     print(f"wrote {args.out.with_suffix('.json')}")
+
+
+def _refuse_paper_options(args: argparse.Namespace) -> None:
+    given = [name for name in ("judges", "reference", "weights") if getattr(args, name, None)]
+    if given:
+        raise ValueError(f"--{given[0]} belongs to --suite paper; add that, or leave it out")
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """Prompts of the user's own, if there are any."""
+    from ddit.generate import EMBEDDED
+
+    if args.prompt_file is not None:
+        from ddit.eval.prompts import read
+
+        return read(args.prompt_file, args.prompt_column, args.prompts)
+    if args.prompt_column is not None:
+        raise ValueError("--prompt-column says where prompts are in a --prompt-file; give that too")
+    if args.suite == "paper":
+        raise ValueError("suite paper needs prompts, such as COCO's captions or DrawBench: --prompt-file FILE")
+    if args.model not in EMBEDDED and not Path(args.model).is_dir():
+        raise ValueError(
+            "without --prompt-file only what the project's own grammars ask for can be judged; give the file, "
+            f"or name {' or '.join(EMBEDDED)}, or a folder with a model that knows their words"
+        )
+    return []
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -174,7 +221,7 @@ def _bench(args: argparse.Namespace) -> None:
     sizes = [_size(text) for text in args.size]
     kept: dict[str, Any] = {"blocks": args.blocks, "rank": args.adapter_rank, "scales": scales}
     results = [bench.count(arch, **size, **kept) for arch in args.arch for size in sizes]
-    tables = [bench.table(results)]
+    tables = [bench.counts_table(results)]
     print(tables[0])
     if args.device == "meta":
         given = [f for f in ("compile", "attention", "runs", "trace", "random_weights") if getattr(args, f)]

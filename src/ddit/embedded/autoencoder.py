@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +11,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from einops import rearrange
-from torch import Tensor, nn
+from einops import rearrange, reduce
+from torch import Tensor
 
 from ddit.embedded import components
 from ddit.embedded.config import RESOLUTIONS, TrainingConfig
-from ddit.embedded.optim import set_lr, warm_cosine
+from ddit.embedded.optim import fit
+from ddit.embedded.scenes import IMAGE_SIZE
 from ddit.files import replacing
 from ddit.progress import progress
 
 
 def train_vae(folder: Path, pictures: np.ndarray, config: TrainingConfig, device: str) -> AutoencoderKL:
-    """Train on 64-pixel crops; reconstruct full and pooled latents alike.
-
-    The pooled half (pool the latents, decode, compare with the pooled picture) keeps the latent space equivariant
-    to scale, as in EQ-VAE (arXiv 2502.09509), so that a small picture and a pooled large one look alike to the flow.
-    """
+    """Train on 64-pixel crops, see `equivariant_loss`; resumes from ``vae.pt`` beside the result."""
     if (folder / "config.json").exists():
         vae: Any = AutoencoderKL.from_pretrained(folder)
         return vae.to(device)
@@ -32,40 +31,52 @@ def train_vae(folder: Path, pictures: np.ndarray, config: TrainingConfig, device
     vae = components.make_vae()
     vae.to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    rng = np.random.default_rng([config.seed, 2])
-    with progress("autoencoder", config.vae_steps) as advance:
-        for step in range(config.vae_steps):
-            set_lr(optimizer, 2e-3 * warm_cosine(step, config.vae_steps))
-            x = crops(pictures, rng, count=8, size=64).to(device)
-            scale = int(rng.choice([2, 4]))
-            small = F.avg_pool2d(x, scale)
-            posterior = vae.encode(x).latent_dist  # type: ignore[union-attr]
-            z = posterior.sample()
-            pooled = F.avg_pool2d(z, scale)
-            alike = F.mse_loss(vae.encode(small).latent_dist.mean, pooled)  # type: ignore[union-attr]
-            loss = (
-                reconstruction(vae.decode(z).sample, x)  # type: ignore[union-attr]
-                + 0.1 * reconstruction(vae.decode(pooled).sample, small)  # type: ignore[union-attr]
-                + 0.05 * alike
-                + 2e-4 * posterior.kl().mean() / z[0].numel()
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            advance(loss=loss.item())
-    vae.eval()
+
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        return equivariant_loss(vae, crops(pictures, rng, count=8, size=64).to(device), int(rng.choice([2, 4])), rng)
+
+    fit(folder.with_suffix(".pt"), vae, [optimizer], loss, steps=config.vae_steps, seed=[config.seed, 2])
+    some = crops(pictures, np.random.default_rng([config.seed, 2]), count=64, size=64)
     with torch.no_grad():
-        z = vae.encode(crops(pictures, rng, count=64, size=64).to(device)).latent_dist.mean  # type: ignore[union-attr]
+        z = vae.encode(some.to(device)).latent_dist.mean
     vae.register_to_config(shift_factor=float(z.mean()), scaling_factor=float(1 / z.std()))
     vae.save_pretrained(folder)
     return vae
+
+
+def equivariant_loss(
+    vae: Any, x: Tensor, scale: int, rng: np.random.Generator, weight: Tensor | float = 1.0
+) -> tuple[Tensor, dict[str, float]]:
+    """Reconstruct pictures or clips ``[B, 3, ..., H, W]`` in [-1, 1] from latents, and pooled ones from pooled latents.
+
+    The pooled half (pool the latents, decode, compare with the pooled picture) keeps the latent space equivariant
+    to scale, as in EQ-VAE (arXiv 2502.09509), so that a small picture and a pooled large one look alike to the flow.
+
+    Args:
+        scale: That one pools by.
+        weight: Of a pixel in the reconstruction.
+    """
+    small = pool(x, scale)
+    torch.manual_seed(int(rng.integers(2**31)))
+    posterior = vae.encode(x).latent_dist
+    z = posterior.sample()
+    pooled = pool(z, scale)
+    exact = reconstruction(vae.decode(z).sample.float(), x, weight)
+    small_exact = reconstruction(vae.decode(pooled).sample.float(), small)
+    alike = F.mse_loss(vae.encode(small).latent_dist.mean.float(), pooled.float())
+    total = exact + 0.1 * small_exact + 0.05 * alike + 2e-4 * posterior.kl().mean() / z[0].numel()
+    return total, {"exact": round(exact.item(), 5)}
 
 
 def reconstruction(output: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Mean of absolute and squared differences, with a weight per pixel."""
     difference = output - target
     return ((difference.abs() + difference.square()) * weight).mean()
+
+
+def pool(x: Tensor, scale: int) -> Tensor:
+    """Average pooling in space: ``[B, C, ..., H, W] -> [B, C, ..., H/s, W/s]``."""
+    return reduce(x, "b c ... (h y) (w x) -> b c ... h w", "mean", y=scale, x=scale)
 
 
 def crops(pictures: np.ndarray, rng: np.random.Generator, *, count: int, size: int) -> Tensor:
@@ -86,20 +97,24 @@ def to_model(pictures: np.ndarray) -> Tensor:
 @torch.no_grad()
 def encode_pictures(folder: Path, vae: AutoencoderKL, pictures: np.ndarray, device: str) -> dict[int, np.ndarray]:
     """Normalised latents of the pictures at every resolution, packed as FLUX packs them, cached as float16."""
-    latents = {}
     shift, scaling = vae.config["shift_factor"], vae.config["scaling_factor"]
-    for size in RESOLUTIONS:
-        path = folder / f"latents-{size}.npy"
-        if not path.exists():
-            batches = []
-            with progress(f"latents at {size}", -(-len(pictures) // 10)) as advance:
-                for batch in np.split(pictures, range(10, len(pictures), 10)):
-                    x = F.avg_pool2d(to_model(batch).to(device), 128 // size)
-                    z = (vae.encode(x).latent_dist.mean - shift) * scaling  # type: ignore[union-attr]
-                    packed = rearrange(z, "b c (h dy) (w dx) -> b (h w) (c dy dx)", dy=2, dx=2)
-                    batches.append(packed.half().cpu().numpy())
-                    advance()
-            with replacing(path) as partial, partial.open("wb") as file:
-                np.save(file, np.concatenate(batches))
-        latents[size] = np.load(path, mmap_mode="r")
-    return latents
+
+    def encode(batch: np.ndarray, size: int) -> Tensor:
+        x = pool(to_model(batch).to(device), IMAGE_SIZE // size)
+        z = (vae.encode(x).latent_dist.mean - shift) * scaling  # type: ignore[union-attr]
+        return rearrange(z, "b c (h dy) (w dx) -> b (h w) (c dy dx)", dy=2, dx=2)
+
+    return {s: cached_latents(folder / f"latents-{s}.npy", pictures, partial(encode, size=s)) for s in RESOLUTIONS}
+
+
+def cached_latents(path: Path, drawn: np.ndarray, encode: Callable[[np.ndarray], Tensor]) -> np.ndarray:
+    """What becomes of drawings, ten at a time, as float16: made once, then read from a file."""
+    if not path.exists():
+        batches = []
+        with progress(path.stem, -(-len(drawn) // 10)) as advance:
+            for batch in np.split(drawn, range(10, len(drawn), 10)):
+                batches.append(encode(batch).half().cpu().numpy())
+                advance()
+        with replacing(path) as part, part.open("wb") as file:
+            np.save(file, np.concatenate(batches))
+    return np.load(path, mmap_mode="r")

@@ -6,24 +6,23 @@ is; and it names the background. It is never trained on generated pictures, so i
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddit.embedded.autoencoder import to_model
 from ddit.embedded.data import cached_shards, drawings
-from ddit.embedded.optim import save_checkpoint, set_lr, warm_cosine
+from ddit.embedded.judging import Residual, disturb, halve, load_judge, save_judge, through
+from ddit.embedded.optim import fit
 from ddit.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -36,7 +35,6 @@ from ddit.embedded.scenes import (
     Thing,
     draw,
 )
-from ddit.progress import progress
 
 ANSWERS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -109,27 +107,6 @@ def _window(maps: Tensor, place: str) -> Tensor:
     return maps[:, :, y : y + WINDOW, x : x + WINDOW]
 
 
-def halve(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
-    """``[B, inputs, H, W]`` -> ``[B, outputs, H/2, W/2]``"""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.inner(x))
-
-
 # Judging
 
 
@@ -195,33 +172,17 @@ def evaluate_detector(detector: Detector, count: int, seed: int, vae: Autoencode
     }
 
 
-@torch.no_grad()
-def through(vae: Any, pictures: Tensor) -> Tensor:
-    """Encode, decode and round to 8 bits ``[B, 3, ..., H, W]`` in [-1, 1], as what is generated would be."""
-    decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample
-    return (decoded.clamp(-1, 1) * 127.5).round() / 127.5
-
-
 # Loading and saving
 
 
 def load_detector(folder: Path = ASSETS) -> Detector:
     """The detector that ships with the package, or one from ``folder``."""
-    config = json.loads((folder / "config.json").read_text())
-    if config["answers"] != _answers():
-        raise ValueError(f"the detector in {folder} knows other words than the grammar has; train it again")
-    detector = Detector()
-    detector.load_state_dict(load_file(folder / "model.safetensors"))
-    return detector.eval()
+    return load_judge(Detector(), folder, lambda config: config["answers"] == _answers())
 
 
 def save_detector(detector: Detector, folder: Path, training: dict[str, float]) -> None:
     """Write float16 weights, the words they stand for and how they were trained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in detector.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
-    config = {"answers": _answers(), "training": training}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_judge(detector, folder, {"answers": _answers(), "training": training})
 
 
 def _answers() -> dict[str, list[str]]:
@@ -249,30 +210,16 @@ def train_detector(
     torch.manual_seed(seed)
     detector = Detector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=0.02)
-    checkpoint, first = folder / "detector.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        detector.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizers"][0])
-        first = state["step"]
-    detector.train()
-    with progress("detector", steps, done=first) as advance:
-        for step in range(first, steps):
-            # A generator per step: a resumed run draws what an uninterrupted one would have.
-            rng = np.random.default_rng([seed, 2, step])
-            pick = rng.integers(len(drawn), size=batch)
-            x = disturb(to_model(drawn[pick]), torch.Generator().manual_seed(int(rng.integers(2**62))))
-            loss = detector_loss(detector(x), torch.from_numpy(slots[pick]), torch.from_numpy(grounds[pick]))
-            set_lr(optimizer, lr * warm_cosine(step, steps))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            advance(loss=loss.item())
-            if (step + 1) % 200 == 0 or step + 1 == steps:
-                save_checkpoint(checkpoint, detector, {}, [optimizer], step + 1)
+
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        pick = rng.integers(len(drawn), size=batch)
+        x = disturb(to_model(drawn[pick]), torch.Generator().manual_seed(int(rng.integers(2**62))))
+        return detector_loss(detector(x), torch.from_numpy(slots[pick]), torch.from_numpy(grounds[pick])), {}
+
+    fit(folder / "detector.pt", detector, [optimizer], loss, steps=steps, seed=[seed, 2], clip=math.inf)
     settings = {"pictures": pictures, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
     save_detector(detector, folder / "model", settings)
-    return detector.eval()
+    return detector
 
 
 def detector_loss(found: Findings, slots: Tensor, grounds: Tensor) -> Tensor:
@@ -288,22 +235,6 @@ def detector_loss(found: Findings, slots: Tensor, grounds: Tensor) -> Tensor:
     losses.append(F.binary_cross_entropy_with_logits(found.occupied, occupied.float()))
     losses.append(F.cross_entropy(found.background, grounds))
     return torch.stack(losses).mean()
-
-
-def disturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Do to pictures ``[B, 3, H, W]`` a little of what generating them might: shift, blur, tone, noise."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(pictures), 1, 1, 1, generator=generator)
-
-    height, width = pictures.shape[2:]
-    dx, dy = torch.randint(0, 5, (2,), generator=generator).tolist()
-    x = F.pad(pictures, (2, 2, 2, 2), mode="reflect")[..., dy : dy + height, dx : dx + width]
-    blur = uniform(0, 0.25)
-    for dim in (2, 3):
-        x = (1 - 2 * blur) * x + blur * (x.roll(1, dim) + x.roll(-1, dim))
-    x = x * uniform(0.88, 1.1) + uniform(-0.08, 0.08)
-    return x + uniform(0, 0.06) * torch.randn(x.shape, generator=generator)
 
 
 def crowd(rng: np.random.Generator) -> Scene:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from ddit.embedded import components
 from ddit.embedded.config import CROP, RESOLUTIONS, TrainingConfig
-from ddit.embedded.optim import make_optimizers, save_checkpoint, set_lr, trapezoid
+from ddit.embedded.optim import fit, make_optimizers, trapezoid
 from ddit.embedded.scenes import IMAGE_SIZE, PLACES, named_places
 from ddit.embedded.text import TextEncoders
-from ddit.progress import progress
 
 
 def train_flow(
@@ -33,85 +32,79 @@ def train_flow(
     config: TrainingConfig,
     device: str,
 ) -> Path:
-    """Flow matching on the latents, text encoders frozen as FLUX.1's are; resumes from ``flow.pt``.
-
-    A linear layer on half-way features also tells which thing covers what. Outlines are a small part of the flow's
-    loss beside grain that nobody can predict; without this aid shapes were still unlearnt after 7,000 steps. Crops
-    around the things have the same purpose (Patch Diffusion, arXiv 2304.12526): a third of the cost, and most of what
-    a prompt decides. Where they lie depends on the prompt alone, so the velocity learnt is still the mean given it.
-    """
+    """Flow matching on the latents, text encoders frozen as FLUX.1's are; resumes from ``flow.pt``."""
     torch.manual_seed(config.seed + 3)
-    model = nn.ModuleDict({"transformer": components.make_transformer(), "text": encoders, "masks": MaskHead()})
-    model.to(device)
+    parts = {"transformer": components.make_transformer(), "text": encoders, "masks": MaskHead(192, things=2)}
+    model = nn.ModuleDict(parts).to(device)
     model["text"].requires_grad_(False)
-    checkpoint, log, first = folder / "flow.pt", folder / "flow.jsonl", 0
-    if config.start_from and not checkpoint.exists():
+    if config.start_from:
         saved = FluxTransformer2DModel.from_pretrained(config.start_from, subfolder="transformer", dtype=torch.float32)
         model["transformer"].load_state_dict(saved.state_dict())
-    average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(model)
-    ids = encoders.ids(prompts)
-    empty = encoders.ids([""])
+    ids, empty = encoders.ids(prompts), encoders.ids([""])
+    around = placed(prompts)
+
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        size, place, pick = choose(around, config, rng)
+        x, covers = torch.from_numpy(latents[size][pick].astype(np.float32)), torch.from_numpy(masks[pick]) / 255
+        positions = grid_ids(math.isqrt(x.shape[1]))
+        if place:
+            x, covers, positions = crop(x, covers, positions, place, rng)
+        words = unsaid(ids[pick], empty, config.unconditional, rng)
+        # Pooling by s divides the noise by s: the same picture is as visible at a logit higher by log(s).
+        mean = config.noise_mean + math.log(size / min(RESOLUTIONS))
+        x, positions, words, covers = (part.to(device) for part in (x, positions, words, covers))
+        with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
+            flow, aside = flow_loss(model, x, positions, words, covers, mean, config.noise_std, rng)
+        figures = {"flow": round(flow.item(), 5), "masks": round(aside.item(), 5), "tokens": x.shape[1]}
+        return flow + config.mask_weight * aside, figures
+
+    average = fit(
+        folder / "flow.pt",
+        model,
+        make_optimizers(model, config.lr),
+        loss,
+        partial(trapezoid, decay_from=config.decay_from),
+        steps=config.flow_steps,
+        seed=[config.seed, 4],
+        ema=config.ema,
+        every=config.checkpoint_every,
+    )
+    model.load_state_dict(average, strict=False)
+    return export(folder / "model", model, vae)
+
+
+def placed(prompts: Sequence[str]) -> dict[str | None, np.ndarray]:
+    """Place -> numbers of the prompts that name it; ``None`` -> all."""
     named = [named_places(prompt) for prompt in prompts]
-    everywhere = np.arange(len(prompts))
-    around = {place: np.array([i for i, n in enumerate(named) if place in n]) for place in sorted({*sum(named, ())})}
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        average = state["average"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
-    started = time.time()
-    with progress("flow", config.flow_steps, done=first) as advance:
-        for step in range(first, config.flow_steps):
-            # A generator per step: a resumed run draws what an uninterrupted one would have.
-            rng = np.random.default_rng([config.seed, 4, step])
-            size = int(rng.choice(RESOLUTIONS, p=config.mix))
-            place = str(rng.choice(list(around))) if size == max(RESOLUTIONS) and rng.random() < config.crops else None
-            among, count = (around[place], 3 * config.batches[size]) if place else (everywhere, config.batches[size])
-            pick = np.sort(rng.choice(among, size=count))
-            x = torch.from_numpy(latents[size][pick].astype(np.float32)).to(device)
-            covers = torch.from_numpy(masks[pick]).to(device).float() / 255
-            positions = grid_ids(math.isqrt(x.shape[1])).to(device)
-            if place:
-                x, covers, positions = crop(x, covers, positions, place, rng)
-            words = ids[pick].clone()
-            words[torch.from_numpy(rng.random(len(pick)) < config.unconditional)] = empty
-            lr = config.lr * trapezoid(step, config.flow_steps, config.decay_from)
-            for optimizer, factor in zip(optimizers, (1.0, 0.5), strict=True):
-                set_lr(optimizer, factor * lr)
-            model.zero_grad()
-            # Pooling by s divides the noise by s: the same picture is as visible at a logit higher by log(s).
-            mean = config.noise_mean + math.log(size / min(RESOLUTIONS))
-            with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
-                loss, aside = flow_loss(model, x, positions, words.to(device), covers, mean, config.noise_std, rng)
-            (loss + config.mask_weight * aside).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            decay = min(config.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for name, mean_of in average.items():
-                    mean_of.lerp_(model.get_parameter(name), 1 - decay)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} at step {step}; lower the learning rate")
-            figures = {"loss": round(value, 5), "masks": round(aside.item(), 5), "tokens": x.shape[1]}
-            advance(**figures)
-            with log.open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.flow_steps:
-                save_checkpoint(checkpoint, model, average, optimizers, step + 1)
-                export(folder / "model", model, average, vae)
-    print(f"flow: {config.flow_steps - first} steps in {(time.time() - started) / 60:.1f} minutes")
-    return export(folder / "model", model, average, vae)
+    places = sorted({*sum(named, ())})
+    among = {place: np.array([i for i, n in enumerate(named) if place in n]) for place in places}
+    return {None: np.arange(len(prompts)), **among}
+
+
+def choose(
+    around: dict[str | None, np.ndarray], config: TrainingConfig, rng: np.random.Generator
+) -> tuple[int, str | None, np.ndarray]:
+    """What a step sees: size of the pictures, place that they are cropped to, and their numbers."""
+    size, place = int(rng.choice(RESOLUTIONS, p=config.mix)), None
+    if size == max(RESOLUTIONS) and rng.random() < config.crops:
+        place = str(rng.choice([name for name in around if name]))
+    count = config.batches[size] * (3 if place else 1)
+    return size, place, np.sort(rng.choice(around[place], size=count))
+
+
+def unsaid(words: Tensor, empty: Tensor, chance: float, rng: np.random.Generator) -> Tensor:
+    """Prompts ``[B, ...]``, some of them replaced by the empty one ``[1, ...]``, for guidance."""
+    gone = torch.from_numpy(rng.random(len(words)) < chance)
+    return torch.where(gone.reshape(-1, *[1] * (words.ndim - 1)), empty, words)
 
 
 def crop(
     x: Tensor, covers: Tensor, positions: Tensor, place: str, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`CROP` x `CROP` tokens around a place.
+    """`CROP` x `CROP` tokens around a place (Patch Diffusion, arXiv 2304.12526).
+
+    A third of the cost, and most of what a prompt decides. Where crops lie depends on the prompt alone, so the velocity
+    learnt is still the mean given it.
 
     Args:
         x: Tokens ``[B, N, C]`` of a square grid.
@@ -134,23 +127,35 @@ def crop(
 
 
 class MaskHead(nn.Module):
-    """Which of two things covers each sixteenth of a token's area, read off the features of one block."""
+    """Which of some things covers each sixteenth of a token's area, read off the features of one block.
 
-    BLOCK = 1
-    """Single block whose features are read: the fourth of six."""
+    Outlines are a small part of the flow's loss beside grain that nobody can predict; without this aid shapes were
+    still unlearnt after 7,000 steps.
+
+    Args:
+        width: Of the features.
+        things: How many there may be.
+    """
+
     SIDE = 4
+    """A token's area is told in as many rows and columns."""
 
-    def __init__(self, width: int = 192) -> None:
+    def __init__(self, width: int, things: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.logits = nn.Linear(width, 2 * self.SIDE**2)
+        self.logits = nn.Linear(width, things * self.SIDE**2)
 
     def forward(self, features: Tensor, covers: Tensor) -> Tensor:
-        """Cross-entropy of features ``[B, N, width]`` with masks ``[B, 2, 64, 64]``."""
-        side = math.isqrt(features.shape[1])
-        target = F.adaptive_avg_pool2d(covers, side * self.SIDE)
-        target = rearrange(target, "b k (h y) (w x) -> b (h w) (k y x)", y=self.SIDE, x=self.SIDE)
+        """Cross-entropy of features ``[B, F side side, width]`` with masks ``[B, things, F, H, W]``."""
+        frames = covers.shape[2]
+        side = math.isqrt(features.shape[1] // frames)
+        target = F.adaptive_avg_pool3d(covers, (frames, side * self.SIDE, side * self.SIDE))
+        target = rearrange(target, "b k f (h y) (w x) -> b (f h w) (k y x)", y=self.SIDE, x=self.SIDE)
         return F.binary_cross_entropy_with_logits(self.logits(self.norm(features)), target)
+
+
+BLOCK = 1
+"""Single block whose features the head reads: the fourth of six."""
 
 
 def flow_loss(
@@ -171,7 +176,7 @@ def flow_loss(
     pooled, tokens = model["text"](words)
     transformer: Any = model["transformer"]
     features: list[Tensor] = []
-    block = transformer.single_transformer_blocks[MaskHead.BLOCK]
+    block = transformer.single_transformer_blocks[BLOCK]
     hook = block.register_forward_hook(lambda _, __, output: features.append(output[1]))
     output = transformer(
         hidden_states=noisy,
@@ -183,7 +188,7 @@ def flow_loss(
         return_dict=False,
     )[0]
     hook.remove()
-    return F.mse_loss(output, eps - x), model["masks"](features[0], covers)
+    return F.mse_loss(output, eps - x), model["masks"](features[0], covers[:, :, None])
 
 
 def grid_ids(side: int) -> Tensor:
@@ -194,10 +199,8 @@ def grid_ids(side: int) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-def export(folder: Path, model: nn.ModuleDict, average: dict[str, Tensor], vae: AutoencoderKL) -> Path:
-    """Save the averaged weights as a `FluxPipeline` in float16."""
-    current = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(average, strict=False)
+def export(folder: Path, model: nn.ModuleDict, vae: AutoencoderKL) -> Path:
+    """Save a `FluxPipeline` in float16."""
     text: Any = model["text"]
     transformer: Any = model["transformer"]
     pipe = FluxPipeline(
@@ -210,6 +213,4 @@ def export(folder: Path, model: nn.ModuleDict, average: dict[str, Tensor], vae: 
         transformer=transformer,
     )
     pipe.to(dtype=torch.float16).save_pretrained(folder)
-    pipe.to(dtype=torch.float32)
-    model.load_state_dict(current)
     return folder

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,9 +15,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from ddit.embedded import components
 from ddit.embedded.config import TrainingConfig
-from ddit.embedded.optim import set_lr, warm_cosine
+from ddit.embedded.optim import fit
 from ddit.embedded.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene, scenes
-from ddit.progress import progress
 
 
 class TextEncoders(nn.Module):
@@ -65,34 +67,22 @@ def pretrain_text(path: Path, config: TrainingConfig, device: str) -> TextEncode
     belongs to which object.
     """
     torch.manual_seed(config.seed + 1)
-    encoders = TextEncoders().to(device)
-    if path.exists():
-        encoders.load_state_dict(torch.load(path, weights_only=True))
-        return encoders
+    encoders = TextEncoders()
     classes = sum(map(len, ATTRIBUTES.values()))
-    noun, whole = (
-        nn.Linear(128, classes).to(device),
-        nn.Linear(128, 2 * classes + len(BACKGROUNDS)).to(device),
-    )
-    modules = nn.ModuleList([encoders, noun, whole])
+    noun, whole = nn.Linear(128, classes), nn.Linear(128, 2 * classes + len(BACKGROUNDS))
+    modules = nn.ModuleList([encoders, noun, whole]).to(device)
     # T5 does not scale its attention scores: a distance's bias, or the order of words, must learn faster than they do.
     order = encoders.t5.get_parameter("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     rest = [p for p in modules.parameters() if p is not order]
-    optimizers = [torch.optim.AdamW(group, betas=(0.9, 0.95)) for group in ([order], rest)]
-    source = scenes(config.seed + 2, "train")
-    with progress("text encoders", config.text_steps) as advance:
-        for step in range(config.text_steps):
-            for optimizer, lr in zip(optimizers, (2.5e-2, 1e-3), strict=True):
-                set_lr(optimizer, lr * warm_cosine(step, config.text_steps))
-            batch = [next(source) for _ in range(128)]
-            pooled, tokens = encoders(encoders.ids([s.prompt for s in batch]).to(device))
-            loss = parse_loss(batch, noun(tokens), whole(pooled))
-            modules.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            advance(loss=loss.item())
-    torch.save(encoders.state_dict(), path)
+    rates = ((order,), 2.5e-2), (rest, 1e-3)
+    optimizers = [torch.optim.AdamW(group, lr=lr, betas=(0.9, 0.95)) for group, lr in rates]
+
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch = list(islice(scenes(int(rng.integers(2**31)), "train"), 128))
+        pooled, tokens = encoders(encoders.ids([s.prompt for s in batch]).to(device))
+        return parse_loss(batch, noun(tokens), whole(pooled)), {}
+
+    fit(path, modules, optimizers, loss, steps=config.text_steps, seed=[config.seed, 3], clip=math.inf)
     return encoders
 
 

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from ddit.adapter import PatchAdapter
-from ddit.coarse import coarse_call
-from ddit.config import Coarse
 from ddit.eval import timing
+from ddit.eval.tables import table
 from ddit.generate import model_folder
 from ddit.known import compression, meta_transformer, transformer
 from ddit.models import architecture_for
@@ -45,9 +44,9 @@ def count(
     architecture = architecture_for(meta)
     inputs = example(architecture, model, height, width, frames)
     adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
-    rows, noisy = {}, architecture.read(inputs)
+    rows = {}
     for scale in scales:
-        call = inputs if scale == 1 else coarse_call(architecture, inputs, noisy, scale, Coarse()).inputs
+        call = timing.call_at(architecture, inputs, scale)
         flops = architecture.count_flops(to_meta(call), scale, adapter)
         rows[scale] = {"tokens": architecture.tokens(call), "flops": flops}
     return {
@@ -206,32 +205,31 @@ def parse_schedule(text: str, total: int, costs: Mapping[int, float]) -> list[in
     return (scales + scales[-1:] * total)[:total]
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def counts_table(results: Sequence[dict[str, Any]]) -> str:
     """Results of `count` as Markdown: a line each, TFLOPs at every scale and how many times fewer."""
-    scales = list(results[0]["scales"])
-    lines = [
-        "Floating-point operations of one forward of one sample, counted on the meta device.",
-        "",
-        "| model | size | " + " | ".join(f"tokens at {s}p, TFLOPs" for s in scales) + " | times fewer |",
-        "|---" * (len(scales) + 3) + "|",
-    ]
+    rows = []
     for r in results:
         cells = [f"{row['tokens']:,}, {row['flops'] / 1e12:.1f}" for row in r["scales"].values()]
         fewer = ", ".join(f"{row['ratio']:.2f}" for s, row in r["scales"].items() if int(s) > 1)
-        lines.append(f"| {_name(r)} | {_size(r)} | " + " | ".join(cells) + f" | {fewer} |")
-    return "\n".join(lines) + "\n"
+        rows.append([_name(r), _size(r), *cells, fewer])
+    head = ["model", "size", *(f"tokens at {s}p, TFLOPs" for s in results[0]["scales"]), "times fewer"]
+    return "Floating-point operations of one forward of one sample, counted on the meta device.\n\n" + table(head, rows)
+
+
+TIMES = """Steps with large patches against a full step: times fewer operations, times faster, and efficiency (the
+latter by the former); what they add to the model's own call, an adapter to them, and a change of scale to a
+full step; the speed, as a share of that of a large matrix product.
+
+"""
+TIMES_HEAD = (
+    *("model", "size, batch", "scale", "fewer", "faster", "efficiency"),
+    *("around the model", "adapter", "change", "share"),
+)
 
 
 def times_table(results: Sequence[dict[str, Any]]) -> str:
     """Timed results as Markdown: a line for each scale above 1, and one for each run."""
-    lines = [
-        "Steps with large patches against a full step: times fewer operations, times faster, and efficiency (the",
-        "latter by the former); what they add to the model's own call, an adapter to them, and a change of scale to a",
-        "full step; the speed, as a share of that of a large matrix product.",
-        "",
-        "| model | size, batch | scale | fewer | faster | efficiency | around the model | adapter | change | share |",
-        "|---" * 10 + "|",
-    ]
+    rows, lines = [], []
     for r in results:
         steps = r["steps"]
         for s in [s for s in steps["flop_ratio"] if s > 1]:
@@ -244,9 +242,7 @@ def times_table(results: Sequence[dict[str, Any]]) -> str:
                 f"{steps['switch_share'][s]:.1%}",
                 f"{steps['utilisation'][s]:.0%} ({steps['utilisation'][1]:.0%} at 1)",
             ]
-            lines.append(f"| {_name(r)} | {_size(r)}, {steps['batch']} | {s}p | " + " | ".join(cells) + " |")
-    lines.append("")
-    for r in results:
+            rows.append([_name(r), f"{_size(r)}, {steps['batch']}", f"{s}p", *cells])
         rule, skipping = (r["steps"][f"scheduler_share_{how}"] for how in ("of_a_plain_step", "with_skipping"))
         told = [f"the scheduler takes {rule:.2%} of a full step, with skipping {skipping:.2%}"]
         for run in r["runs"]:
@@ -255,7 +251,7 @@ def times_table(results: Sequence[dict[str, Any]]) -> str:
                 + (f", {run['speedup']:.2f}x in whole runs" if "speedup" in run else "")
             )
         lines.append(f"{_name(r)}, {_size(r)}: " + "; ".join(told) + ".")
-    return "\n".join(lines) + "\n"
+    return TIMES + table(TIMES_HEAD, rows) + "\n" + "\n".join(lines) + "\n"
 
 
 def _name(result: dict[str, Any]) -> str:

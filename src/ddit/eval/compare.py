@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ddit.eval.tables import adherence_change, table
 from ddit.methods import SKIP
 
 SPEEDS = (1.5, 2, 3, 4, 5)
@@ -101,31 +102,25 @@ def winners(rows: Sequence[dict[str, Any]], measure: str) -> dict[float, list[di
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """For each speed the best of each family by the first of `measures`."""
     measure, *others = measures(rows)
-    judged = bool(others)
-    lines = []
+    told = ["Fréchet", "change", "adherence, points"] if others else []
+    sections = []
     for speed, best in winners(rows, measure).items():
-        told = "Fréchet | change | adherence, points | " if judged else ""
-        lines += [f"\n### {speed:g}x or faster\n"]
-        if not best:
-            lines.append("No method was.")
-            continue
-        lines += [f"| family | method | speed | {told}PSNR dB |"]
-        lines += ["|---" * (4 + told.count("|")) + "|"]
-        for row in best:
-            lines.append(
-                f"| {family(row['method'])} | {row['method']} | {row['speedup']:.2f}x "
-                f"| {_judgement(row) if judged else ''}{row['psnr']:.1f} |"
-            )
-    return "\n".join(lines).lstrip() + "\n"
+        head = ["family", "method", "speed", *told, "PSNR dB"]
+        cells = (
+            [
+                *(family(row["method"]), row["method"], f"{row['speedup']:.2f}x"),
+                *(_judgement(row) if told else ()),
+                f"{row['psnr']:.1f}",
+            ]
+            for row in best
+        )
+        sections.append(f"### {speed:g}x or faster\n\n" + (table(head, cells) if best else "No method was.\n"))
+    return "\n".join(sections)
 
 
-def _judgement(row: dict[str, Any]) -> str:
+def _judgement(row: dict[str, Any]) -> tuple[str, str, str]:
     low, high = row["frechet_change_interval"]
-    worse, better = row["adherence_change_interval"]
-    return (
-        f"{row['frechet']:.2f} | {low:+.2f} to {high:+.2f} "
-        f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) | "
-    )
+    return f"{row['frechet']:.2f}", f"{low:+.2f} to {high:+.2f}", adherence_change(row)
 
 
 LABELS = {

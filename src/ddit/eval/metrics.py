@@ -81,9 +81,17 @@ class FrechetTo:
     def __init__(self, reference: Tensor) -> None:
         self._check(reference)
         reference = reference.double()
-        self.mean = reference.mean(0)
-        covariance = torch.cov(reference.T).reshape(len(self.mean), len(self.mean))
-        self.trace = covariance.trace()
+        self._fit(reference.mean(0), torch.cov(reference.T).reshape([reference.shape[1]] * 2))
+
+    @classmethod
+    def of_gaussian(cls, mean: Tensor, covariance: Tensor) -> FrechetTo:
+        """The distance to a Gaussian of ``mean [D]`` and ``covariance [D, D]``."""
+        made = cls.__new__(cls)
+        made._fit(mean.double(), covariance.double())
+        return made
+
+    def _fit(self, mean: Tensor, covariance: Tensor) -> None:
+        self.mean, self.trace = mean, covariance.trace()
         values, vectors = torch.linalg.eigh(covariance)
         self.root = vectors * values.clamp(min=0).sqrt() @ vectors.T
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 
 from ddit.files import replacing, write_json
 from ddit.generate import Run
@@ -83,3 +85,11 @@ class Parts:
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:04}.npz"
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of a module's weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ddit.eval.tables import table
 from ddit.models.base import Architecture
 
 STEPS = 50
@@ -133,11 +134,9 @@ def _similarity(row: Mapping[str, Any]) -> Row:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The card as a table."""
-    lines = ["| property | real models | wanted | this model | |", "|---|---|---|---|---|"]
-    for row in rows:
-        verdict = "pass" if row.passed else "**miss**, patches can't be judged" if row.must else "miss"
-        lines.append(f"| {row.name} | {row.real} | {row.wanted} | {row.proxy} | {verdict} |")
-    return "\n".join(lines) + "\n"
+    missed = {False: "miss", True: "**miss**, patches can't be judged"}
+    cells = ([r.name, r.real, r.wanted, r.proxy, "pass" if r.passed else missed[r.must]] for r in rows)
+    return table(["property", "real models", "wanted", "this model", ""], cells)
 
 
 def to_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:

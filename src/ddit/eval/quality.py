@@ -19,6 +19,7 @@ from ddit.embedded.scenes import Split
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.subjects import Subject, Verdict
+from ddit.eval.tables import adherence_change, table
 from ddit.generate import Method, run
 from ddit.memory import with_peak
 from ddit.outputs import frames
@@ -289,31 +290,27 @@ def _full_steps(samples: Sequence[Sequence[int]], asked: Sequence[Any], subject:
 
 def markdown(rows: Sequence[dict[str, Any]], prompts: int) -> str:
     """The rows as a table."""
-    judged = "adherence (95 %) | change, points | Fréchet (change) | " if "adherence" in rows[0] else ""
-    lines = [
-        f"{prompts} prompts. Speed is wall-clock, relative to the first row, in the same run; memory is what a call "
-        "takes beyond what lay there before.",
-        "",
-        f"| method | steps | speed | FLOPs | {judged}PSNR dB | SSIM | memory, MB |",
-        "|---" * (7 + judged.count("|")) + "|",
-    ]
+    judged = ["adherence (95 %)", "change, points", "Fréchet (change)"] if "adherence" in rows[0] else []
+    cells = []
     for row in rows:
         steps, memory = row["run_steps"] / rows[0]["run_steps"], row["peak_memory"]
-        lines.append(
-            f"| {row['method']} | {row['run_steps']} | {row['speedup']:.2f}x | {row['flops_fraction'] * steps:.0%} "
-            f"| {_judgement(row) if judged else ''}{row['psnr']:.1f} | {row['ssim']:.3f} "
-            f"| {'' if memory is None else round(memory / 1e6)} |"
+        cells.append(
+            [
+                *(row["method"], row["run_steps"], f"{row['speedup']:.2f}x", f"{row['flops_fraction'] * steps:.0%}"),
+                *(_judgement(row) if judged else ()),
+                *(f"{row['psnr']:.1f}", f"{row['ssim']:.3f}", "" if memory is None else round(memory / 1e6)),
+            ]
         )
-    return "\n".join(lines) + "\n"
+    text = (
+        f"{prompts} prompts. Speed is wall-clock, relative to the first row, in the same run; memory is what a call "
+        "takes beyond what lay there before.\n\n"
+    )
+    return text + table(["method", "steps", "speed", "FLOPs", *judged, "PSNR dB", "SSIM", "memory, MB"], cells)
 
 
-def _judgement(row: dict[str, Any]) -> str:
+def _judgement(row: dict[str, Any]) -> tuple[str, str, str]:
     """Cells of a table."""
     low, high = row["adherence_interval"]
-    worse, better = row["adherence_change_interval"]
     nearer, farther = row["frechet_change_interval"]
-    return (
-        f"{row['adherence']:.1%} ({low:.1%} to {high:.1%}) "
-        f"| {100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f}) "
-        f"| {row['frechet']:.2f} ({nearer:+.2f} to {farther:+.2f}) | "
-    )
+    adherence = f"{row['adherence']:.1%} ({low:.1%} to {high:.1%})"
+    return adherence, adherence_change(row), f"{row['frechet']:.2f} ({nearer:+.2f} to {farther:+.2f})"

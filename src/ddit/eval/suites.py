@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded.scenes import Split
-from ddit.eval import compare, proxy, quality
+from ddit.eval import compare, paper, proxy, quality
+from ddit.eval.drawings import Drawings, draw
 from ddit.eval.grid import fewest_and_most, save_grid
-from ddit.eval.parts import Parts
+from ddit.eval.parts import Parts, digest
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json, write_text
 from ddit.generate import (
@@ -50,25 +50,29 @@ class SuiteConfig:
     """What to run; see ``ddit evaluate --help``."""
 
     model: str
-    methods: tuple[str, ...]
     prompts: int
-    adapter: str | None
-    """Folder or hub id of the adapter that methods use unless they say ``adapter=none``."""
-    split: Split
     batch: int
-    seed: int
-    settings: dict[str, Any]
-    """Arguments of the pipeline's call that override the model's own."""
-    device: str
-    dtype: str
     out: Path
     """Stem of the files to write."""
+    methods: tuple[str, ...] = ()
+    adapter: str | None = None
+    """Folder or hub id of the adapter that methods use unless they say ``adapter=none``."""
+    split: Split = "judge"
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call that override the model's own."""
+    device: str = "cpu"
+    dtype: str = "float32"
     preset: Path | None = None
     """Folder with a preset to use instead of the model's own."""
     run_steps: tuple[int, ...] = ()
     """Of the comparison: numbers of steps at which the methods run, the first one also for plain."""
     texts: tuple[str, ...] = ()
-    """Prompts of the user's own in place of the model's grammar; then only likeness to plain is judged."""
+    """Prompts of the user's own in place of the model's grammar; but for the paper's suite only likeness is judged."""
+    judges: tuple[str, ...] = ()
+    """Of the paper's suite, as the next two; see `ddit.eval.paper.jury`."""
+    weights: dict[str, str] = field(default_factory=dict)
+    reference: Path | None = None
 
 
 def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +81,7 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
         "quality": _quality,
         "compare": _compare,
         "proxy": _proxy,
+        "paper": _paper,
     }
     figures = suites[suite](config)
     return _write(config, {**about, "suite": suite, **figures})
@@ -215,6 +220,43 @@ def _proxy(config: SuiteConfig) -> dict[str, Any]:
     return {**drawn.figures, "card": proxy.to_dicts(card)}
 
 
+def _paper(config: SuiteConfig) -> dict[str, Any]:
+    """The paper's table on prompts of the field; see `ddit.eval.paper`. Pictures and scores stay in a folder."""
+    folder = config.out.with_suffix(".pictures")
+    jury = paper.jury(config.judges, config.weights, config.reference, device=config.device, kept=folder)
+    pipe, preset = _load(config)
+    jury.check(len(config.texts), video=draws_video(pipe))
+    settings = call_settings(preset, **config.settings)
+    make = _method_maker(config, preset)
+    steps = settings.pop("num_inference_steps", None) or _steps({}, pipe)
+    methods = [quality.parse_entry(text, steps, make) for text in dict.fromkeys(config.methods or paper.METHODS)]
+    known = _identity(config, pipe, methods)
+    shared = {**{name: known[name] for name in ("model", "seed", "dtype")}, "settings": settings}
+    drawings = [
+        Drawings(folder, entry.name, {**shared, "method": repr(own)}, config.texts)
+        for entry, own in zip(methods, known["methods"], strict=True)
+    ]
+    draw(pipe, methods, drawings, settings, batch=config.batch, seed=config.seed)
+    del pipe  # judges get its place
+    if config.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    paper.judge(jury, drawings, config.batch, config.device)
+    said = [paper.collect(jury, drawn, drawings[0]) for drawn in drawings]
+    rows = paper.summarise(methods, drawings, said, jury.fid)
+    sources = {j.name: config.weights.get(j.name, j.weights) for j in jury.judges if j.weights}
+    _show(config, paper.markdown(rows, len(config.texts), sources))
+    paper.write_each(config.out.with_suffix(".jsonl"), methods, drawings, said)
+    return {
+        "prompts": len(config.texts),
+        "batch": config.batch,
+        "seed": config.seed,
+        "settings": settings,
+        "judges": sources,
+        "reference": config.reference and str(config.reference),
+        "methods": rows,
+    }
+
+
 def _steps(settings: dict[str, Any], pipe: Any) -> int:
     """Number of steps that a call takes: the pipeline's own, for a model without a preset."""
     own = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
@@ -258,23 +300,15 @@ def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Entry]) 
     """All that the pictures of a suite depend on."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     parts = [() if m.method is None else (m.method.adapter, m.method.corrector) for m in methods]
-    learnt = [[_digest(part) for part in pair if part is not None] for pair in parts]
+    learnt = [[digest(part) for part in pair if part is not None] for pair in parts]
     return {
         **{k: str(v) for k, v in asdict(config).items() if k not in ("methods", "out")},
-        "model": [_digest(m) for m in modules],
+        "model": [digest(m) for m in modules],
         "methods": [
             (m.name, m.run_steps, m.method and repr((m.method.patches, m.method.skip, m.method.cache)), digests)
             for m, digests in zip(methods, learnt, strict=True)
         ],
     }
-
-
-def _digest(module: torch.nn.Module) -> str:
-    """Of a module's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _method_maker(config: SuiteConfig, preset: Preset) -> quality.MakeMethod:

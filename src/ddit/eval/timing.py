@@ -113,21 +113,16 @@ def step_costs(
         ``utilisation`` (of the speed at which the machine multiplies large matrices). And what
         deciding and recording take of a full step, by the rule, and with skipping.
     """
-    noisy = architecture.read(inputs)
-    z = noisy.latents
+    z = architecture.read(inputs).latents
     device, batch = z.device, len(z)
     one = architecture.rows(inputs, [0])
-    flops = {1: architecture.count_flops(to_meta(one))}
-    for scale in scales:
-        call = coarse_call(architecture, one, noisy.rows([0]), scale, Coarse())
-        flops[scale] = architecture.count_flops(to_meta(call.inputs))
+    flops = {s: architecture.count_flops(to_meta(call_at(architecture, one, s))) for s in (1, *scales)}
     with _attached(adapter, architecture.transformer):
         forms = step_forms(architecture, inputs, scales, adapter)
         seconds = by_turns({**forms, "matrix": matrix(z.dtype, device)}, device, repeats)
         memory = peak_memory(forms, device)
         switches = _switches({s: forms[str(s)] for s in (1, *scales)}, device, repeats)
-    peak = 2 * MATRIX**3 / seconds["matrix"]
-    plain = seconds["1"]
+    peak, plain = 2 * MATRIX**3 / seconds["matrix"], seconds["1"]
     time_ratio = {s: plain / seconds[str(s)] for s in flops}
     learnt = adapter.scales if adapter is not None else ()
     return {
@@ -146,6 +141,13 @@ def step_costs(
         "scheduler_share_with_skipping": scheduler_seconds(z, PatchSchedule(threshold=0.0), skip=True) / plain,
         "repeats": repeats,
     }
+
+
+def call_at(architecture: Architecture, inputs: Inputs, scale: int) -> Inputs:
+    """The call of the transformer in a step at a scale, without an adapter."""
+    if scale == 1:
+        return inputs
+    return coarse_call(architecture, inputs, architecture.read(inputs), scale, Coarse()).inputs
 
 
 def matrix(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:

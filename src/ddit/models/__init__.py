@@ -9,10 +9,16 @@ if TYPE_CHECKING:
     from ddit.models.base import Architecture
 
 REGISTRY = {
+    "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
+    "Flux2Transformer2DModel": ("ddit.models.flux2", "Flux2"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
+    "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
     "SD3Transformer2DModel": ("ddit.models.sd3", "StableDiffusion3"),
+    "SkyReelsV2Transformer3DModel": ("ddit.models.wan", "SkyReels"),
+    "WanAnimateTransformer3DModel": ("ddit.models.wan", "Animate"),
     "WanTransformer3DModel": ("ddit.models.wan", "Wan"),
+    "WanVACETransformer3DModel": ("ddit.models.wan", "Vace"),
 }
 """Class of diffusers -> module and class of its `Architecture`. A new architecture is one file and one line here."""
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,8 @@ class Architecture(ABC):
 
     patch_size: ClassVar[int] = 2
     """Height and width of the model's own patches, in latent pixels."""
+    grid_multiple: ClassVar[int] = 1
+    """Numbers of rows and columns of tokens that the model takes are multiples of this."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
@@ -126,6 +129,15 @@ class Architecture(ABC):
         """What the module `rope` answers to ``args`` where tokens lie as in ``layout``, instead of ``output``."""
         raise NotImplementedError
 
+    @staticmethod
+    def own(tokens: Tensor, count: int) -> Tensor:
+        """Those ``count`` of the tokens ``[B, N, ...]`` in a layer that are about what is drawn, as a view."""
+        return tokens[:, :count]
+
+    def further_rows(self, inputs: Inputs) -> dict[str, int]:
+        """Rows per sample of kinds that `ddit.models.flops.lengths` does not know, or knows otherwise."""
+        return {}
+
     def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
         """What TeaCache watches: the modulated input of the first block.
 
@@ -149,7 +161,11 @@ class Architecture(ABC):
     def rows(self, inputs: Inputs, samples: Sequence[int]) -> Inputs:
         """The call for some samples of the batch only."""
         rows = torch.tensor(list(samples))
-        return {k: _walk(v, lambda t: t[rows.to(t.device)]) if k in self.batched else v for k, v in inputs.items()}
+
+        def some(t: Tensor) -> Tensor:
+            return t if len(t) == 1 else t[rows.to(t.device)]  # one row serves all samples
+
+        return {k: _walk(v, some) if k in self.batched else v for k, v in inputs.items()}
 
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
         """The same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""
@@ -234,12 +250,12 @@ class PackedArchitecture(Architecture):
     Further features of a token are a condition. Tokens behind those of the grid are reference images', which stay.
     """
 
-    def unpacked(self, tokens: Tensor, sigma: Tensor, grid: tuple[int, int]) -> Noisy:
-        """What tokens ``[B, N + references, (C + K) p p]`` say about a grid of (rows, columns)."""
-        rows, columns = grid
-        height, width = rows * self.patch_size, columns * self.patch_size
+    def unpacked(self, tokens: Tensor, sigma: Tensor, grid: Sequence[int]) -> Noisy:
+        """What tokens ``[B, N + references, (C + K) p p]`` say about a grid of (..., rows, columns)."""
+        *frames, rows, columns = grid
+        size = (*frames, rows * self.patch_size, columns * self.patch_size)
         channels = tokens.shape[-1] // self.patch_size**2
-        z = unpack(tokens[:, : rows * columns], self.patch_size, (len(tokens), channels, height, width))
+        z = unpack(self.own(tokens, prod(grid)), self.patch_size, (len(tokens), channels, *size))
         return Noisy(z[:, : self.channels], sigma, z[:, self.channels :] if channels > self.channels else None)
 
     def packed(self, noisy: Noisy, references: Tensor) -> Tensor:
@@ -249,8 +265,8 @@ class PackedArchitecture(Architecture):
         return torch.cat([tokens, references.to(tokens)], dim=1) if references.shape[1] else tokens
 
     def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
-        count = size[0] * size[1] // self.patch_size**2
-        return unpack(output[:, :count], self.patch_size, (len(output), self.channels, *size))
+        tokens = self.own(output, prod(size) // self.patch_size**2)
+        return unpack(tokens, self.patch_size, (len(output), self.channels, *size))
 
     def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
         tokens = pack(velocity, self.patch_size)

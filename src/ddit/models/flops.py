@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-Kind = Literal["image", "text", "joint", "sample", "time", "picture", "context", "added"]
-"""What the rows are that a layer sees, see `lengths`."""
+Kind = str
+"""What the rows are that a layer sees, see `lengths`; a family may have further ones."""
 
 _ENCODED_TEXT = 512
 """Of the context of Wan, the last rows that are text to a layer with keys of their own for the picture."""
@@ -37,6 +37,8 @@ class Counted(Protocol):
     costs: ClassVar[Costs]
 
     def tokens(self, inputs: dict[str, Any]) -> int: ...
+
+    def further_rows(self, inputs: dict[str, Any]) -> dict[Kind, int]: ...
 
 
 def count(
@@ -87,6 +89,7 @@ def lengths(architecture: Counted, inputs: dict[str, Any]) -> dict[Kind, int]:
         "picture": picture,
         "context": text + picture - added,
         "added": added,
+        **architecture.further_rows(inputs),
     }
 
 
@@ -105,7 +108,10 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _count_adapter(costs: Costs, length: Mapping[Kind, int], config: Mapping[str, Any], scale: int) -> int:
-    """Operations of an adapter's parts at a scale: those per large patch, and LoRA per row of its layer."""
+    """Operations of an adapter's parts at a scale: those per large patch, and LoRA per row of its layer.
+
+    Tokens of reference images count as large patches here, though only LoRA sees them.
+    """
     features, width = config["features"] * scale * scale, config["width"]
     total = 2 * length["image"] * (2 * features * width + (features**2 if config["residual"] else 0))
     for name, sizes in config["layers"].items():

@@ -79,7 +79,8 @@ class Flux(PackedArchitecture):
         if layout.grid != grid:
             places = layout.places(self._origin).to(ids.device)
             # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
-            own = torch.cat([ids[:1, :1].float().expand(len(places), 1), places], dim=1)
+            own = ids[:1].float().repeat(len(places), 1)
+            own[:, 1:3] = places
             changed["img_ids"] = torch.cat([own, ids[count:].float()])
             for name in _RESIDUALS:
                 if inputs.get(name) is not None:
@@ -88,16 +89,23 @@ class Flux(PackedArchitecture):
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
+        return {
+            **self.image_and_text(height, width, text),
+            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+            "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
+        }
+
+    def image_and_text(self, height: int, width: int, text: int) -> Inputs:
+        """What relatives of FLUX.1 have in common of an `example`."""
+        config: Any = self.transformer.config  # type: ignore[union-attr]
         rows, columns = height // self.patch_size, width // self.patch_size
         grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
         return {
             "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
             "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
-            "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
             "timestep": torch.full((1,), 0.5),
             "img_ids": torch.cat([torch.zeros(rows * columns, 1), grid.flatten(0, 1)], dim=1),
             "txt_ids": torch.zeros(text, 3),
-            "guidance": torch.full((1,), 3.5) if config.guidance_embeds else None,
         }
 
     def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
@@ -114,13 +122,13 @@ class Flux(PackedArchitecture):
         ids = inputs["img_ids"]
         if ids is not self._ids:
             self._ids, self._grid = ids, _grid(_of_one(ids))
-            row, column = _of_one(ids)[0, 1:].tolist()
+            row, column = _of_one(ids)[0, 1:3].tolist()
             self._origin = (row, column)
         return self._grid
 
 
 def _of_one(ids: Tensor) -> Tensor:
-    """Positions ``[N, 3]``; diffusers used to give them for each sample."""
+    """Positions ``[N, 3]``; diffusers used to give them for each sample, and does so for FLUX.2."""
     return ids[0] if ids.ndim == 3 else ids
 
 
@@ -133,7 +141,7 @@ def _grid(ids: Tensor) -> tuple[int, int] | None:
     rows, columns = (len(own[:, axis].unique()) for axis in (1, 2))
     if rows * columns != len(own) or not torch.equal(own, ids[: len(own)]):
         return None
-    table = own[:, 1:].reshape(rows, columns, 2)
+    table = own[:, 1:3].reshape(rows, columns, 2)
     even = (table[..., 0] == table[:, :1, 0]).all() and (table[..., 1] == table[:1, :, 1]).all()
     return (rows, columns) if bool(even) else None
 

@@ -2,7 +2,8 @@
 
 The pipeline packs 2 x 2 latent pixels into a token as FLUX.1's does, but tells the grid as ``img_shapes``, a list of
 (frames, rows, columns) per sample. The model counts positions from the middle of that grid, and those of the text on
-from its edge: a coarse grid is to it a smaller picture. Tokens of reference images (Edit) come behind and stay.
+from its edge: a coarse grid is to it a smaller picture. Shapes and tokens of reference images (Edit) come behind and
+stay. Layered draws several images at once, here the frames of the latents; its reference is the last one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class QwenImage(PackedArchitecture):
         "timestep",
         "guidance",
         "controlnet_block_samples",
+        "additional_t_cond",
     )
     embedding = "img_in"
     rope = "pos_embed"
@@ -43,21 +45,19 @@ class QwenImage(PackedArchitecture):
     )
 
     def read(self, inputs: Inputs) -> Noisy:
-        model: Any = self.transformer
-        if model.config.use_layer3d_rope or inputs.get("additional_t_cond") is not None:
-            raise UnsupportedCall("the model draws layers (Layered), whose positions ddit does not know")
-        frames, rows, columns = inputs["img_shapes"][0][0]
-        if frames != 1:
-            raise UnsupportedCall(f"the image has {frames} frames; one is supported")
-        return self.unpacked(inputs["hidden_states"], self.sigma(inputs), (rows, columns))
+        own, _ = self._shapes(inputs)
+        if own[0][0] != 1:
+            raise UnsupportedCall(f"the image has {own[0][0]} frames; one is supported")
+        grid = own[0][1:] if len(own) == 1 else (len(own), *own[0][1:])
+        return self.unpacked(inputs["hidden_states"], self.sigma(inputs), grid)
 
     def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
-        (_, *own), *references = inputs["img_shapes"][0]
-        grid = (own[0], own[1])
+        own, references = self._shapes(inputs)
+        grid, count = own[0][1:], sum(math.prod(shape) for shape in own)
         changed = {
-            "hidden_states": self.packed(noisy, inputs["hidden_states"][:, math.prod(grid) :]),
+            "hidden_states": self.packed(noisy, inputs["hidden_states"][:, count:]),
             "timestep": noisy.sigma.to(noisy.latents.dtype),
-            "img_shapes": [[(1, *layout.grid), *references]] * len(noisy.latents),
+            "img_shapes": [[(1, *layout.grid)] * len(own) + references] * len(noisy.latents),
             "return_dict": False,
         }
         residuals = inputs.get("controlnet_block_samples")
@@ -65,31 +65,44 @@ class QwenImage(PackedArchitecture):
             changed["controlnet_block_samples"] = [pool_tokens(x, grid, layout.scale) for x in residuals]
         return {**inputs, **changed}
 
+    def _shapes(self, inputs: Inputs) -> tuple[list[Any], list[Any]]:
+        """(frames, rows, columns) of what is drawn, and of reference images, in every sample the same."""
+        shapes = inputs["img_shapes"][0]
+        shapes = shapes if isinstance(shapes, list) else [shapes]  # of ControlNet's pipelines
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        count = len(shapes) - 1 if config.use_layer3d_rope else 1
+        return shapes[:count], shapes[count:]
+
     def rows(self, inputs: Inputs, samples: Sequence[int]) -> Inputs:
-        return {**super().rows(inputs, samples), "img_shapes": [inputs["img_shapes"][i] for i in samples]}
+        return {**super().rows(inputs, samples), "img_shapes": inputs["img_shapes"][:1] * len(samples)}
 
     def rotary(self, layout: TokenLayout, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Any:
         """Positions count from the middle of the image, those of the text on from its edge."""
         rope: Any = self.transformer.get_submodule("pos_embed")
+        own, references = self._shapes({"img_shapes": args[0]})
         rows, columns = (n * layout.scale for n in layout.grid)
         places = layout.places((float(rows // 2 - rows), float(columns // 2 - columns)))
-        axes = (torch.zeros(len(places)), *places.T)
+        frames = torch.arange(len(own)).repeat_interleave(len(places))
+        axes = (frames, *places.repeat(len(own), 1).T)
         waves = torch.cat([rope.rope_params(axis, dim) for axis, dim in zip(axes, rope.axes_dim, strict=True)], dim=1)
-        image = torch.cat([waves.to(output[0]), output[0][len(places) :]])
-        begin = max(rows, columns, *(n for _, *size in args[0][0][1:] for n in size)) // 2
+        image = torch.cat([waves.to(output[0]), output[0][len(waves) :]])
+        begin = max(rows, columns, *(n for _, *size in references for n in size)) // 2
+        begin = max(begin, len(own)) if len(own) > 1 else begin  # as many images are drawn as positions go by
         return image, rope.pos_freqs[begin : begin + len(output[1])].to(output[1])
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
-        rows, columns = height // self.patch_size, width // self.patch_size
+        shape = (1, height // self.patch_size, width // self.patch_size)
+        images = frames + 1 if config.use_layer3d_rope else 1
         return {
-            "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
+            "hidden_states": torch.zeros(1, images * math.prod(shape), config.in_channels),
             "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
             "encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.long),
             "timestep": torch.full((1,), 0.5),
-            "img_shapes": [[(1, rows, columns)]],
+            "img_shapes": [[shape] * images],
+            "additional_t_cond": torch.zeros(1, dtype=torch.long) if config.use_additional_t_cond else None,
         }
 
     def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
-        shift, scale, _ = block.img_mod(argument("temb")).chunk(2, dim=-1)[0].unsqueeze(1).chunk(3, dim=-1)
-        return block.img_norm1(argument("hidden_states")) * (1 + scale) + shift
+        modulation = block.img_mod(argument("temb")).chunk(2, dim=-1)[0]
+        return block._modulate(block.img_norm1(argument("hidden_states")), modulation, argument("modulate_index"))[0]

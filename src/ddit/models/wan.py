@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: `diffusers.WanTransformer3DModel`.
+"""Wan 2.1 and 2.2, and its relatives VACE, Animate and SkyReels-V2.
 
 The model itself cuts latents ``[B, C, F, H, W]`` into patches of 1 x 2 x 2, and counts positions from their shape.
 Image to video has condition channels behind those of the latents; its output has the latents' channels alone.
@@ -6,24 +6,28 @@ Image to video has condition channels behind those of the latents; its output ha
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
-from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall
+from ddit.models.base import Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
+from ddit.models.video import VideoArchitecture, frame_positions
 from ddit.patches import TokenLayout
 
 IMAGE_TOKENS = 257
 """Of the picture that image to video begins with, as its encoder gives them."""
 
 
-class Wan(Architecture):
+class Wan(VideoArchitecture):
+    """`diffusers.WanTransformer3DModel`."""
+
     time_scale = 1000.0
     batched = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_image", "timestep")
     embedding = "patch_embedding"
@@ -47,48 +51,13 @@ class Wan(Architecture):
         ),
     )
 
-    def read(self, inputs: Inputs) -> Noisy:
-        own = tuple(self.transformer.config.patch_size)  # type: ignore[union-attr, arg-type]
-        if own != (1, self.patch_size, self.patch_size):
-            raise UnsupportedCall(f"the model's own patches are {own}, not (1, 2, 2)")
-        x = inputs["hidden_states"]
-        latents, condition = x[:, : self.channels], x[:, self.channels :]
-        if inputs["timestep"].ndim == 2:
-            condition = x  # frames that are given have no noise: they are pooled as conditions are
-        return Noisy(latents, self.sigma(inputs), condition if condition.shape[1] else None)
-
-    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
-        latents, condition = noisy.latents, noisy.condition
-        timestep = noisy.sigma * self.time_scale
-        if inputs["timestep"].ndim == 2:
-            assert condition is not None, "read() gave one"
-            given = self._given_frames(inputs)
-            condition, like = condition[:, self.channels :], condition[:, : self.channels]
-            latents = torch.where(given[:, None, :, None, None], like.to(latents), latents)
-            timestep = (timestep[:, None] * ~given).repeat_interleave(math.prod(layout.grid), dim=1)
-        x = latents if condition is None else torch.cat([latents, condition.to(latents)], dim=1)
-        return {**inputs, "hidden_states": x, "timestep": timestep, "return_dict": False}
-
-    def sigma(self, inputs: Inputs) -> Tensor:
-        timestep = super().sigma(inputs)
-        # Wan 2.2 TI2V: a timestep per token, 0 where the frame is given.
-        return timestep if timestep.ndim == 1 else timestep.amax(1)
-
-    def _given_frames(self, inputs: Inputs) -> Tensor:
-        """Frames that are given rather than drawn ``[B, F]``: their tokens have timestep 0."""
-        frames = inputs["hidden_states"].shape[2]
-        return (inputs["timestep"].unflatten(1, (frames, -1)) == 0).all(2)
-
-    def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
-        return output
-
-    def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
-        return velocity
+    @property
+    def patches(self) -> tuple[int, int, int]:
+        return tuple(self.transformer.config.patch_size)  # type: ignore[union-attr, arg-type]
 
     def rotary(self, layout: TokenLayout, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Any:
         rope: Any = self.transformer.get_submodule("rope")
-        places, frames = layout.places(), args[0].shape[2]
-        axes = (torch.arange(frames).repeat_interleave(len(places)), *places.repeat(frames, 1).T)
+        axes = frame_positions(layout, args[0].shape[2])
         waves = [_rotary(dim, axis) for dim, axis in zip((rope.t_dim, rope.h_dim, rope.w_dim), axes, strict=True)]
         pairs = zip(zip(*waves, strict=True), output, strict=True)
         return tuple(torch.cat(parts, dim=1)[None, :, None].to(like) for parts, like in pairs)
@@ -114,6 +83,93 @@ class Wan(Architecture):
             30: (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),  # 1.3B
             40: (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),  # 14B
         }.get(config.num_layers)
+
+
+class Vace(Wan):
+    """`diffusers.WanVACETransformer3DModel`: control latents and a mask of their own embedding and blocks, pooled."""
+
+    batched = (*Wan.batched, "control_hidden_states")
+    feed_forward_names = re.compile(r"(vace_)?" + Wan.feed_forward_names.pattern)
+    costs = Costs(
+        rows=(
+            (r"vace_patch_embedding|vace_blocks\.\d+\.proj_(in|out)", "image"),
+            *((rf"(vace_)?({pattern})", kind) for pattern, kind in Wan.costs.rows),
+        ),
+        attention=tuple((rf"(vace_)?{name}", queries, keys) for name, queries, keys in Wan.costs.attention),
+    )
+
+    def read(self, inputs: Inputs) -> Noisy:
+        control, x = inputs["control_hidden_states"], inputs["hidden_states"]
+        if control.shape[3:] != x.shape[3:]:
+            sizes = " and ".join("x".join(map(str, t.shape[3:])) for t in (control, x))
+            raise UnsupportedCall(f"the control video's latents and those of the video differ in size ({sizes})")
+        return replace(super().read(inputs), condition=control)
+
+    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
+        written = super().write(inputs, replace(noisy, condition=None), layout)
+        return {**written, "control_hidden_states": noisy.condition}
+
+    def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        control = torch.zeros(1, config.vace_in_channels, frames, height, width)
+        return {**super().example(frames, height, width, text), "control_hidden_states": control}
+
+    def teacache_coefficients(self) -> None:
+        return None  # Wan's are not measured with control.
+
+
+class Animate(Wan):
+    """`diffusers.WanAnimateTransformer3DModel`: latents of poses are pooled, the face's pixels stay.
+
+    Not counted are the operations of the face's encoders, 0.05 TFLOP a frame whatever the patches.
+    """
+
+    batched = (*Wan.batched, "pose_hidden_states", "face_pixel_values")
+    costs = Costs(
+        rows=(
+            (r"pose_patch_embedding", "posed"),
+            (r"face_adapter\.\d+\.to_[kv]", "face"),
+            (r"face_adapter\.\d+\.to_(q|out)", "image"),
+            *Wan.costs.rows,
+        ),
+        attention=(*Wan.costs.attention, (r"face_adapter\.\d+\.to_q", "image", "head")),
+    )
+
+    def read(self, inputs: Inputs) -> Noisy:
+        noisy, pose = super().read(inputs), inputs["pose_hidden_states"]
+        assert noisy.condition is not None, "its configuration has further channels"
+        pose = F.pad(pose, (0, 0, 0, 0, 1, 0))  # The reference frame in front has none.
+        return replace(noisy, condition=torch.cat([noisy.condition, pose.to(noisy.condition)], dim=1))
+
+    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
+        assert noisy.condition is not None, "read() gave one"
+        condition, pose = noisy.condition.split([noisy.condition.shape[1] - self.channels, self.channels], dim=1)
+        written = super().write(inputs, replace(noisy, condition=condition), layout)
+        return {**written, "pose_hidden_states": pose[:, :, 1:]}
+
+    def further_rows(self, inputs: Inputs) -> dict[str, int]:
+        frames = inputs["hidden_states"].shape[2]
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        heads = config.face_encoder_num_heads + 1
+        return {"posed": self.tokens(inputs) * (frames - 1) // frames, "face": frames * heads, "head": heads}
+
+    def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        size = config.motion_encoder_size
+        return {
+            **super().example(frames, height, width, text),
+            "pose_hidden_states": torch.zeros(1, self.channels, frames - 1, height, width),
+            "face_pixel_values": torch.zeros(1, 3, 4 * (frames - 1) - 3, size, size),
+        }
+
+
+class SkyReels(Wan):
+    """`diffusers.SkyReelsV2Transformer3DModel`; diffusion forcing as long as all frames have one noise level."""
+
+    costs = Costs(rows=((r"fps_projection\..*", "sample"), *Wan.costs.rows), attention=Wan.costs.attention)
+
+    def teacache_coefficients(self) -> None:
+        return None
 
 
 def _rotary(dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from ddit.models import architecture_for
+from ddit.models.base import Architecture
 from ddit.patches import expand, unpack
 from ddit.pretrained import TrainedPart, config_hash
 from ddit.skip.forecast import CLOSEST, Reference, half_log_snr
@@ -99,6 +101,7 @@ class ForecastCorrector(TrainedPart):
     """
 
     noun = "corrector"
+    beside = "patches=ddit.FixedSchedule(steps=(1,)), skip=ddit.SkipSchedule(speedup=3), "
 
     @register_to_config
     def __init__(
@@ -115,6 +118,7 @@ class ForecastCorrector(TrainedPart):
         super().__init__()
         self.path = CorrectionNet(channels, patch, width)
         self._hidden: Tensor | None = None
+        self._own = Architecture.own
 
     @classmethod
     def for_model(cls, transformer: nn.Module, *, sampler: str | None = None) -> ForecastCorrector:
@@ -147,6 +151,7 @@ class ForecastCorrector(TrainedPart):
         """
         self.check(transformer)
         architecture = architecture_for(transformer)
+        self._own = architecture.own
 
         def listen(layer: nn.Module, args: tuple[Any, ...]) -> None:
             self._hidden = args[0]
@@ -162,7 +167,9 @@ class ForecastCorrector(TrainedPart):
     def encode(self, reference: Reference) -> Tensor:
         """What is known at a reference of its forecasts' errors, see `CorrectionNet.forward`."""
         self._join(reference.sigma.device)
-        return self.path(reference)
+        assert reference.hidden is not None, "the reference was made for a corrector"
+        tokens = prod(reference.clean.value.shape[2:]) // self.config["patch"] ** 2
+        return self.path(replace(reference, hidden=self._own(reference.hidden, tokens)))
 
     def correct(self, velocity: Tensor, sigma: Tensor, reference: Reference) -> Tensor:
         """Add what is known of a forecast velocity's error to it, in place.

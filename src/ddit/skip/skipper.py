@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import fields, replace
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ddit.patches import scatter_rows, where_rows
 from ddit.schedule import StepContext
-from ddit.skip.corrector import ForecastCorrector
 from ddit.skip.forecast import Line, Reference
 from ddit.skip.policy import SkipPolicy
+
+if TYPE_CHECKING:  # without one, skipping needs no diffusers
+    from ddit.skip.corrector import ForecastCorrector
 
 Values = TypeVar("Values", Tensor, Line, Reference)
 

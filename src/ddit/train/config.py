@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from ddit.config import Positions, Start, check_choice
+from ddit.config import Positions, Start
 from ddit.kinds import fits, told
 
 OptimizerName = Literal["prodigy", "adamw"]
@@ -17,21 +17,18 @@ Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
 
-CHOICES: dict[str, Any] = {
-    "optimizer": OptimizerName,
-    "weighting": Weighting,
-    "mixed_precision": Precision,
-    "dtype": Dtype,
-    "lr_schedule": LrSchedule,
-    "start": Start,
-    "positions": Positions,
-}
 OF_PATCHES = ("scales", "rank", "start", "positions", "residual", "size_vector", "weighting")
 """Fields that mean nothing to a corrector."""
 OF_CORRECTOR = ("speedups",)
 """Fields that mean nothing to an adapter for large patches."""
 LIVE = ("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out")
 """Fields that may change when a run is resumed."""
+FROM_ONE = (
+    *("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep", "validate_every"),
+    *("validation", "count", "height", "width"),
+)
+"""Fields that are whole numbers of at least 1, where they are given."""
+FROM_ZERO = ("rank", "lr_warmup", "pictures", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,47 +123,42 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for name, options in CHOICES.items():
-            value = getattr(self, name)
-            if name != "positions" or value is not None:
-                check_choice(name, value, options)
-        object.__setattr__(self, "scales", tuple(self.scales))
-        self._refuse_idle()
-        if self.sample_steps is not None:
-            object.__setattr__(self, "sample_steps", tuple(self.sample_steps))
-            for number in self.sample_steps:
-                _at_least("sample_steps", number, 1)
-            if len(set(self.sample_steps)) != len(self.sample_steps) or not self.sample_steps:
-                raise ValueError(f"sample_steps are {self.sample_steps}; they must be distinct, and one at least")
-            if not self.corrector and len(self.sample_steps) > 1:
-                raise ValueError(
-                    f"an adapter for large patches learns from runs of one number of steps, not {self.sample_steps}"
-                )
-        counts = ("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep")
-        for name in (*counts, "validate_every", "validation"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("count", "height", "width"):
+        for name in ("scales", "speedups", "sample_steps"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        for name in ("rank", "lr_warmup", "pictures", "seed"):
-            _at_least(name, getattr(self, name), 0)
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._refuse_idle()
+        powers = all(s >= 2 and not s & (s - 1) for s in self.scales)
+        if not self.scales or not powers or len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales are {self.scales}; they must be distinct powers of two above 1")
+        if self.sample_steps is not None:
+            self._check_sample_steps(self.sample_steps)
+        for low, names in ((1, FROM_ONE), (0, FROM_ZERO)):
+            for name in names:
+                if getattr(self, name) is not None:
+                    _at_least(name, getattr(self, name), low)
         for name, high in (("ema", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-                raise ValueError(f"{name} is {value!r}; it must be a number from 0 to {high:g}")
-        object.__setattr__(self, "speedups", tuple(self.speedups))
-        if len(self.speedups) != 2 or not 1 < self.speedups[0] <= self.speedups[1] < math.inf:
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a number from 0 to {high:g}")
+        if not 1 < self.speedups[0] <= self.speedups[1] < math.inf:
             raise ValueError(f"speedups are {self.speedups}; they must be two numbers above 1, the lower one first")
-        if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr!r}; it must be a number above 0")
+
+    def _check_sample_steps(self, steps: tuple[int, ...]) -> None:
+        for number in steps:
+            _at_least("sample_steps", number, 1)
+        if len(set(steps)) != len(steps) or not steps:
+            raise ValueError(f"sample_steps are {steps}; they must be distinct, and one at least")
+        if not self.corrector and len(steps) > 1:
+            raise ValueError(f"an adapter for large patches learns from runs of one number of steps, not {steps}")
 
     def _refuse_idle(self) -> None:
         """Refuse what would have no effect on the kind of part that is trained."""
-        default = {f.name: f.default for f in fields(self)}
         kind, foreign = (
             ("a corrector", OF_PATCHES) if self.corrector else ("an adapter for large patches", OF_CORRECTOR)
         )
-        idle = [name for name in foreign if tuple_of(getattr(self, name)) != tuple_of(default[name])]
+        idle = [field.name for field in fields(self) if field.name in foreign]
+        idle = [name for name in idle if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if idle:
             raise ValueError(f"{kind} has no {', '.join(idle)}; leave that out, or train the other kind (--corrector)")
 
@@ -174,18 +166,12 @@ class TrainConfig:
         """Refuse values that are not of the kind of their field."""
         for name, hint in get_type_hints(type(self)).items():
             value: Any = getattr(self, name)
-            # Choices and numbers below zero or not whole are told of with what is allowed.
-            if name in CHOICES or fits(value, hint) or (hint is int and not isinstance(value, str | list | tuple)):
+            # Numbers below zero or not whole are told of with what is allowed.
+            if fits(value, hint) or (hint is int and not isinstance(value, str | list | tuple)):
                 continue
             exponent = isinstance(value, str) and "e" in value.lower() and _is_number(value)
             advice = "; in YAML write a point before the exponent, as in 1.0e-4" if exponent else ""
             raise ValueError(f"{name} is {value!r}; it must be {told(hint)}{advice}")
-        if (
-            not self.scales
-            or any(s < 2 or s & (s - 1) for s in self.scales)
-            or len(set(self.scales)) < len(self.scales)
-        ):
-            raise ValueError(f"scales are {tuple(self.scales)}; they must be distinct powers of two above 1")
 
     @property
     def learning_rate(self) -> float:
@@ -222,11 +208,6 @@ class TrainConfig:
         """Fields in which a resumed run may not differ, and do: name -> (here, there)."""
         mine, theirs = self.to_dict(), other.to_dict()
         return {k: (v, theirs[k]) for k, v in mine.items() if k not in LIVE and v != theirs[k]}
-
-
-def tuple_of(value: Any) -> Any:
-    """Lists as tuples, so that settings read from JSON compare."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_number(text: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ddit.known import meta_transformer
 from ddit.train.config import TrainConfig
-from ddit.train.trainer import make_optimizer, new_part
+from ddit.train.parts import make_optimizer, new_part
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:

@@ -161,26 +161,10 @@ def draw_samples(
         ValueError: When the folder holds samples of another model, other prompts or settings.
     """
     path = folder / MANIFEST
-    asked = {
-        "base": type(pipe.transformer).__name__,
-        "base_hash": config_hash(pipe.transformer),
-        "sampler": type(pipe.scheduler).__name__,
-        "sampler_hash": config_hash(pipe.scheduler),
-        "settings": settings,
-        "seed": seed,
-        "shard": shard,
-        "version": VERSION,
-    }
-    if path.exists():
-        manifest = json.loads(path.read_text())
-        prompts = prompts or manifest["prompts"]
-        wrong = [k for k, v in {**asked, "prompts": prompts}.items() if manifest.get(k) != v]
-        if wrong:
-            raise ValueError(
-                f"{folder} holds samples with other {', '.join(wrong)}; name another folder, or delete this one"
-            )
-    if not prompts:
-        raise ValueError(f"there are no samples in {folder} yet: name a file with prompts")
+    asked = {"settings": settings, "seed": seed, "shard": shard, "version": VERSION}
+    for name, part in (("base", pipe.transformer), ("sampler", pipe.scheduler)):
+        asked |= {name: type(part).__name__, f"{name}_hash": config_hash(part)}
+    prompts = _prompts(path, asked, prompts)
     shards = range(-(-len(prompts) // shard))
     folder.mkdir(parents=True, exist_ok=True)
     mine = [n for n in shards if n % processes == rank and not shard_path(folder, n).exists()]
@@ -196,6 +180,21 @@ def draw_samples(
             _save_shard(tensors, shard_path(folder, number))
     wait()
     return Samples(folder, json.loads(path.read_text()))
+
+
+def _prompts(path: Path, asked: dict[str, Any], prompts: list[str] | None) -> list[str]:
+    """The prompts of the samples, after a look at those that are there already."""
+    if path.exists():
+        manifest = json.loads(path.read_text())
+        prompts = prompts or manifest["prompts"]
+        wrong = [k for k, v in {**asked, "prompts": prompts}.items() if manifest.get(k) != v]
+        if wrong:
+            raise ValueError(
+                f"{path.parent} holds samples with other {', '.join(wrong)}; name another folder, or delete this one"
+            )
+    if not prompts:
+        raise ValueError(f"there are no samples in {path.parent} yet: name a file with prompts")
+    return prompts
 
 
 def draw_sets(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,16 +21,17 @@ from torch import Tensor, nn
 
 from ddit.adapter import PatchAdapter
 from ddit.extras import require
-from ddit.files import replacing, replacing_folder, write_json
+from ddit.files import add_lines, read_lines, replacing, replacing_folder, write_json
 from ddit.generate import load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset
 from ddit.progress import progress
 from ddit.skip.corrector import ForecastCorrector
-from ddit.train import rollout
+from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
+from ddit.train.parts import make_optimizer, new_part, sum_over_processes
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_sets, read_prompts
@@ -67,30 +67,21 @@ def train(config: TrainConfig) -> Path:
             if run.step % config.validate_every == 0 or run.step == config.steps:
                 run.validate()
     accelerator.end_training()
-    return result_folder(config)
+    return disk.result_folder(config)
 
 
 def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
     """Check the run's settings against those it began with; returns the prompts where the samples need them."""
     if config.optimizer == "prodigy":
         require("prodigyopt", "the optimizer Prodigy")
-    saved = out / "train.json"
-    if saved.exists():
-        try:
-            earlier = TrainConfig.from_dict(json.loads(saved.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{saved} is not the configuration of a run ({error}); name another folder") from error
-        changed = config.differences(earlier)
-        if changed:
-            told = ", ".join(f"{k} ({there!r} then, {here!r} now)" for k, (here, there) in changed.items())
-            raise ValueError(f"the run in {out} began with other settings: {told}; use the same, or another --out")
+    disk.check_settings(config, out / "train.json")
     begun = all((folder / "samples.json").exists() for folder in config.samples_folders)
     if config.prompts is None and not begun:
         raise ValueError("name a file with prompts (--prompts); the base draws its own samples for them")
     vanished = begun and config.prompts is not None and not Path(config.prompts).is_file()
     prompts = None if config.prompts is None or vanished else read_prompts(config.prompts, config.count)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(saved, config.to_dict())
+    write_json(out / "train.json", config.to_dict())
     return prompts
 
 
@@ -126,8 +117,7 @@ class Run:
         sets = draw_sets(config, accelerator, pipe, preset, prompts)
         samples = sets[0]
         samplers = [Sampler(pipe.scheduler, drawn) for drawn in sets] if config.corrector else []
-        first_kept = trained_records(config, samples)
-        if first_kept <= 0:
+        if trained_records(config, samples) <= 0:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
         if config.pictures == 0:
             for name in ("text_encoder", "text_encoder_2", "vae"):
@@ -175,7 +165,7 @@ class Run:
         for begin in range(first, first + config.batch * config.accumulation, config.batch):
             numbers = range(begin, begin + config.batch)
             loss += self._backward_runs(numbers, total) if config.corrector else self._backward(numbers, total)
-        self._reduce(loss)
+        sum_over_processes(accelerator, self.part, loss)
         value = loss.item()
         norm = nn.utils.clip_grad_norm_(self.part.parameters(), config.clip or math.inf)
         if not (math.isfinite(value) and bool(torch.isfinite(norm))):
@@ -243,22 +233,6 @@ class Run:
             share += loss.detach()
         return share
 
-    def _reduce(self, loss: Tensor) -> None:
-        """Sum gradients and loss over processes. Parts whose scale no sample drew have a gradient of zero."""
-        for p in self.part.parameters():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if self.accelerator.num_processes == 1:
-            return
-        flat = torch.cat([loss.reshape(1), *(p.grad.flatten() for p in self.part.parameters() if p.grad is not None)])
-        summed: Any = self.accelerator.reduce(flat, reduction="sum")
-        loss.copy_(summed[0])
-        offset = 1
-        for p in self.part.parameters():
-            assert p.grad is not None
-            p.grad.copy_(summed[offset : offset + p.numel()].view_as(p))
-            offset += p.numel()
-
     @contextmanager
     def detached(self) -> Iterator[None]:
         """The part's hooks are off inside the block, so that `ddit.apply` can put on its own."""
@@ -292,12 +266,13 @@ class Run:
             if self.config.pictures:
                 (out / "pictures").mkdir(exist_ok=True)
                 save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
-        with (out / "validation.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        add_lines(out / "validation.jsonl", rows)
         if self.config.tracker:
             kinds = ("scale", "sigma", "run_steps", "speedup")
             named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
             self.accelerator.log(named, step=self.step)
+        if disk.saved_step(disk.result_folder(self.config)) == self.step:
+            disk.write_card(disk.result_folder(self.config), self.config, self.part)
 
     def save(self) -> None:
         """A checkpoint beside the earlier ones, then the result; what is replaced is deleted last."""
@@ -316,14 +291,15 @@ class Run:
             with replacing(out / f"checkpoint-{self.step:06d}.pt") as path:
                 torch.save(state, path)
             self.part.register_to_config(steps_trained=self.step)
-            with self.averaged(), replacing_folder(result_folder(self.config)) as path:
+            with self.averaged(), replacing_folder(disk.result_folder(self.config)) as path:
                 self.part.save_pretrained(path)
+                disk.write_card(path, self.config, self.part)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
                 "Free some space and run the same command"
             ) from error
-        for old in checkpoints(out)[: -self.config.keep]:
+        for old in disk.checkpoints(out)[: -self.config.keep]:
             old.unlink()
 
     def make_up(self) -> None:
@@ -331,27 +307,21 @@ class Run:
         out = Path(self.config.out)
         if self.accelerator.is_main_process:
             for name in ("train", "validation"):
-                keep_until(out / f"{name}.jsonl", self.step)
+                disk.keep_until(out / f"{name}.jsonl", self.step)
         self.accelerator.wait_for_everyone()
         if self.step == 0:
             return
-        if saved_step(result_folder(self.config)) != self.step:
+        if disk.saved_step(disk.result_folder(self.config)) != self.step:
             self.save()
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
         if due and not any(row["step"] == self.step for row in read_lines(out / "validation.jsonl")):
             self.validate()
 
     def _restore(self) -> None:
-        found = checkpoints(Path(self.config.out))
+        found = disk.checkpoints(Path(self.config.out))
         if not found:
             return
-        try:
-            state = torch.load(found[-1], weights_only=True, map_location="cpu")
-        except Exception as error:  # pickle, zip and torch each raise their own
-            raise ValueError(
-                f"{found[-1]} can't be read ({(str(error) or repr(error)).splitlines()[0]}); "
-                "delete it to continue from the one before"
-            ) from error
+        state = disk.load_checkpoint(found[-1])
         self.part.load_state_dict(state["part"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr.load_state_dict(state["lr"])
@@ -362,82 +332,11 @@ class Run:
 
     def _log(self, figures: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (Path(self.config.out) / "train.jsonl").open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+            add_lines(Path(self.config.out) / "train.jsonl", [figures])
         if self.config.tracker:
             self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
-
-
-def new_part(
-    transformer: Any,
-    config: TrainConfig,
-    *,
-    sampler: str | None = None,
-    detail_variance: Mapping[int, Sequence[float]] | None = None,
-) -> PatchAdapter | ForecastCorrector:
-    """What is to be trained, for a transformer."""
-    if config.corrector:
-        return ForecastCorrector.for_model(transformer, sampler=sampler)
-    return PatchAdapter.for_model(transformer, **config.adapter_settings, detail_variance=detail_variance)
-
-
-def result_folder(config: TrainConfig) -> Path:
-    """Where the result of a run lies."""
-    return Path(config.out) / ("corrector" if config.corrector else "adapter")
-
-
-def saved_step(folder: Path) -> int | None:
-    """Steps of the result in a folder; ``None`` where there is no whole one."""
-    try:
-        found = json.loads((folder / "config.json").read_text())["steps_trained"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return found if (folder / "diffusion_pytorch_model.safetensors").is_file() else None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log, but for a last one cut short."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop the rows of a log that come after a step, since they are made again."""
-    if path.is_file():
-        rows = [row for row in read_lines(path) if row["step"] <= step]
-        with replacing(path) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def trained_records(config: TrainConfig, samples: Samples) -> int:
     """Number of records to train on: all but ``validation`` of them, of whole runs for a corrector."""
     return len(samples) - config.validation * (samples.passes if config.corrector else 1)
-
-
-def make_optimizer(part: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Prodigy (arXiv 2306.06101) or AdamW over all weights."""
-    parameters = list(part.parameters())
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    try:
-        from prodigyopt import Prodigy
-    except ModuleNotFoundError:
-        raise ValueError("the optimizer Prodigy needs the package prodigyopt: pip install 'ddit[train]'") from None
-    make: Any = Prodigy  # its annotations take whole numbers only
-    return make(
-        parameters,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        use_bias_correction=True,
-        safeguard_warmup=True,
-    )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(folder.glob("checkpoint-*.pt"))

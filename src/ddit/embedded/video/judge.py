@@ -6,7 +6,6 @@ not. Shape, colour, texture and background are told by a small network that has 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,14 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddit.embedded import ASSETS
 from ddit.embedded.autoencoder import to_model
 from ddit.embedded.data import cached_shards
-from ddit.embedded.detector import Residual, disturb, halve, through
-from ddit.embedded.optim import fit, warm_cosine
+from ddit.embedded.judging import Residual, disturb, halve, load_judge, save_judge, through
+from ddit.embedded.optim import fit
 from ddit.embedded.scenes import COLOURS
 from ddit.embedded.video.clips import (
     BACKGROUNDS,
@@ -188,11 +186,7 @@ def features(detector: Detector, drawn: np.ndarray) -> Tensor:
 
 def load_detector(folder: Path = FOLDER) -> Detector:
     """The detector that ships with the package, or one from ``folder``."""
-    if json.loads((folder / "config.json").read_text()) != _answers():
-        raise ValueError(f"the detector in {folder} knows other words than the grammar has; train it again")
-    detector = Detector()
-    detector.load_state_dict(load_file(folder / "model.safetensors"))
-    return detector.eval()
+    return load_judge(Detector(), folder, lambda config: config == _answers())
 
 
 def _answers() -> dict[str, list[str]]:
@@ -206,9 +200,9 @@ def train_detector(
     data = cached_shards(folder / "frames", "frames", _draw_shard, count=count, seed=seed, shard=500)
     torch.manual_seed(seed)
     detector = Detector()
-    optimizer = torch.optim.AdamW(detector.parameters(), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3, weight_decay=0.02)
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         pick = rng.integers(count, size=batch)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         frames = disturb(to_model(data["frames"][pick]), generator)
@@ -218,15 +212,8 @@ def train_detector(
         labels = torch.from_numpy(data["labels"][pick])
         return torch.stack([F.cross_entropy(v, labels[:, k]) for k, v in enumerate(found.values())]).mean(), {}
 
-    def rates(step: int) -> Sequence[float]:
-        return [3e-3 * warm_cosine(step, steps)]
-
-    fit("detector", folder / "detector.pt", detector, [optimizer], rates, loss, steps=steps, seed=seed)
-    done = folder / "model"
-    done.mkdir(parents=True, exist_ok=True)
-    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in detector.state_dict().items()}
-    save_file(weights, done / "model.safetensors")
-    (done / "config.json").write_text(json.dumps(_answers(), indent=2) + "\n")
+    fit(folder / "detector.pt", detector, [optimizer], loss, steps=steps, seed=[seed])
+    save_judge(detector, folder / "model", _answers())
     return detector
 
 

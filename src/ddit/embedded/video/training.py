@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline
-from einops import rearrange
 from torch import Tensor, nn
 
-from ddit.embedded.autoencoder import reconstruction, to_model
+from ddit.embedded.autoencoder import cached_latents, equivariant_loss, pool, to_model
+from ddit.embedded.config import FlowConfig
 from ddit.embedded.data import cached_shards
-from ddit.embedded.optim import fit, make_optimizers, trapezoid, warm_cosine
+from ddit.embedded.flow import MaskHead, unsaid
+from ddit.embedded.optim import fit, make_optimizers, trapezoid
 from ddit.embedded.scenes import COLOURS
 from ddit.embedded.video import components
 from ddit.embedded.video.clips import (
@@ -40,8 +42,6 @@ from ddit.embedded.video.clips import (
     film,
 )
 from ddit.embedded.video.judge import saturation
-from ddit.files import replacing
-from ddit.progress import progress
 
 SCALES = (1, 2, 4)
 """The flow is trained on latents of a clip, and on the same pooled."""
@@ -50,7 +50,7 @@ COVER = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(FlowConfig):
     """Settings of the whole training; saved beside the result."""
 
     clips: int = 5_000
@@ -62,21 +62,6 @@ class TrainingConfig:
     flow_steps: int = 5_000
     batches: tuple[int, int, int] = (10, 24, 48)
     """Batch size at each of `SCALES`."""
-    mix: tuple[float, float, float] = (0.9, 0.07, 0.03)
-    """Share of the steps at each."""
-    lr: float = 1.2e-3
-    """Learning rate of the flow: Muon for the blocks' matrices, half of it in AdamW for the rest."""
-    decay_from: float = 0.7
-    """Fraction of ``flow_steps`` after which the learning rate falls linearly to zero."""
-    noise_mean: float = 0.4
-    """Noise levels at the largest of `SCALES` are ``sigmoid(n)`` with ``n`` normal of this mean."""
-    noise_std: float = 1.3
-    mask_weight: float = 2.0
-    """Weight of the masks' loss beside the flow's (see `MaskHead`)."""
-    unconditional: float = 0.1
-    """Chance that a prompt is replaced by the empty one, for guidance."""
-    ema: float = 0.995
-    seed: int = 0
 
 
 def train(folder: Path, config: TrainingConfig) -> Path:
@@ -100,11 +85,6 @@ def _draw_shard(seed: int, count: int) -> dict[str, np.ndarray]:
     return {"prompts": np.array(prompts), "frames": frames}
 
 
-def pool(clip: Tensor, scale: int) -> Tensor:
-    """Average pooling in space: ``[B, C, F, H, W] -> [B, C, F, H/s, W/s]``."""
-    return clip if scale == 1 else F.avg_pool3d(clip, (1, scale, scale))
-
-
 # Autoencoder
 
 
@@ -116,30 +96,16 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
         return saved
     torch.manual_seed(config.seed)
     vae: Any = components.make_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         drawn = frames[np.sort(rng.choice(len(frames), config.vae_batch, replace=False))]
-        x, objects = to_model(drawn), torch.from_numpy(saturation(drawn.astype(np.float32) / 255))[:, None]
+        objects = torch.from_numpy(saturation(drawn.astype(np.float32) / 255))[:, None]
         weight = 1 + config.object_weight * objects
-        weight = weight / weight.mean()
-        scale = int(rng.choice(SCALES[1:]))
-        small = pool(x, scale)
-        torch.manual_seed(int(rng.integers(2**31)))
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            z = posterior.sample()
-            pooled = pool(z, scale)
-            again, smaller = vae.decode(z).sample.float(), vae.decode(pooled).sample.float()
-            alike = F.mse_loss(vae.encode(small).latent_dist.mean.float(), pooled.float())
-        exact = reconstruction(again, x, weight)
-        total = exact + 0.1 * reconstruction(smaller, small) + 0.05 * alike
-        return total + 2e-4 * posterior.kl().mean() / z[0].numel(), {"exact": round(exact.item(), 5)}
+            return equivariant_loss(vae, to_model(drawn), int(rng.choice(SCALES[1:])), rng, weight / weight.mean())
 
-    def rates(step: int) -> Sequence[float]:
-        return [1.5e-3 * warm_cosine(step, config.vae_steps)]
-
-    fit("autoencoder", folder / "vae.pt", vae, [optimizer], rates, loss, steps=config.vae_steps, seed=config.seed)
+    fit(folder / "vae.pt", vae, [optimizer], loss, steps=config.vae_steps, seed=[config.seed])
     with torch.no_grad():
         z = torch.cat([vae.encode(to_model(frames[i : i + 8])).latent_dist.mean for i in range(0, 64, 8)])
     vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist())
@@ -148,19 +114,10 @@ def train_vae(folder: Path, frames: np.ndarray, config: TrainingConfig) -> Autoe
 
 
 @torch.no_grad()
-def encode(path: Path, vae: AutoencoderKLWan, frames: np.ndarray, batch: int = 10) -> np.ndarray:
+def encode(path: Path, vae: Any, frames: np.ndarray) -> np.ndarray:
     """Normalised latents ``[N, C, 5, 16, 16]`` of all clips, cached as float16."""
-    if not path.exists():
-        mean, std = (torch.tensor(vae.config[k])[:, None, None, None] for k in ("latents_mean", "latents_std"))
-        parts = []
-        with progress("latents", -(-len(frames) // batch)) as advance:
-            for begin in range(0, len(frames), batch):
-                z = vae.encode(to_model(frames[begin : begin + batch])).latent_dist.mean  # type: ignore[union-attr]
-                parts.append(((z - mean) / std).half().numpy())
-                advance()
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.save(file, np.concatenate(parts))
-    return np.load(path, mmap_mode="r")
+    mean, std = (torch.tensor(vae.config[k])[:, None, None, None] for k in ("latents_mean", "latents_std"))
+    return cached_latents(path, frames, lambda batch: (vae.encode(to_model(batch)).latent_dist.mean - mean) / std)
 
 
 def where(frames: np.ndarray) -> np.ndarray:
@@ -216,11 +173,11 @@ def train_text(folder: Path, config: TrainingConfig) -> TextEncoder:
     text = TextEncoder()
     heads = nn.ModuleDict({name: nn.Linear(components.TEXT_WIDTH, len(v)) for name, v in ATTRIBUTES.items()})
     model = nn.ModuleDict({"text": text, "heads": heads})
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     source = clips(config.seed + 2, "train")
     known = list(islice(source, 20_000))
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         batch: list[Clip] = [known[i] for i in rng.integers(len(known), size=128)]
         ids, mask = text.tokens([clip.prompt for clip in batch])
         mean = text(ids, mask).sum(1) / mask.sum(1, keepdim=True)
@@ -230,34 +187,15 @@ def train_text(folder: Path, config: TrainingConfig) -> TextEncoder:
         ]
         return torch.stack(parts).mean(), {}
 
-    def rates(step: int) -> Sequence[float]:
-        return [1e-3 * warm_cosine(step, config.text_steps)]
-
-    fit("text encoder", folder / "text.pt", model, [optimizer], rates, loss, steps=config.text_steps, seed=config.seed)
+    fit(folder / "text.pt", model, [optimizer], loss, steps=config.text_steps, seed=[config.seed])
     return text
 
 
 # Flow
 
 
-class MaskHead(nn.Module):
-    """Where the object is, read off the features of one block: without this aid outlines are learnt late."""
-
-    BLOCK = 3
-    """The fourth of six."""
-    SIDE = 4
-    """A token's area is told in as many rows and columns."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.logits = nn.Linear(width, self.SIDE**2)
-
-    def forward(self, features: Tensor, covers: Tensor, side: int) -> Tensor:
-        """Cross-entropy of features ``[B, F side side, width]`` with masks ``[B, F, 32, 32]``."""
-        target = F.adaptive_avg_pool2d(covers, side * self.SIDE)
-        target = rearrange(target, "b f (h y) (w x) -> b (f h w) (y x)", y=self.SIDE, x=self.SIDE)
-        return F.binary_cross_entropy_with_logits(self.logits(self.norm(features)), target)
+BLOCK = 3
+"""Whose features the masks' head reads: the fourth of six."""
 
 
 def train_flow(
@@ -273,52 +211,54 @@ def train_flow(
     torch.manual_seed(config.seed + 3)
     transformer: Any = components.make_transformer()
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    model = nn.ModuleDict({"transformer": transformer, "masks": MaskHead(width)})
+    model = nn.ModuleDict({"transformer": transformer, "masks": MaskHead(width, things=1)})
     with torch.no_grad():
         told = torch.cat([text(*text.tokens(prompts[i : i + 500])) for i in range(0, len(prompts), 500)])
         empty = text(*text.tokens([""]))
 
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         which = int(rng.choice(len(SCALES), p=config.mix))
         pick = np.sort(rng.choice(len(prompts), config.batches[which], replace=False))
         x = pool(torch.from_numpy(latents[pick].astype(np.float32)), SCALES[which])
-        words = told[pick].clone()
-        words[torch.from_numpy(rng.random(len(pick)) < config.unconditional)] = empty
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        words = unsaid(told[pick], empty, config.unconditional, rng)
         # Pooling by s divides the noise by s: the same clip is as visible at a logit higher by log(s).
         mean = config.noise_mean + math.log(max(SCALES) / SCALES[which])
-        sigma = torch.sigmoid(mean + config.noise_std * torch.randn(len(x), generator=generator))
-        eps = torch.randn(x.shape, generator=generator)
-        noisy = torch.lerp(x, eps, sigma.reshape(-1, 1, 1, 1, 1))
-        features: list[Tensor] = []
-        hook = transformer.blocks[MaskHead.BLOCK].register_forward_hook(lambda _, __, out: features.append(out))
-        with torch.autocast("cpu", torch.bfloat16):
-            output = transformer(
-                hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=words, return_dict=False
-            )[0]
-            hook.remove()
-            aside = model["masks"](features[0], torch.from_numpy(covers[pick]).float() / 255, x.shape[-1] // 2)
-        flow = F.mse_loss(output.float(), eps - x)
+        flow, aside = flow_loss(model, x, words, torch.from_numpy(covers[pick]) / 255, mean, config.noise_std, rng)
         figures = {"flow": round(flow.item(), 5), "masks": round(aside.item(), 5), "scale": SCALES[which]}
         return flow + config.mask_weight * aside, figures
 
-    def rates(step: int) -> Sequence[float]:
-        rate = config.lr * trapezoid(step, config.flow_steps, config.decay_from)
-        return [rate, rate / 2]
-
     average = fit(
-        "flow",
         folder / "flow.pt",
         model,
-        make_optimizers(model),
-        rates,
+        make_optimizers(model, config.lr),
         loss,
+        partial(trapezoid, decay_from=config.decay_from),
         steps=config.flow_steps,
-        seed=config.seed,
+        seed=[config.seed],
         ema=config.ema,
     )
     model.load_state_dict(average, strict=False)
     return export(folder / "model", transformer, text, vae)
+
+
+def flow_loss(
+    model: nn.ModuleDict, x: Tensor, words: Tensor, covers: Tensor, mean: float, std: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """As that of pictures (`ddit.embedded.flow.flow_loss`), of latents ``[B, C, F, H, W]``."""
+    transformer: Any = model["transformer"]
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    sigma = torch.sigmoid(mean + std * torch.randn(len(x), generator=generator))
+    eps = torch.randn(x.shape, generator=generator)
+    noisy = torch.lerp(x, eps, sigma.reshape(-1, 1, 1, 1, 1))
+    features: list[Tensor] = []
+    hook = transformer.blocks[BLOCK].register_forward_hook(lambda _, __, out: features.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = transformer(
+            hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=words, return_dict=False
+        )[0]
+        hook.remove()
+        aside = model["masks"](features[0], covers[:, None])
+    return F.mse_loss(output.float(), eps - x), aside
 
 
 def export(folder: Path, transformer: Any, text: TextEncoder, vae: AutoencoderKLWan) -> Path:
@@ -331,5 +271,4 @@ def export(folder: Path, transformer: Any, text: TextEncoder, vae: AutoencoderKL
         transformer=transformer,
     )
     pipe.to(dtype=torch.float16).save_pretrained(folder)
-    pipe.to(dtype=torch.float32)
     return folder

@@ -1,0 +1,216 @@
+"""The cache of one transformer: its states by run, guidance pass, scale and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ddit.caches.config import CacheDitConfig, Config, check_config, insides, unknown_blocks
+from ddit.caches.dbcache import DitContexts
+from ddit.models.base import Architecture
+from ddit.teacache import TeaCacheConfig
+
+if TYPE_CHECKING:
+    from diffusers.hooks.hooks import StateManager
+
+
+@dataclass
+class _Group:
+    """A guidance pass of samples at one scale, as long as they keep it."""
+
+    name: str
+    """Of its states."""
+    step: int
+    """Last step in which it ran."""
+
+
+def _is(config: Any, name: str) -> bool:
+    """Whether settings are of a class of diffusers, which need not be imported to be told apart."""
+    return type(config).__name__ == name
+
+
+def _state_manager() -> type[StateManager]:
+    """What holds the states of diffusers' caches."""
+    with insides():
+        from diffusers.hooks.hooks import StateManager
+    return StateManager
+
+
+class Cache:
+    """The cache of one transformer, put on by us or by the user with ``transformer.enable_cache``."""
+
+    def __init__(self, architecture: Architecture, config: Config | None) -> None:
+        self.architecture = architecture
+        self.transformer: Any = architecture.transformer
+        self._config: Any = config
+        self._groups: dict[tuple[int, int, int, tuple[int, ...]], _Group] = {}
+        self._computed = False
+        self._ratios: Any = None
+        self._last: Any = None
+        self._found: tuple[Any, list[StateManager]] | None = None
+        self._dit = DitContexts(self.transformer)
+        check_config(config)
+        if config is not None:
+            self._enable(config)
+        check_config(self._theirs)
+
+    def _enable(self, config: Config) -> None:
+        there = "cache-dit" if self._dit.active else type(self._theirs).__name__
+        if self._dit.active or self._theirs is not None:
+            raise ValueError(
+                f"the transformer has a cache already ({there}); call its disable_cache() first, "
+                "or leave cache= out to keep it"
+            )
+        if isinstance(config, CacheDitConfig):
+            self._dit.enable(config, len(self.architecture.blocks()))
+            return
+        _state_manager()
+        with insides():
+            from ddit.caches import teacache
+        if not _is(config, "TaylorSeerCacheConfig") and not teacache.knows(self.architecture.blocks()):
+            raise unknown_blocks(config, self.transformer)
+        if not isinstance(config, TeaCacheConfig):
+            self.transformer.enable_cache(config)
+            return
+        if config.coefficients is None:
+            config = replace(config, coefficients=self.architecture.teacache_coefficients())
+        if config.coefficients is None:
+            raise ValueError(
+                "nobody has published TeaCache's coefficients for this model; fit them with 'ddit calibrate', or "
+                "choose another cache (first-block, taylorseer)"
+            )
+        teacache.enable(self.transformer, self.architecture, config)
+
+    def _tell(self, steps: int | None) -> None:
+        """Give MagCache the number of steps, which it has to know, and ratios for as many."""
+        config = self._config
+        if _is(config, "MagCacheConfig") and steps and steps != config.num_inference_steps:
+            with insides():
+                from diffusers.hooks.mag_cache import nearest_interp
+            if self._ratios is None:
+                self._ratios = config.mag_ratios
+            config.num_inference_steps, config.mag_ratios = steps, nearest_interp(self._ratios, steps)
+
+    @property
+    def _theirs(self) -> Any:
+        """Settings of the cache that diffusers has put on the transformer, or ``None``."""
+        return getattr(self.transformer, "_cache_config", None)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a cache at this moment."""
+        return isinstance(self._config, TeaCacheConfig) or self._theirs is not None or self._dit.active
+
+    @property
+    def share(self) -> float:
+        """Of the blocks, what a call computes in which the cache answers."""
+        if self._dit.active:
+            return self._dit.computed / len(self.architecture.blocks())
+        return 1 / len(self.architecture.blocks()) if _is(self._theirs, "FirstBlockCacheConfig") else 0.0
+
+    def call(
+        self,
+        forward: Callable[..., Any],
+        *,
+        step: int,
+        steps: int | None,
+        guidance: int,
+        scale: int,
+        samples: Sequence[int],
+        reused: Callable[[Sequence[int]], None],
+        run: int = 0,
+    ) -> Callable[..., Any]:
+        """The transformer's forward for some samples of a step, with states of their own.
+
+        Args:
+            step: Number of the step, from 0.
+            steps: Number of steps, where known.
+            guidance: Number of the guidance pass in the step, from 0.
+            reused: Called with the samples where the cache did not run the blocks.
+            run: Tells runs apart that take turns.
+        """
+        if not self.active:
+            self._found = None
+            return forward
+        check_config(self._theirs)
+        self._tell(steps)
+
+        def cached(*args: Any, **kwargs: Any) -> Any:
+            if any("controlnet" in key and kwargs[key] for key in kwargs):
+                raise ValueError(
+                    "caches skip blocks, but not what a ControlNet adds between them, which would count twice: "
+                    "leave the cache out, or call the transformer's disable_cache()"
+                )
+            name = self._name(run, step, guidance, scale, samples)
+            with self.transformer.cache_context(name, step_index=step, num_inference_steps=steps):
+                for manager in self._managers() if _is(self._theirs, "MagCacheConfig") else ():
+                    manager.get_state().step_index = step  # it counts its own calls, from 0
+                with self._watched(), self._dit.at(name, step):
+                    answer = forward(*args, **kwargs)
+            if not self._computed:
+                reused(samples)
+            return answer
+
+        return cached
+
+    def _name(self, run: int, step: int, guidance: int, scale: int, samples: Sequence[int]) -> str:
+        """Name of the states, a new one unless the same samples ran at this scale in the step before."""
+        stale = {key for key, group in self._groups.items() if key[0] == run and group.step < step - 1}
+        self._drop({self._groups.pop(key).name for key in stale})
+        key = (run, guidance, scale, tuple(samples))
+        group = self._groups.setdefault(key, _Group(f"{run} {guidance} {scale} {list(samples)} from {step}", step))
+        group.step = step
+        return group.name
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Note whether the last block runs, which every cache that skips blocks skips."""
+        self._computed = False
+
+        def note(*_: Any) -> None:
+            self._computed = True
+
+        if self._last is None:
+            blocks = self.architecture.block_lists[-1]
+            *_, self._last = (x for name, x in self.architecture.feed_forward() if name.startswith(f"{blocks}."))
+        probe = self._last.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            probe.remove()
+
+    def _managers(self) -> list[StateManager]:
+        """Of the cache's hooks, looked up once: a large model has thousands of modules."""
+        if self._found is not None and self._found[0] is self._theirs:
+            return self._found[1]
+        kind = _state_manager()
+        registries = [m._diffusers_hook for m in self.transformer.modules() if hasattr(m, "_diffusers_hook")]
+        values = [value for registry in registries for hook in registry.hooks.values() for value in vars(hook).values()]
+        found = {id(value): value for value in values if isinstance(value, kind)}
+        self._found = self._theirs, list(found.values())
+        return self._found[1]
+
+    def _drop(self, names: set[str]) -> None:
+        self._dit.drop(names)
+        for manager in self._managers() if names else ():
+            for name in names:
+                manager._state_cache.pop(name, None)
+
+    def start_over(self, run: int = 0) -> None:
+        """Forget everything of a run."""
+        mine = {key for key in self._groups if key[0] == run}
+        self._drop({self._groups.pop(key).name for key in mine})
+
+    def remove(self) -> None:
+        """Take off what this class put on."""
+        if isinstance(self._config, TeaCacheConfig):
+            from ddit.caches import teacache
+
+            teacache.disable(self.transformer)
+        elif isinstance(self._config, CacheDitConfig):
+            self._dit.disable()
+        elif self._config is not None:
+            self.transformer.disable_cache()
+        self._config = None

@@ -1,0 +1,122 @@
+"""`ddit app`, a page to try a model on, and `ddit study`, blind votes on pairs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ddit.cli.common import (
+    add_command,
+    call_options,
+    check_outputs,
+    check_run,
+    command_line,
+    environment,
+    model_options,
+    positive,
+    words_of,
+)
+from ddit.cli.draw import DEMO_THRESHOLD, method_options
+from ddit.extras import require
+from ddit.files import write_json, write_text
+from ddit.methods import patches_of, skip_of
+from ddit.preset import Preset
+
+
+def add_app(commands: Any) -> None:
+    """The commands with their options."""
+    app = add_command(commands, "app", _app, "a page in the browser: turn the knobs, or vote in a blind study")
+    model_options(app)
+    app.add_argument("--study", type=Path, help="folder that ddit study prepare made, to serve beside")
+    app.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    app.add_argument("--port", type=positive, default=7860, help="default: %(default)s")
+
+    study = add_command(commands, "study", None, "a blind study: which of two pictures do people prefer?")
+    stages = study.add_subparsers(title="stages", required=True, metavar="STAGE")
+    prepare = add_command(stages, "prepare", _prepare, "draw the pairs; goes on where it stopped")
+    prepare.add_argument("--prompts", required=True, help="file with a prompt per line")
+    prepare.add_argument("--out", type=Path, required=True, help="folder of the study")
+    model_options(prepare)
+    method_options(prepare)
+    prepare.add_argument("--seed", type=int, default=0, help="another one adds pairs (default: %(default)s)")
+    prepare.add_argument("--frames", type=positive, help="of a clip: one more than a multiple of 4")
+    prepare.add_argument("--fps", type=positive, default=8, help="frames per second of a clip (default: %(default)s)")
+    results = add_command(stages, "results", _results, "the table of answers, and all votes as CSV")
+    results.add_argument("study", type=Path, help="folder of the study")
+    results.add_argument("--out", type=Path, help="stem of .json and .csv (default: results in the study's folder)")
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse one that is taken, or not of this machine."""
+    import socket
+
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{host}:{port} can't be served ({error}); name another with --host and --port") from error
+
+
+def _app(args: argparse.Namespace) -> None:
+    check_run(args, ())
+    require("gradio", "ddit app")
+    require("matplotlib", "ddit app")
+    _check_address(args.host, args.port)
+    from ddit.app.study import Study
+
+    study = None if args.study is None else Study.open(args.study)
+    from ddit import generate as lib
+    from ddit import outputs
+    from ddit.app import page
+    from ddit.app.draw import Studio
+
+    load = {"dtype": args.dtype, "device": args.device}
+    pipe, preset = lib.load_pipeline(args.model, preset=args.preset, **load)
+    if lib.draws_video(pipe):
+        outputs.check_video_writer()
+    settings = lib.call_settings(preset, **call_options(args))
+    lib.check_call(pipe, settings)
+    threshold = DEMO_THRESHOLD if args.model in lib.EMBEDDED else None
+    studio = Studio(pipe, preset, args.model, settings, load)
+    page.serve(page.build(studio, study, threshold=threshold, adapter=args.adapter), study, args.host, args.port)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    given = words_of(args)
+    patches_of(given, Preset())
+    skip_of(given)
+    from ddit.app.study import DATABASE, Study
+
+    check_run(args, [args.out / DATABASE])
+    Study.check(args.out)
+    from ddit import generate as lib
+    from ddit.app.draw import draw_pairs
+    from ddit.cli.drawing import Drawing
+    from ddit.progress import progress
+    from ddit.train.samples import read_prompts
+
+    prompts = read_prompts(args.prompts)
+    for prompt in prompts:
+        lib.check_prompt(prompt, args.model)
+    drawing = Drawing.load(args, args.device)
+    study = Study.prepare(args.out, {**drawing.setup, "suffix": drawing.suffix}, prompts, args.seed)
+    pairs = study.pairs()
+    with progress("pairs", len(pairs)) as advance:
+        count = draw_pairs(study, drawing.pipe, drawing.settings, drawing.method, fps=args.fps, advance=advance)
+    print(f"drew {count} of {2 * len(pairs)} for {args.out}; serve them with 'ddit app --study {args.out}'")
+
+
+def _results(args: argparse.Namespace) -> None:
+    from ddit.app.study import Study, as_csv, table
+
+    study = Study.open(args.study)
+    stem = args.out or args.study / "results"
+    files = [stem.with_name(stem.name + end) for end in (".json", ".csv")]
+    check_outputs(files)
+    results = study.results()
+    votes = study.votes()
+    write_json(files[0], {"command": command_line(), "environment": environment("cpu"), **results, "rows": votes})
+    write_text(files[1], as_csv(votes))
+    print(table(results), end="")
+    print(f"wrote {', '.join(map(str, files))}")

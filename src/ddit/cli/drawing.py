@@ -1,0 +1,128 @@
+"""A model with all that `ddit generate` asks of it. Imports all of ddit, so commands import it when they run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ddit import generate as lib
+from ddit import outputs
+from ddit.cli.common import call_options, command_line, environment, words_of
+from ddit.config import PatchSchedule
+from ddit.eval.metrics import similarity
+from ddit.files import replacing
+from ddit.methods import completed, make_method
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A model with all that the command line asks of it."""
+
+    args: argparse.Namespace
+    pipe: Any
+    method: lib.Method
+    words: dict[str, Any]
+    """What was asked for, by `ddit.methods.WORDS`."""
+    settings: dict[str, Any]
+    """Arguments of the pipeline's call."""
+    suffix: str
+    """Of the files: .png, or .mp4 of a video model."""
+
+    @classmethod
+    def load(cls, args: argparse.Namespace, device: str) -> Drawing:
+        """Load what is asked for.
+
+        Raises:
+            ValueError: For a model, adapter, cache or size that can't be had.
+        """
+        pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=device, preset=args.preset)
+        suffix = ".mp4" if lib.draws_video(pipe) else ".png"
+        if suffix == ".mp4":
+            outputs.check_video_writer()
+        words, load = completed(words_of(args), args.model, preset), {"dtype": args.dtype, "device": device}
+        method = make_method(
+            words,
+            preset,
+            load_adapter=partial(lib.load_adapter, **load),
+            load_corrector=partial(lib.load_corrector, **load),
+        )
+        settings = lib.call_settings(preset, **call_options(args))
+        lib.check_call(pipe, settings)
+        return cls(args, pipe, method, words, settings, suffix)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.args.seed + i for i in range(self.args.num_images)]
+
+    def asked(self, prompt: str) -> dict[str, Any]:
+        """All that decides what is drawn."""
+        return {"prompt": prompt, "seeds": self.seeds, **self.setup}
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """The model, how it is called, and what makes it faster."""
+        patches: Any = self.method.patches  # never a policy of one's own
+        return {
+            "model": self.args.model,
+            "call": self.settings,
+            "method": self.words,
+            "patches": patches.to_dict(),
+            "skip": self.method.skip and self.method.skip.to_dict(),
+        }
+
+    def draw(
+        self, prompt: str, out: Path, on_step: Callable[..., None] | None = None, *, plot: Path | None = None
+    ) -> tuple[dict[str, Any], list[Path]]:
+        """Draw and save a prompt; gives its report and the files."""
+        args, prompts = self.args, [prompt] * self.args.num_images
+        asked, plain = (self.pipe, prompts, self.seeds, self.settings), None
+        if args.compare:
+            methods = {"plain": None, "method": self.method}
+            plain, dynamic = lib.by_turns(*asked, methods, repeats=args.repeats, on_step=on_step).values()
+        else:
+            dynamic = lib.run(*asked, method=self.method, on_step=on_step)
+        report: Any = dynamic.report
+        result = {"command": command_line(), **self.asked(prompt), **report.to_dict()}
+        result.update(seconds=dynamic.seconds, environment=environment(args.device))
+        result["strips"] = [report.strip(i) for i in range(len(prompts))]
+        if plain is not None:
+            result.update(similarity(outputs.frames(plain.pictures), outputs.frames(dynamic.pictures)))
+            result.update(baseline_seconds=plain.seconds, speedup=plain.seconds / dynamic.seconds)
+        written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
+        if plot is not None:
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            rule = self.method.patches
+            threshold = rule.threshold if isinstance(rule, PatchSchedule) else None
+            with replacing(plot) as part:
+                named = part.with_name(part.name + (plot.suffix or ".png"))  # the ending tells the format
+                report.plot(named, threshold=threshold)
+                named.replace(part)
+            written.append(plot)
+        return result, written
+
+    def is_there(self, prompt: str, path: Path) -> bool:
+        """Whether an earlier run has drawn a prompt to ``path``: its report is written last.
+
+        Raises:
+            ValueError: When something else was drawn there.
+        """
+        report = path.with_suffix(".json")
+        if not report.is_file():
+            return False
+        try:
+            before = json.loads(report.read_text())
+        except ValueError:
+            before = {}
+        asked = json.loads(json.dumps(self.asked(prompt)))
+        differ = [name for name, value in asked.items() if before.get(name) != value]
+        if differ:
+            raise ValueError(
+                f"{report} tells of another run ({', '.join(differ)} differ); name another folder with --out, "
+                "or delete it to draw it anew"
+            )
+        return True

@@ -1,0 +1,77 @@
+"""What a run keeps beside its samples: checkpoints, the result and logs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddit.files import read_lines, replacing, write_text
+from ddit.generate import model_folder
+from ddit.pretrained import TrainedPart, model_card
+from ddit.train.config import TrainConfig
+
+
+def check_settings(config: TrainConfig, saved: Path) -> None:
+    """Refuse settings other than those that the run began with, where it has begun."""
+    if not saved.exists():
+        return
+    try:
+        changed = config.differences(TrainConfig.from_dict(json.loads(saved.read_text())))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{saved} is not the configuration of a run ({error}); name another folder") from error
+    if changed:
+        told = ", ".join(f"{k} ({there!r} then, {here!r} now)" for k, (here, there) in changed.items())
+        raise ValueError(f"the run in {saved.parent} began with other settings: {told}; use the same, or another --out")
+
+
+def result_folder(config: TrainConfig) -> Path:
+    """Where the result of a run lies."""
+    return Path(config.out) / ("corrector" if config.corrector else "adapter")
+
+
+def saved_step(folder: Path) -> int | None:
+    """Steps of the result in a folder; ``None`` where there is no whole one."""
+    try:
+        found = json.loads((folder / "config.json").read_text())["steps_trained"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found if (folder / "diffusion_pytorch_model.safetensors").is_file() else None
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the rows of a log that come after a step, since they are made again."""
+    if path.is_file():
+        rows = [row for row in read_lines(path) if row["step"] <= step]
+        with replacing(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("checkpoint-*.pt"))
+
+
+def write_card(folder: Path, config: TrainConfig, part: TrainedPart) -> None:
+    """The model card of a result, with the last validation."""
+    rows = read_lines(Path(config.out) / "validation.jsonl")
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    base = None if model_folder(config.model).exists() else config.model
+    write_text(folder / "README.md", str(model_card(part, base, last)))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `Run.save` wrote.
+
+    Raises:
+        ValueError: When the file is damaged.
+    """
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise ValueError(
+            f"{path} can't be read ({(str(error) or repr(error)).splitlines()[0]}); "
+            "delete it to continue from the one before"
+        ) from error

@@ -1,0 +1,58 @@
+"""What is trained, by which optimizer, and its gradients over several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from ddit.adapter import PatchAdapter
+from ddit.extras import require
+from ddit.skip.corrector import ForecastCorrector
+from ddit.train.config import TrainConfig
+
+
+def new_part(
+    transformer: Any,
+    config: TrainConfig,
+    *,
+    sampler: str | None = None,
+    detail_variance: Mapping[int, Sequence[float]] | None = None,
+) -> PatchAdapter | ForecastCorrector:
+    """What is to be trained, for a transformer."""
+    if config.corrector:
+        return ForecastCorrector.for_model(transformer, sampler=sampler)
+    return PatchAdapter.for_model(transformer, **config.adapter_settings, detail_variance=detail_variance)
+
+
+def make_optimizer(part: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Prodigy (arXiv 2306.06101) or AdamW over all weights."""
+    parameters = list(part.parameters())
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    require("prodigyopt", "the optimizer Prodigy")
+    from prodigyopt import Prodigy
+
+    make: Any = Prodigy  # its annotations take whole numbers only
+    return make(
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
+
+
+def sum_over_processes(accelerator: Accelerator, part: nn.Module, loss: Tensor) -> None:
+    """Sum gradients and loss in place. What no sample drew has a gradient of zero."""
+    for p in part.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if accelerator.num_processes > 1:
+        sums: list[Any] = [loss, *(p.grad for p in part.parameters())]
+        reduced: Any = accelerator.reduce(parameters_to_vector(sums), reduction="sum")
+        vector_to_parameters(reduced, sums)
