@@ -11,7 +11,7 @@ import tiny
 from ddit import PatchAdapter, known
 from ddit.cli import main
 from ddit.eval import timing
-from ddit.eval.bench import Bench, count, parse_schedule, table
+from ddit.eval.bench import Bench, count, counts_table, parse_schedule
 from ddit.known import meta_transformer, names
 
 
@@ -54,7 +54,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
     assert main(["bench", *sizes, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     saved = json.loads(out.with_suffix(".json").read_text())
-    assert table(saved["counts"]) == out.with_suffix(".md").read_text() and "wan2.1-1.3b" in shown
+    assert counts_table(saved["counts"]) == out.with_suffix(".md").read_text() and "wan2.1-1.3b" in shown
     assert len(saved["counts"]) == 2 and saved["command"].startswith("ddit")
 
 

@@ -160,10 +160,10 @@ class Architecture(ABC):
 
     def rows(self, inputs: Inputs, samples: Sequence[int]) -> Inputs:
         """The call for some samples of the batch only."""
-        rows = torch.tensor(list(samples))
+        rows, batch = torch.tensor(list(samples)), len(inputs[self.batched[0]])
 
         def some(t: Tensor) -> Tensor:
-            return t if len(t) == 1 else t[rows.to(t.device)]  # one row serves all samples
+            return t if len(t) == 1 < batch else t[rows.to(t.device)]  # one row may serve all samples
 
         return {k: _walk(v, some) if k in self.batched else v for k, v in inputs.items()}
 

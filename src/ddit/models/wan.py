@@ -137,7 +137,8 @@ class Animate(Wan):
 
     def read(self, inputs: Inputs) -> Noisy:
         noisy, pose = super().read(inputs), inputs["pose_hidden_states"]
-        assert noisy.condition is not None, "its configuration has further channels"
+        if noisy.condition is None:  # latents alone, of a finished run
+            return noisy
         pose = F.pad(pose, (0, 0, 0, 0, 1, 0))  # The reference frame in front has none.
         return replace(noisy, condition=torch.cat([noisy.condition, pose.to(noisy.condition)], dim=1))
 
