@@ -122,7 +122,7 @@ def random_adapter(model) -> PatchAdapter:
     return adapter
 
 
-@pytest.mark.parametrize("first", ["apply", "compile"])
+@pytest.mark.parametrize("first", ["apply", pytest.param("compile", marks=pytest.mark.slow)])
 def test_an_adapter_in_compiled_blocks(pipe, first):
     """Compiled before or after: the adapter takes part, and once each scale was seen nothing is compiled again."""
     adapter = random_adapter(pipe.transformer)
@@ -163,6 +163,7 @@ def test_an_adapter_in_a_transformer_compiled_whole(pipe):
         assert backend.graphs == graphs
 
 
+@pytest.mark.slow
 def test_blocks_share_graphs_with_an_adapter():
     """LoRA finds its weights through the layer, so that the code of one block serves all blocks of its class."""
     pipe = tiny.pipeline(num_layers=3, num_single_layers=3)

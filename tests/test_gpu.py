@@ -86,6 +86,7 @@ def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):
         time.sleep(5)
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_model_goes_on_where_it_was_ended(tmp_path, capsys):
     measure(tmp_path, "wan")
     path = tmp_path / "out" / "wan.json"
