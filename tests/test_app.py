@@ -20,7 +20,7 @@ import tiny
 from ddit import PatchSchedule
 from ddit.app import draw as drawing
 from ddit.app.draw import Studio, draw_pairs, words_of
-from ddit.app.study import ANSWERS, CHOICES, DATABASE, PICTURES, Study, as_csv, interval, table
+from ddit.app.study import ANSWERS, CHOICES, DATABASE, PICTURES, Study, as_csv, interval, markdown
 from ddit.cli import main
 from ddit.extras import has
 from ddit.generate import Method
@@ -104,7 +104,7 @@ def test_results_are_shares_of_choices(study):
     assert {k: row["votes"] for k, row in results["answers"].items()} == dict(equal=12, dynamic=6, plain=3, bad=3)
     assert results["answers"]["dynamic"]["share"] == 0.25 and results["answers"]["equal"]["paper"] == 0.61
     assert all(row["interval"][0] <= row["share"] <= row["interval"][1] for row in results["answers"].values())
-    assert "| equally good | 12 | 50% |" in table(results) and "not asked" in table(results)
+    assert "| equally good | 12 | 50% |" in markdown(results) and "not asked" in markdown(results)
     assert list(results["answers"]) == list(CHOICES) and json.loads(json.dumps(results)) is not None
 
 

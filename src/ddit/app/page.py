@@ -16,7 +16,7 @@ import gradio as gr
 
 from ddit import outputs
 from ddit.app.draw import PATCHES, SKIPPING, Drawn, Studio, words_of
-from ddit.app.study import DATABASE, PICTURES, Study, table
+from ddit.app.study import DATABASE, PICTURES, Study, markdown
 from ddit.config import PatchSchedule
 
 FPS = 8
@@ -221,7 +221,7 @@ def _show(study: Study, voter: str | None, before: str | None = None) -> list[An
     order = study.order(voter)
     chosen = study.turn(voter, order, before)
     if chosen is None:
-        text = f"Thank you, these were all pairs.\n\n{table(study.results())}" if order else "No pair is drawn yet."
+        text = f"Thank you, these were all pairs.\n\n{markdown(study.results())}" if order else "No pair is drawn yet."
         return [voter, "", text, gr.update(visible=False), "", None, None]
     sides = [chosen.plain, chosen.dynamic]
     if study.on_left(voter, chosen.pair) == "dynamic":

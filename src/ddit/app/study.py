@@ -22,6 +22,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ddit.tables import table
+
 DATABASE, PICTURES = "study.db", "pictures"
 ANSWERS = ("left", "right", "equal", "bad")
 """What a voter may say of a pair; ``bad`` is both."""
@@ -266,19 +268,18 @@ def interval(hits: Sequence[int], votes: Sequence[int], *, z: float = 1.96) -> t
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown of `Study.results`."""
-    lines = [
-        f"{results['pairs']} pairs, {results['voters']} voters, {results['votes']} votes; the dynamic pictures took "
-        f"{results['work']:.0%} of the plain ones' work.\n",
-        "| answer | votes | share | 95 % interval | paper |",
-        "|---|---|---|---|---|",
-    ]
+def markdown(results: dict[str, Any]) -> str:
+    """`Study.results` as a table."""
+    rows = []
     for choice, row in results["answers"].items():
         low, high = row["interval"]
         paper = "not asked" if row["paper"] is None else f"{row['paper']:.0%}"
-        lines.append(f"| {CHOICES[choice]} | {row['votes']} | {row['share']:.0%} | {low:.0%} to {high:.0%} | {paper} |")
-    return "\n".join(lines) + "\n"
+        rows.append((CHOICES[choice], row["votes"], f"{row['share']:.0%}", f"{low:.0%} to {high:.0%}", paper))
+    return (
+        f"{results['pairs']} pairs, {results['voters']} voters, {results['votes']} votes; the dynamic pictures took "
+        f"{results['work']:.0%} of the plain ones' work.\n\n"
+        + table(("answer", "votes", "share", "95 % interval", "paper"), rows)
+    )
 
 
 def as_csv(votes: Sequence[dict[str, Any]]) -> str:

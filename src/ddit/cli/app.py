@@ -108,7 +108,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _results(args: argparse.Namespace) -> None:
-    from ddit.app.study import Study, as_csv, table
+    from ddit.app.study import Study, as_csv, markdown
 
     study = Study.open(args.study)
     stem = args.out or args.study / "results"
@@ -118,5 +118,5 @@ def _results(args: argparse.Namespace) -> None:
     votes = study.votes()
     write_json(files[0], {"command": command_line(), "environment": environment("cpu"), **results, "rows": votes})
     write_text(files[1], as_csv(votes))
-    print(table(results), end="")
+    print(markdown(results), end="")
     print(f"wrote {', '.join(map(str, files))}")

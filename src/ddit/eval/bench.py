@@ -12,12 +12,12 @@ from torch import nn
 
 from ddit.adapter import PatchAdapter
 from ddit.eval import timing
-from ddit.eval.tables import table
 from ddit.generate import model_folder
 from ddit.known import compression, meta_transformer, transformer
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, to_meta
 from ddit.preset import Preset
+from ddit.tables import table
 
 
 def count(

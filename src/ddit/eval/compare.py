@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ddit.eval.tables import adherence_change, table
+from ddit.eval.quality import adherence_change
 from ddit.methods import SKIP
+from ddit.tables import table
 
 SPEEDS = (1.5, 2, 3, 4, 5)
 THRESHOLDS = (0.002, 0.008, 0.032)

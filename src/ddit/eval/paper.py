@@ -21,11 +21,11 @@ from ddit.eval.judges import Clip, Inception, Judge, Lpips, Psnr, Ssim, distance
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval
 from ddit.eval.parts import digest
 from ddit.eval.quality import Entry
-from ddit.eval.tables import table
 from ddit.extras import require
 from ddit.files import add_lines, read_lines, write_text
 from ddit.outputs import frames
 from ddit.progress import progress
+from ddit.tables import table
 from ddit.tell import warn
 
 METHODS = ("plain", "ddit", "ddit:speedup=3")

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ddit.eval.tables import table
 from ddit.models.base import Architecture
+from ddit.tables import table
 
 STEPS = 50
 """Of the plain run, as in the publications."""

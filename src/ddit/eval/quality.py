@@ -6,7 +6,7 @@ import json
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,12 +19,12 @@ from ddit.embedded.scenes import Split
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.subjects import Subject, Verdict
-from ddit.eval.tables import adherence_change, table
 from ddit.generate import Method, run
 from ddit.memory import with_peak
 from ddit.outputs import frames
 from ddit.preset import Preset
 from ddit.progress import progress
+from ddit.tables import table
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,12 @@ def markdown(rows: Sequence[dict[str, Any]], prompts: int) -> str:
         "takes beyond what lay there before.\n\n"
     )
     return text + table(["method", "steps", "speed", "FLOPs", *judged, "PSNR dB", "SSIM", "memory, MB"], cells)
+
+
+def adherence_change(row: Mapping[str, Any]) -> str:
+    """By how many points adherence differs from that of the first row, with the interval."""
+    worse, better = row["adherence_change_interval"]
+    return f"{100 * row['adherence_change']:+.1f} ({100 * worse:+.1f} to {100 * better:+.1f})"
 
 
 def _judgement(row: dict[str, Any]) -> tuple[str, str, str]:
