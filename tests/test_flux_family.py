@@ -10,8 +10,6 @@ import pytest
 import torch
 from diffusers import FluxPriorReduxPipeline
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 import ddit
@@ -20,23 +18,13 @@ import tiny_flux
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
-from ddit.generate import recorded
-from ddit.models import architecture_for
 from ddit.patches import pack, pad_to_multiple, pool_tokens, shrink, unpack
 from ddit.skip.corrector import ForecastCorrector
 from ddit.teacache import TeaCacheConfig
+from families import COARSE, call_of, check_flops, check_large_patches
 from test_architectures import CASES, draw
 from tiny_flux import EMBEDS as EMBEDS2
 from tiny_flux import KONTEXT, LARGE, MASK, PICTURE, SIZE, TEXT
-
-COARSE = FixedSchedule(steps=(1, 2, 4, 2, 1))
-
-
-def call_of(pipe: Any, name: str, **changes: Any) -> tuple[Any, dict[str, Any], Tensor]:
-    """Architecture, arguments and answer of a pipeline's first call."""
-    with recorded(pipe) as calls:
-        draw(pipe, CASES[name], num_inference_steps=1, **changes)
-    return architecture_for(pipe.transformer), *calls[0]
 
 
 def test_reference_tokens_stay_as_they_are():
@@ -178,14 +166,7 @@ def test_other_pipelines_use_large_patches(name):
     def drawn() -> Tensor:
         return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
 
-    plain = drawn()
-    with ddit.apply(pipe, patches=FULL):
-        assert torch.equal(drawn(), plain)
-    with ddit.apply(pipe, patches=COARSE) as run:
-        coarse = drawn()
-    assert run.report.forced is None and {2, 4} <= set(run.report.scales[0])
-    assert coarse.shape == plain.shape and torch.isfinite(coarse).all() and not torch.equal(coarse, plain)
-    assert torch.equal(drawn(), plain)
+    check_large_patches(pipe, drawn)
 
 
 def test_an_image_prompt_counts_in_coarse_steps_too():
@@ -256,12 +237,7 @@ def test_operations_are_those_of_the_calls(name):
     _, inputs, _ = call_of(pipe, name)
     with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 2, 4))) as run:
         draw(pipe, CASES[name])
-    arch = architecture_for(pipe.transformer)
-    for scale in (1, 2, 4):
-        call = inputs if scale == 1 else coarse_call(arch, inputs, arch.read(inputs), scale, Coarse()).inputs
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            pipe.transformer(**call)
-        assert run.report.flops[scale] == counter.get_total_flops()
+    check_flops(pipe, inputs, run.report)
 
 
 # FLUX.2
@@ -301,13 +277,7 @@ def test_klein_uses_large_patches(cls, changes):
     def drawn() -> Tensor:
         return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
 
-    plain = drawn()
-    with ddit.apply(pipe, patches=FULL):
-        assert torch.equal(drawn(), plain)
-    with ddit.apply(pipe, patches=COARSE) as run:
-        coarse = drawn()
-    assert run.report.forced is None and {2, 4} <= set(run.report.scales[0])
-    assert coarse.shape == plain.shape and torch.isfinite(coarse).all() and not torch.equal(coarse, plain)
+    check_large_patches(pipe, drawn)
 
 
 def test_klein_kv_runs_in_full_where_it_keeps_reference_images():

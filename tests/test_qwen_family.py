@@ -8,8 +8,6 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny_qwen
@@ -22,18 +20,11 @@ from ddit.models.base import first
 from ddit.patches import TokenLayout, pool_tokens
 from ddit.skip.corrector import ForecastCorrector
 from ddit.teacache import TeaCacheConfig
+from families import COARSE, call_of, check_flops, check_large_patches
 from test_architectures import CASES, draw
 from tiny_qwen import MASK, PICTURE, SQUARE, TEXT
 
-COARSE = FixedSchedule(steps=(1, 2, 4, 2, 1))
 NAMES = tuple(name for name in tiny_qwen.CASES if name != "qwen-image-2.1")
-
-
-def call_of(pipe: Any, name: str) -> tuple[Any, dict[str, Any], Tensor]:
-    """Architecture, arguments and answer of a pipeline's first call."""
-    with recorded(pipe) as calls:
-        draw(pipe, CASES[name], num_inference_steps=1)
-    return architecture_for(pipe.transformer), *calls[0]
 
 
 @pytest.mark.parametrize(
@@ -125,13 +116,7 @@ def test_other_pipelines_use_large_patches(name):
     def drawn() -> Tensor:
         return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
 
-    plain = drawn()
-    with ddit.apply(pipe, patches=FULL):
-        assert torch.equal(drawn(), plain)
-    with ddit.apply(pipe, patches=COARSE) as run:
-        coarse = drawn()
-    assert run.report.forced is None and {2, 4} <= set(run.report.scales[0])
-    assert coarse.shape == plain.shape and torch.isfinite(coarse).all() and not torch.equal(coarse, plain)
+    check_large_patches(pipe, drawn)
 
 
 class Alternating:
@@ -165,14 +150,10 @@ def test_teacache_where_reference_images_have_a_noise_level_of_their_own(count):
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_are_those_of_the_calls(name):
     pipe = CASES[name].make()
-    arch, inputs, _ = call_of(pipe, name)
+    _, inputs, _ = call_of(pipe, name)
     with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 2, 4))) as run:
         draw(pipe, CASES[name])
-    for scale in (1, 2, 4):
-        call = inputs if scale == 1 else coarse_call(arch, inputs, arch.read(inputs), scale, Coarse()).inputs
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            pipe.transformer(**call)
-        assert run.report.flops[scale] == counter.get_total_flops()
+    check_flops(pipe, inputs, run.report)
 
 
 @pytest.mark.parametrize("name", ["qwen-image-edit", "qwen-image-layered"])
@@ -257,14 +238,10 @@ def test_operations_of_2_1_are_those_of_the_calls(kept):
     changes = dict(use_kv_cache=True) if kept else dict(image=None)
     with recorded(pipe) as calls:
         drawn21(pipe, num_inference_steps=2, **changes)
-    inputs, arch = calls[-1][0], architecture_for(pipe.transformer)
+    inputs = calls[-1][0]
     with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 2, 4))) as run:
         drawn21(pipe, **changes)
-    for scale in (1, 2, 4):
-        call = inputs if scale == 1 else coarse_call(arch, inputs, arch.read(inputs), scale, Coarse()).inputs
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            pipe.transformer(**call)
-        assert run.report.flops[scale] == counter.get_total_flops()
+    check_flops(pipe, inputs, run.report)
 
 
 def test_a_run_keeps_no_key_value_cache():

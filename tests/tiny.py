@@ -99,21 +99,24 @@ class Table:
         return [sample[min(context.step, len(sample) - 1)] for sample in self.samples]
 
 
+WAN = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+    rope_max_seq_len=64,
+)
+"""2 blocks, 2 heads of 12: settings of Wan's transformer and its relatives."""
+
+
 def wan_transformer(seed: int = 0, **overrides) -> WanTransformer3DModel:
-    """2 blocks, 2 heads of 12; the output layer is scaled as that of the FLUX above."""
+    """The output layer is scaled as that of the FLUX above."""
     torch.manual_seed(seed)
-    settings = dict(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=64,
-    )
-    return WanTransformer3DModel(**{**settings, **overrides}).eval()  # type: ignore[arg-type]
+    return WanTransformer3DModel(**{**WAN, **overrides}).eval()  # type: ignore[arg-type]
 
 
 def wan_vae(seed: int = 0) -> AutoencoderKLWan:
@@ -126,14 +129,18 @@ def wan_vae(seed: int = 0) -> AutoencoderKLWan:
     return AutoencoderKLWan(**settings, **scaling).eval()  # type: ignore[arg-type]
 
 
+def unipc() -> UniPCMultistepScheduler:
+    """Wan's sampler."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
 def wan_pipeline(cls: type = WanPipeline, scheduler: type = UniPCMultistepScheduler, *, two: bool = False, **overrides):
     """A pipeline of Wan without text encoder; with ``two`` as Wan 2.2 A14B, of two transformers."""
     conditioned = cls is WanImageToVideoPipeline and not overrides.get("expand_timesteps")
     channels = {"in_channels": 4 + 4 + 4} if conditioned else {}
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     made: Any = scheduler
     parts = dict(
-        scheduler=made(**flow) if scheduler is UniPCMultistepScheduler else made(shift=3.0),
+        scheduler=unipc() if scheduler is UniPCMultistepScheduler else made(shift=3.0),
         vae=wan_vae(),
         text_encoder=None,
         tokenizer=None,

@@ -11,7 +11,6 @@ from diffusers import (
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
-    UniPCMultistepScheduler,
     WanAnimatePipeline,
     WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
@@ -34,30 +33,14 @@ def film(seed: int, count: int = 9, size: tuple[int, int] = (64, 96)) -> list[Im
     return [Image.fromarray(frame) for frame in pixels]
 
 
-def unipc() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-
-
 def pipeline(cls: Any, transformer: Any, **parts: Any) -> Any:
     """A pipeline of Wan's parts without text encoder."""
     pipe = cls(
-        **{**dict(tokenizer=None, text_encoder=None, vae=tiny.wan_vae(), scheduler=unipc()), **parts},
+        **{**dict(tokenizer=None, text_encoder=None, vae=tiny.wan_vae(), scheduler=tiny.unipc()), **parts},
         transformer=transformer,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-WAN = dict(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=2,
-    rope_max_seq_len=64,
-)
 
 
 def clip() -> dict[str, Any]:
@@ -72,7 +55,7 @@ def clip() -> dict[str, Any]:
 def vace(seed: int = 0) -> WanVACETransformer3DModel:
     """Control latents have 2 x 4 channels and a mask of 8 x 8."""
     torch.manual_seed(seed)
-    return WanVACETransformer3DModel(**WAN, in_channels=4, vace_layers=[0], vace_in_channels=8 + 64).eval()  # type: ignore[arg-type]
+    return WanVACETransformer3DModel(**tiny.WAN, vace_layers=[0], vace_in_channels=8 + 64).eval()  # type: ignore[arg-type]
 
 
 def animate(**overrides: Any) -> WanAnimateTransformer3DModel:
@@ -87,13 +70,13 @@ def animate(**overrides: Any) -> WanAnimateTransformer3DModel:
         face_encoder_num_heads=2,
         inject_face_latents_blocks=2,
     )
-    settings: Any = {**WAN, **face, "in_channels": 12, "latent_channels": 4, "image_dim": 16, **overrides}
+    settings: Any = {**tiny.WAN, **face, "in_channels": 12, "latent_channels": 4, "image_dim": 16, **overrides}
     return WanAnimateTransformer3DModel(**settings).eval()
 
 
 def skyreels(**overrides: Any) -> SkyReelsV2Transformer3DModel:
     torch.manual_seed(0)
-    settings: Any = {**WAN, "in_channels": 4, **overrides}
+    settings: Any = {**tiny.WAN, **overrides}
     return SkyReelsV2Transformer3DModel(**settings).eval()
 
 
