@@ -38,18 +38,19 @@ class CoarseCall(NamedTuple):
     latents: Tensor
     """``[B, C, ..., H/s, W/s]``, float32"""
     layout: TokenLayout
+    padded: Tensor
+    """The latents of which they are made ``[B, C, ..., H, W]``, float32: as many as large patches fill."""
 
 
 def coarse_call(arch: Architecture, inputs: Inputs, noisy: Noisy, scale: int, coarse: Coarse) -> CoarseCall:
     """The call ``inputs``, which is about ``noisy``, with patches ``scale`` times as large."""
-    patch, dtype = arch.patch_size, noisy.latents.dtype
-    z, condition = (None if x is None else _padded(arch, x, scale) for x in (noisy.latents, noisy.condition))
-    assert z is not None
-    small, level = coarse_input(z, noisy.sigma, scale, patch, coarse.start)
+    patch, dtype, condition = arch.patch_size, noisy.latents.dtype, noisy.condition
+    padded = _padded(arch, noisy.latents, scale)
+    small, level = coarse_input(padded, noisy.sigma, scale, patch, coarse.start)
     if condition is not None:
-        condition = shrink(condition, scale, patch, coarse.start).to(dtype)
+        condition = shrink(_padded(arch, condition, scale), scale, patch, coarse.start).to(dtype)
     layout = TokenLayout.of(small, patch, scale, coarse.positions)
-    return CoarseCall(arch.write(inputs, Noisy(small.to(dtype), level, condition), layout), small, layout)
+    return CoarseCall(arch.write(inputs, Noisy(small.to(dtype), level, condition), layout), small, layout, padded)
 
 
 def coarse_step(
@@ -75,9 +76,9 @@ def coarse_step(
     Returns:
         Velocity ``[B, C, ..., H, W]``, float32.
     """
-    z, sigma, patch = noisy.latents, noisy.sigma, arch.patch_size
+    sigma, patch = noisy.sigma, arch.patch_size
     call = coarse_call(arch, inputs, noisy, scale, coarse)
-    padded = _padded(arch, z, scale)
+    padded = call.padded
     hears: AbstractContextManager[Any] = nullcontext()
     if adapter is not None:
         hears = adapter.at(scale, pack(patch_features(padded, sigma, scale, coarse.start), scale * patch))
@@ -88,7 +89,7 @@ def coarse_step(
         velocity = velocity + detail_velocity(padded, sigma, scale, variance)
     if learnt is not None:
         velocity = velocity + unpack(learnt.correction.float(), scale * patch, padded.shape)
-    return crop(velocity, *z.shape[-2:])
+    return crop(velocity, *noisy.latents.shape[-2:])
 
 
 def _padded(arch: Architecture, z: Tensor, scale: int) -> Tensor:

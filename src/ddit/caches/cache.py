@@ -66,7 +66,6 @@ class Cache:
         if isinstance(config, CacheDitConfig):
             self._dit.enable(config, len(self.architecture.blocks()))
             return
-        _state_manager()
         with insides():
             from ddit.caches import teacache
         if not _is(config, "TaylorSeerCacheConfig") and not teacache.knows(self.architecture.blocks()):
@@ -138,7 +137,7 @@ class Cache:
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            if any("controlnet" in key and kwargs[key] for key in kwargs):
+            if any(kwargs.get(name) for name in self.architecture.residuals):
                 raise ValueError(
                     "caches skip blocks, but not what a ControlNet adds between them, which would count twice: "
                     "leave the cache out, or call the transformer's disable_cache()"

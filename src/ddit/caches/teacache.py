@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.first_block_cache import FBCBlockHook, FBCSharedBlockState
-from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.hooks import HookRegistry, ModelHook, StateManager
 from torch import Tensor, nn
 
 from ddit.models.base import Architecture

@@ -19,7 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ddit.models.flops import Costs, count
-from ddit.patches import TokenLayout, pack, unpack
+from ddit.patches import TokenLayout, pack, pool_tokens, unpack
 
 Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
@@ -64,6 +64,8 @@ class Architecture(ABC):
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
     """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
+    residuals: ClassVar[tuple[str, ...]] = ()
+    """Names of the inputs with a ControlNet's residuals, lists of ``[B, N, width]`` for the tokens of a grid."""
     embedding: ClassVar[str]
     """Name of the layer that makes tokens from patches."""
     head: ClassVar[str] = "proj_out"
@@ -166,6 +168,11 @@ class Architecture(ABC):
             return t if len(t) == 1 < batch else t[rows.to(t.device)]  # one row may serve all samples
 
         return {k: _walk(v, some) if k in self.batched else v for k, v in inputs.items()}
+
+    def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: tuple[int, int]) -> Inputs:
+        """The `residuals` of a call on ``grid`` (rows, columns), for the tokens of ``layout``."""
+        there = [name for name in self.residuals if inputs.get(name) is not None and layout.grid != grid]
+        return {name: [pool_tokens(x, grid, layout.scale) for x in inputs[name]] for name in there}
 
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
         """The same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""
@@ -272,6 +279,17 @@ class PackedArchitecture(Architecture):
         tokens = pack(velocity, self.patch_size)
         others = inputs[self.batched[0]].shape[1] - tokens.shape[1]
         return torch.cat([tokens, tokens.new_zeros(len(tokens), others, tokens.shape[2])], dim=1) if others else tokens
+
+
+def check_arguments(given: Mapping[str, Any] | None, harmless: set[str]) -> None:
+    """Refuse attention arguments but those that are known to be ``harmless``: to know nothing of image tokens.
+
+    Raises:
+        UnsupportedCall: Naming the others.
+    """
+    unknown = sorted(set(given or {}) - harmless)
+    if unknown:
+        raise UnsupportedCall(f"the attention arguments {unknown} may depend on the model's own tokens")
 
 
 def first(output: Any) -> Tensor:

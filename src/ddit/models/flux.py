@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit.models.base import Inputs, Noisy, PackedArchitecture, UnsupportedCall
+from ddit.models.base import Inputs, Noisy, PackedArchitecture, UnsupportedCall, check_arguments
 from ddit.models.flops import Costs
-from ddit.patches import TokenLayout, pool_tokens
+from ddit.patches import TokenLayout
 
-_RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
 
 
 class Flux(PackedArchitecture):
+    residuals = ("controlnet_block_samples", "controlnet_single_block_samples")
     batched = (
         "hidden_states",
         "encoder_hidden_states",
@@ -32,7 +32,7 @@ class Flux(PackedArchitecture):
         "timestep",
         "guidance",
         "joint_attention_kwargs",
-        *_RESIDUALS,
+        *residuals,
     )
 
     embedding = "x_embedder"
@@ -58,9 +58,7 @@ class Flux(PackedArchitecture):
         self._origin = (0.0, 0.0)
 
     def read(self, inputs: Inputs) -> Noisy:
-        unknown = sorted(set(inputs.get("joint_attention_kwargs") or {}) - _HARMLESS)
-        if unknown:
-            raise UnsupportedCall(f"the attention arguments {unknown} may depend on the model's own tokens")
+        check_arguments(inputs.get("joint_attention_kwargs"), _HARMLESS)
         grid = self._read_grid(inputs)
         if grid is None:
             raise UnsupportedCall("img_ids do not begin with one full grid of rows and columns")
@@ -82,10 +80,7 @@ class Flux(PackedArchitecture):
             own = ids[:1].float().repeat(len(places), 1)
             own[:, 1:3] = places
             changed["img_ids"] = torch.cat([own, ids[count:].float()])
-            for name in _RESIDUALS:
-                if inputs.get(name) is not None:
-                    changed[name] = [pool_tokens(x, grid, layout.scale) for x in inputs[name]]
-        return {**inputs, **changed}
+        return {**inputs, **changed, **self.pooled_residuals(inputs, layout, grid)}
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]

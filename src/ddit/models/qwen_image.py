@@ -18,17 +18,18 @@ from torch import Tensor
 
 from ddit.models.base import Inputs, Noisy, PackedArchitecture, UnsupportedCall
 from ddit.models.flops import Costs
-from ddit.patches import TokenLayout, pool_tokens
+from ddit.patches import TokenLayout
 
 
 class QwenImage(PackedArchitecture):
+    residuals = ("controlnet_block_samples",)
     batched = (
         "hidden_states",
         "encoder_hidden_states",
         "encoder_hidden_states_mask",
         "timestep",
         "guidance",
-        "controlnet_block_samples",
+        *residuals,
         "additional_t_cond",
     )
     embedding = "img_in"
@@ -60,10 +61,7 @@ class QwenImage(PackedArchitecture):
             "img_shapes": [[(1, *layout.grid)] * len(own) + references] * len(noisy.latents),
             "return_dict": False,
         }
-        residuals = inputs.get("controlnet_block_samples")
-        if residuals is not None and layout.grid != grid:
-            changed["controlnet_block_samples"] = [pool_tokens(x, grid, layout.scale) for x in residuals]
-        return {**inputs, **changed}
+        return {**inputs, **changed, **self.pooled_residuals(inputs, layout, grid)}
 
     def _shapes(self, inputs: Inputs) -> tuple[list[Any], list[Any]]:
         """(frames, rows, columns) of what is drawn, and of reference images, in every sample the same."""

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall
+from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, check_arguments
 from ddit.models.flops import Costs
-from ddit.patches import TokenLayout, pool_tokens
+from ddit.patches import TokenLayout
 
 _HARMLESS = {"scale", "ip_adapter_image_embeds"}
 """Attention arguments that know nothing of picture tokens."""
@@ -26,12 +26,13 @@ _HARMLESS = {"scale", "ip_adapter_image_embeds"}
 
 class StableDiffusion3(Architecture):
     time_scale = 1000.0
+    residuals = ("block_controlnet_hidden_states",)
     batched = (
         "hidden_states",
         "encoder_hidden_states",
         "pooled_projections",
         "timestep",
-        "block_controlnet_hidden_states",
+        *residuals,
         "joint_attention_kwargs",
     )
     embedding = "pos_embed.proj"
@@ -52,9 +53,7 @@ class StableDiffusion3(Architecture):
 
     def read(self, inputs: Inputs) -> Noisy:
         model: Any = self.transformer
-        unknown = sorted(set(inputs.get("joint_attention_kwargs") or {}) - _HARMLESS)
-        if unknown:
-            raise UnsupportedCall(f"the attention arguments {unknown} may depend on the model's own tokens")
+        check_arguments(inputs.get("joint_attention_kwargs"), _HARMLESS)
         if model.config.patch_size != self.patch_size:
             raise UnsupportedCall(f"the model's own patches are {model.config.patch_size} wide, not {self.patch_size}")
         x = inputs["hidden_states"]
@@ -68,12 +67,8 @@ class StableDiffusion3(Architecture):
             "timestep": noisy.sigma * self.time_scale,
             "return_dict": False,
         }
-        residuals = inputs.get("block_controlnet_hidden_states")
-        if residuals is not None and layout.scale > 1:
-            height, width = inputs["hidden_states"].shape[2:]
-            grid = (height // self.patch_size, width // self.patch_size)
-            changed["block_controlnet_hidden_states"] = [pool_tokens(x, grid, layout.scale) for x in residuals]
-        return {**inputs, **changed}
+        grid = TokenLayout.of(inputs["hidden_states"], self.patch_size).grid
+        return {**inputs, **changed, **self.pooled_residuals(inputs, layout, grid)}
 
     def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
         return output

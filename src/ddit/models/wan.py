@@ -1,13 +1,15 @@
 """Wan 2.1 and 2.2, and its relatives VACE, Animate and SkyReels-V2.
 
 The model itself cuts latents ``[B, C, F, H, W]`` into patches of 1 x 2 x 2, and counts positions from their shape.
-Image to video has condition channels behind those of the latents; its output has the latents' channels alone.
+Image to video has condition channels behind those of the latents; its output has the latents' channels alone. Frames
+that are given have no noise: they are pooled as conditions are, and keep timestep 0.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +18,15 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
-from ddit.models.base import Inputs, Noisy, UnsupportedCall
+from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
-from ddit.models.video import VideoArchitecture, frame_positions
 from ddit.patches import TokenLayout
 
 IMAGE_TOKENS = 257
 """Of the picture that image to video begins with, as its encoder gives them."""
 
 
-class Wan(VideoArchitecture):
+class Wan(Architecture):
     """`diffusers.WanTransformer3DModel`."""
 
     time_scale = 1000.0
@@ -51,13 +52,62 @@ class Wan(VideoArchitecture):
         ),
     )
 
-    @property
-    def patches(self) -> tuple[int, int, int]:
-        return tuple(self.transformer.config.patch_size)  # type: ignore[union-attr, arg-type]
+    def read(self, inputs: Inputs) -> Noisy:
+        own = tuple(self.transformer.config.patch_size)  # type: ignore[union-attr, arg-type]
+        if own != (1, self.patch_size, self.patch_size):
+            raise UnsupportedCall(f"the model's own patches are {own}, not {(1, self.patch_size, self.patch_size)}")
+        x = inputs["hidden_states"]
+        condition = x[:, self.channels :] if self.given(inputs) is None else x
+        return Noisy(x[:, : self.channels], self.sigma(inputs), condition if condition.shape[1] else None)
+
+    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
+        latents, condition, given = noisy.latents, noisy.condition, self.given(inputs)
+        timestep = noisy.sigma * self.time_scale
+        if given is not None:
+            assert condition is not None, "read() gave one"
+            clean, condition = condition[:, : self.channels], condition[:, self.channels :]
+            latents = torch.where(given[:, None, :, None, None], clean.to(latents), latents)
+        if inputs["timestep"].ndim == 2:
+            levels = timestep[:, None] if given is None else timestep[:, None] * ~given
+            timestep = self._spread(levels, inputs, layout)
+        x = latents if condition is None else torch.cat([latents, condition.to(latents)], dim=1)
+        return {**inputs, "hidden_states": x, "timestep": timestep, "return_dict": False}
+
+    def given(self, inputs: Inputs) -> Tensor | None:
+        """Frames that are given rather than drawn ``[B, F]``; ``None`` where all have the noise level of the call.
+
+        Raises:
+            UnsupportedCall: Where the others' noise levels differ.
+        """
+        timestep, frames = inputs["timestep"], inputs["hidden_states"].shape[2]
+        if timestep.ndim == 1 or timestep.shape[1] == 1:
+            return None
+        levels = timestep.unflatten(1, (frames, -1))
+        given = (levels == 0).all(2)
+        if not ((levels == timestep.amax(1)[:, None, None]).all(2) | given).all():
+            raise UnsupportedCall("frames have noise levels of their own, which one patch size can't serve")
+        return given
+
+    def sigma(self, inputs: Inputs) -> Tensor:
+        level = super().sigma(inputs)
+        return level if level.ndim == 1 else level.amax(1)
+
+    def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        return output
+
+    def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
+        return velocity
+
+    @staticmethod
+    def _spread(levels: Tensor, inputs: Inputs, layout: TokenLayout) -> Tensor:
+        """Timesteps of frames ``[B, F]`` or ``[B, 1]`` as the call has them: per frame, or for each of its tokens."""
+        told, frames = inputs["timestep"].shape[1], inputs["hidden_states"].shape[2]
+        return levels if told in (1, frames) else levels.repeat_interleave(math.prod(layout.grid), dim=1)
 
     def rotary(self, layout: TokenLayout, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Any:
         rope: Any = self.transformer.get_submodule("rope")
-        axes = frame_positions(layout, args[0].shape[2])
+        places, frames = layout.places(), args[0].shape[2]
+        axes = (torch.arange(frames).repeat_interleave(len(places)), *places.repeat(frames, 1).T)
         waves = [_rotary(dim, axis) for dim, axis in zip((rope.t_dim, rope.h_dim, rope.w_dim), axes, strict=True)]
         pairs = zip(zip(*waves, strict=True), output, strict=True)
         return tuple(torch.cat(parts, dim=1)[None, :, None].to(like) for parts, like in pairs)
