@@ -63,6 +63,8 @@ class Cache:
                 f"the transformer has a cache already ({there}); call its disable_cache() first, "
                 "or leave cache= out to keep it"
             )
+        if not hasattr(self.transformer, "cache_context"):
+            raise ValueError(f"diffusers has no caches for {type(self.transformer).__name__}; leave cache= out")
         if isinstance(config, CacheDitConfig):
             self._dit.enable(config, len(self.architecture.blocks()))
             return
