@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,11 +16,13 @@ import tiny
 import tiny_flux
 import tiny_sd3
 import tiny_video
+import tiny_z_image
 from ddit import PatchAdapter
 from ddit.coarse import coarse_call
 from ddit.config import Coarse
 from ddit.known import meta_transformer
 from ddit.models import architecture_for
+from ddit.models.base import to_meta
 from ddit.models.flops import count
 
 PICTURE = dict(image_dim=16, added_kv_proj_dim=24)
@@ -39,6 +40,7 @@ MODELS = {
     "wan-i2v": lambda: tiny.wan_transformer(in_channels=12, **PICTURE),
     "wan-vace": tiny_video.vace,
     "skyreels-v2": tiny_video.skyreels,
+    "z-image": tiny_z_image.transformer,
 }
 
 
@@ -50,7 +52,7 @@ def call_of(model: Any, scale: int = 1, text: int = 20, **changes: Any) -> dict[
 
 
 def on_meta(call: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in call.items()}
+    return to_meta(call)
 
 
 def counted_in_a_run(model: Any, call: dict[str, Any], adapter: PatchAdapter | None = None, scale: int = 1) -> int:
@@ -127,8 +129,7 @@ def test_qwen_image_with_a_second_noise_level():
 def test_two_samples_cost_twice_as_much(name):
     model = MODELS[name]()
     one, architecture = call_of(model), architecture_for(model)
-    two = {k: torch.cat([v, v]) if k in architecture.batched and v is not None else v for k, v in one.items()}
-    two.update({"img_shapes": one["img_shapes"] * 2} if "img_shapes" in one else {})
+    two = architecture.rows(one, [0, 0])
     assert count(architecture, two) == 2 * count(architecture, one) == counted_in_a_run(model, two)
 
 

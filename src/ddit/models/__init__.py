@@ -19,6 +19,7 @@ REGISTRY = {
     "WanAnimateTransformer3DModel": ("ddit.models.wan", "Animate"),
     "WanTransformer3DModel": ("ddit.models.wan", "Wan"),
     "WanVACETransformer3DModel": ("ddit.models.wan", "Vace"),
+    "ZImageTransformer2DModel": ("ddit.models.z_image", "ZImage"),
 }
 """Class of diffusers -> module and class of its `Architecture`. A new architecture is one file and one line here."""
 

@@ -64,6 +64,8 @@ class Architecture(ABC):
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
     """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
+    timestep: ClassVar[str] = "timestep"
+    """Name of the input that tells how noisy the latents are."""
     residuals: ClassVar[tuple[str, ...]] = ()
     """Names of the inputs with a ControlNet's residuals, lists of ``[B, N, width]`` for the tokens of a grid."""
     embedding: ClassVar[str]
@@ -125,7 +127,7 @@ class Architecture(ABC):
 
     def sigma(self, inputs: Inputs) -> Tensor:
         """The noise level ``[B]`` of any call, float32."""
-        return inputs["timestep"].float() / self.time_scale
+        return inputs[self.timestep].float() / self.time_scale
 
     def rotary(self, layout: TokenLayout, args: tuple[Any, ...], output: Any) -> Any:
         """What the module `rope` answers to ``args`` where tokens lie as in ``layout``, instead of ``output``."""
@@ -244,8 +246,9 @@ class Architecture(ABC):
             adapter: A `ddit.PatchAdapter`, counted along at scales above 1.
         """
         config = None if adapter is None or scale == 1 else adapter.config
-        shapes = [(name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor)]
-        key = (*shapes, scale, str(config))
+        shapes: list[Any] = []
+        _walk(inputs, lambda t: shapes.append(t.shape) or t)
+        key = (*inputs, *shapes, scale, str(config))
         if key not in self._counted:
             self._counted[key] = count(self, inputs, config, scale)
         return self._counted[key]
