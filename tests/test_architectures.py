@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddit
 import tiny
 import tiny_flux
+import tiny_lumina2
 import tiny_qwen
 import tiny_sd3
 import tiny_video
@@ -93,14 +94,14 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-for more in (tiny_flux.CASES, tiny_qwen.CASES, tiny_sd3.CASES, tiny_video.CASES, tiny_z_image.CASES):
-    CASES.update({name: Case(**case) for name, case in more.items()})
+for family in (tiny_flux, tiny_lumina2, tiny_qwen, tiny_sd3, tiny_video, tiny_z_image):
+    CASES.update({name: Case(**case) for name, case in family.CASES.items()})
 SMALL = (
-    *("chroma", "flux", "flux2", "qwen-image", "qwen-image-2.1", "sd3"),
+    *("chroma", "flux", "flux2", "lumina2", "qwen-image", "qwen-image-2.1", "sd3"),
     *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing", "z-image"),
 )
 """One of each transformer."""
-GATED = ("z-image",)
+GATED = ("lumina2", "z-image")
 """Those whose feed-forward parts have a third layer."""
 PATCHED = tuple(name for name in SMALL if name != "wan-animate")
 """Those all of whose layers see patches or text: Animate has encoders of the face beside its blocks."""

@@ -15,6 +15,7 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
 
 
-class UnsupportedCall(Exception):
+class UnsupportedCall(ValueError):
     """A call that can't run with large patches; the message says why."""
 
 
@@ -293,6 +294,18 @@ def check_arguments(given: Mapping[str, Any] | None, harmless: set[str]) -> None
     unknown = sorted(set(given or {}) - harmless)
     if unknown:
         raise UnsupportedCall(f"the attention arguments {unknown} may depend on the model's own tokens")
+
+
+def centre_waves(layout: TokenLayout, dims: Sequence[int], theta: float) -> Tensor:
+    """Rotary waves of the rows and columns of tokens ``[N, sum(dims) / 2]``, complex.
+
+    Args:
+        dims: Features of a head for rows and for columns.
+    """
+    places: Any = layout.places().double()
+    axes = zip(places.T, dims, strict=True)
+    waves: Any = [get_1d_rotary_pos_embed(dim, axis, theta, freqs_dtype=torch.float64) for axis, dim in axes]
+    return torch.cat(waves, dim=1)
 
 
 def first(output: Any) -> Tensor:

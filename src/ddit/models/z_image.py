@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
-from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall
+from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, centre_waves
 from ddit.models.flops import Costs
 from ddit.patches import TokenLayout, pool_tokens
 
@@ -121,12 +120,8 @@ class ZImage(Architecture):
         def move(block: Any, args: tuple[Any, ...]) -> None:
             config: Any = self.transformer.config  # type: ignore[union-attr]
             first, *dims = config.axes_dims
-            waves, begin = args[2], first // 2  # [B, N, half a head]
-            places: Any = layout.places().double()
-            for axis, dim in zip(places.T, dims, strict=True):
-                moved: Any = get_1d_rotary_pos_embed(dim, axis, config.rope_theta, freqs_dtype=torch.float64)
-                waves[:, : len(places), begin : begin + dim // 2] = moved.to(waves)
-                begin += dim // 2
+            waves, moved = args[2], centre_waves(layout, dims, config.rope_theta)
+            waves[:, : len(moved), first // 2 :] = moved.to(waves)  # of [B, N, half a head]
 
         handle = self.transformer.get_submodule("noise_refiner.0").register_forward_pre_hook(move)
         try:
