@@ -52,6 +52,10 @@ class Cache:
         self._found: tuple[Any, list[StateManager]] | None = None
         self._dit = DitContexts(self.transformer)
         check_config(config)
+        if (config is not None or self._dit.active) and not hasattr(self.transformer, "cache_context"):
+            raise ValueError(
+                f"caches do not work with {type(self.transformer).__name__} in diffusers; leave the cache out"
+            )
         if config is not None:
             self._enable(config)
         check_config(self._theirs)
