@@ -27,6 +27,7 @@ import ddit
 import tiny
 import tiny_flux
 import tiny_lumina2
+import tiny_modular
 import tiny_qwen
 import tiny_sd3
 import tiny_video
@@ -94,10 +95,10 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-for family in (tiny_flux, tiny_lumina2, tiny_qwen, tiny_sd3, tiny_video, tiny_z_image):
+for family in (tiny_flux, tiny_lumina2, tiny_modular, tiny_qwen, tiny_sd3, tiny_video, tiny_z_image):
     CASES.update({name: Case(**case) for name, case in family.CASES.items()})
 SMALL = (
-    *("chroma", "flux", "flux2", "lumina2", "qwen-image", "qwen-image-2.1", "sd3"),
+    *("chroma", "flux", "flux2", "flux3", "lumina2", "qwen-image", "qwen-image-2.1", "sd3"),
     *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing", "z-image"),
 )
 """One of each transformer."""
@@ -340,7 +341,7 @@ def test_a_new_adapter_is_the_training_free_step(name, start: Start):
         assert not torch.equal(draw(pipe, case), free)
 
 
-@parameters(PATCHED)
+@parameters([name for name in PATCHED if name != "flux3"])
 def test_feed_forward_layers_of_every_block_are_adapted(name):
     """But of those that see the prompt alone."""
     pipe = CASES[name].make()
