@@ -325,6 +325,16 @@ def test_a_cache_that_does_not_know_the_blocks_is_refused(name, cache):
     assert set(vars(block)) == before
 
 
+@pytest.mark.parametrize("name", ["lumina2", "sd3", "z-image"])
+@every_cache
+def test_a_model_without_caches_in_diffusers_is_left_as_it_was(name, cache):
+    pipe = CASES[name].make()
+    before = set(vars(pipe.transformer))
+    with pytest.raises(ValueError, match=r"diffusers has no caches for \w+; leave cache= out"):
+        ddit.apply(pipe, cache=LIKELY[cache]())
+    assert set(vars(pipe.transformer)) == before
+
+
 def test_pairs_that_cannot_work_are_refused():
     pipe = tiny.pipeline()
     before = tiny.sample(pipe)

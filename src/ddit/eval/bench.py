@@ -128,7 +128,8 @@ class Bench:
         architecture, device, dtype = self.architecture, self.transformer.device, self.transformer.dtype
         made = example(architecture, self.model, height, width, frames)
         for name in (architecture.batched[0], "encoder_hidden_states"):
-            made[name] = torch.randn_like(made[name])
+            if name in made:
+                made[name] = torch.randn_like(made[name])
         placed = {
             k: v.to(device, dtype if v.is_floating_point() else v.dtype) if isinstance(v, torch.Tensor) else v
             for k, v in made.items()

@@ -13,6 +13,7 @@ REGISTRY = {
     "Flux2Transformer2DModel": ("ddit.models.flux2", "Flux2"),
     "Flux3Transformer2DModel": ("ddit.models.flux3", "Flux3"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
+    "Lumina2Transformer2DModel": ("ddit.models.lumina2", "Lumina2"),
     "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
     "SD3Transformer2DModel": ("ddit.models.sd3", "StableDiffusion3"),
@@ -20,6 +21,7 @@ REGISTRY = {
     "WanAnimateTransformer3DModel": ("ddit.models.wan", "Animate"),
     "WanTransformer3DModel": ("ddit.models.wan", "Wan"),
     "WanVACETransformer3DModel": ("ddit.models.wan", "Vace"),
+    "ZImageTransformer2DModel": ("ddit.models.z_image", "ZImage"),
 }
 """Class of diffusers -> module and class of its `Architecture`. A new architecture is one file and one line here."""
 

@@ -15,6 +15,7 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
 
 
-class UnsupportedCall(Exception):
+class UnsupportedCall(ValueError):
     """A call that can't run with large patches; the message says why."""
 
 
@@ -66,6 +67,8 @@ class Architecture(ABC):
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
     """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
+    timestep: ClassVar[str] = "timestep"
+    """Name of the input that tells how noisy the latents are."""
     residuals: ClassVar[tuple[str, ...]] = ()
     """Names of the inputs with a ControlNet's residuals, lists of ``[B, N, width]`` for the tokens of a grid."""
     embedding: ClassVar[str]
@@ -127,7 +130,7 @@ class Architecture(ABC):
 
     def sigma(self, inputs: Inputs) -> Tensor:
         """The noise level ``[B]`` of any call, float32."""
-        return inputs["timestep"].float() / self.time_scale
+        return inputs[self.timestep].float() / self.time_scale
 
     def rotary(self, layout: TokenLayout, args: tuple[Any, ...], output: Any) -> Any:
         """What the module `rope` answers to ``args`` where tokens lie as in ``layout``, instead of ``output``."""
@@ -246,8 +249,9 @@ class Architecture(ABC):
             adapter: A `ddit.PatchAdapter`, counted along at scales above 1.
         """
         config = None if adapter is None or scale == 1 else adapter.config
-        shapes = [(name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor)]
-        key = (*shapes, scale, str(config))
+        shapes: list[Any] = []
+        _walk(inputs, lambda t: shapes.append(t.shape) or t)
+        key = (*inputs, *shapes, scale, str(config))
         if key not in self._counted:
             self._counted[key] = count(self, inputs, config, scale)
         return self._counted[key]
@@ -292,6 +296,18 @@ def check_arguments(given: Mapping[str, Any] | None, harmless: set[str]) -> None
     unknown = sorted(set(given or {}) - harmless)
     if unknown:
         raise UnsupportedCall(f"the attention arguments {unknown} may depend on the model's own tokens")
+
+
+def centre_waves(layout: TokenLayout, dims: Sequence[int], theta: float) -> Tensor:
+    """Rotary waves of the rows and columns of tokens ``[N, sum(dims) / 2]``, complex.
+
+    Args:
+        dims: Features of a head for rows and for columns.
+    """
+    places: Any = layout.places().double()
+    axes = zip(places.T, dims, strict=True)
+    waves: Any = [get_1d_rotary_pos_embed(dim, axis, theta, freqs_dtype=torch.float64) for axis, dim in axes]
+    return torch.cat(waves, dim=1)
 
 
 def first(output: Any) -> Tensor:
