@@ -47,7 +47,7 @@ REUSED = {
     "cache-dit": "1 (1) (1) 2 (2) 1 4 (4)",
 }
 """Their strips."""
-CACHED = ("flux", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
+CACHED = ("flux", "hunyuan-video-replaced", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
 """Models that every cache is tried on."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
 UNKNOWN = (
