@@ -1,4 +1,4 @@
-"""HunyuanVideo: what the model sees in a coarse step of a video that begins with a picture, and what is refused."""
+"""HunyuanVideo and 1.5: what a coarse step sees of a video that begins with a picture, and what is refused."""
 
 from __future__ import annotations
 
@@ -91,8 +91,16 @@ def test_published_coefficients_are_those_of_text_to_video():
     assert told[0] is not None and told[0][0] == 733.226126 and told[1] is None
 
 
-def test_other_patches_are_refused():
-    pipe = tiny_hunyuan.pipeline(patch_size=1)
-    with ddit.apply(pipe, patches=FixedSchedule(steps=(2,))) as run, pytest.warns(UserWarning, match=r"\(1, 1\)"):
-        assert torch.isfinite(draw(pipe, CASES["hunyuan-video"])).all()
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (lambda: tiny_hunyuan.pipeline(patch_size=1), "hunyuan-video", r"own patches are \(1, 1\)"),
+        (lambda: tiny_hunyuan.image_to_video_15(use_meanflow=True), "hunyuan-video-1.5-image", "MeanFlow"),
+    ],
+)
+def test_held_at_full_steps(make, name, reason):
+    pipe = make()
+    plain = draw(pipe, CASES[name])
+    with ddit.apply(pipe, patches=FixedSchedule(steps=(2,))) as run, pytest.warns(UserWarning, match=reason):
+        assert torch.equal(draw(pipe, CASES[name]), plain)
     assert run.report.forced is not None and set(run.report.scales[0]) == {1}

@@ -12,6 +12,7 @@ REGISTRY = {
     "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
     "Flux2Transformer2DModel": ("ddit.models.flux2", "Flux2"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
+    "HunyuanVideo15Transformer3DModel": ("ddit.models.hunyuan_video", "HunyuanVideo15"),
     "HunyuanVideoTransformer3DModel": ("ddit.models.hunyuan_video", "HunyuanVideo"),
     "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),

@@ -1,9 +1,9 @@
-"""HunyuanVideo: `diffusers.HunyuanVideoTransformer3DModel`.
+"""HunyuanVideo and HunyuanVideo 1.5.
 
-The model itself cuts latents ``[B, C, F, H, W]`` into patches of 1 x 2 x 2, and counts positions from their shape: a
-coarse grid is to it a smaller video. Image to video has condition channels behind those of the latents, or, where
-tokens are replaced (``token_replace``), the picture in place of the first frame: that frame has no noise, the model
-tells itself timestep 0 about it, and the pipeline does not ask what became of it.
+The model itself cuts latents ``[B, C, F, H, W]`` into patches, and counts positions from their shape: a coarse grid is
+to it a smaller video. Image to video has condition channels behind those of the latents, or, where tokens are replaced
+(``token_replace``), the picture in place of the first frame: that frame has no noise, the model tells itself timestep 0
+about it, and the pipeline does not ask what became of it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
 from ddit.patches import TokenLayout
 
+LETTERS, PICTURE = 256, 729
+"""Tokens of the letters to be drawn and of a picture's features, as the encoders of 1.5 give them."""
+
 _REFINER = r"context_embedder\.token_refiner\.refiner_blocks\.\d+"
 
 
 class HunyuanVideo(Architecture):
+    """`diffusers.HunyuanVideoTransformer3DModel`."""
+
     time_scale = 1000.0
     batched = (
         "hidden_states",
@@ -117,3 +122,65 @@ class HunyuanVideo(Architecture):
         if config.num_layers != 20 or config.in_channels != self.channels or self.given:
             return None  # They are text to video's.
         return (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896)
+
+
+class HunyuanVideo15(HunyuanVideo):
+    """`diffusers.HunyuanVideo15Transformer3DModel`: latents at a sixteenth of the size, each a token.
+
+    Behind their channels lie those of a picture and of a mask that says which frame it is; text to video has zeros
+    there. Two texts (the second is that of letters to be drawn) and the picture's features make up one context.
+    """
+
+    patch_size = 1
+    batched = (
+        "hidden_states",
+        "timestep",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "encoder_hidden_states_2",
+        "encoder_attention_mask_2",
+        "image_embeds",
+    )
+    block_lists = ("transformer_blocks",)
+    block_counts = ("num_layers",)
+    text_tokens = 1000
+    feed_forward_names = re.compile(r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)")
+    costs = Costs(
+        rows=(
+            (r"time_embed\..*|context_embedder\.time_text_embed\..*", "sample"),
+            (r"transformer_blocks\.\d+\.norm1(_context)?\.linear|(.*\.)?norm_out\.linear", "sample"),
+            (r"context_embedder\..*", "text"),
+            (r"context_embedder_2\..*", "letters"),
+            (r"image_embedder\..*", "picture"),
+            (r"transformer_blocks\.\d+\.(attn\.(add_._proj|to_add_out)|ff_context\..*)", "context"),
+            (r"x_embedder\.proj|proj_out|transformer_blocks\.\d+\.(attn\.to_(q|k|v|out\.0)|ff\..*)", "image"),
+        ),
+        attention=(
+            (_REFINER + r"\.attn\.to_q", "text", "text"),
+            (r"transformer_blocks\.\d+\.attn\.to_q", "joint", "joint"),
+        ),
+    )
+
+    def read(self, inputs: Inputs) -> Noisy:
+        if inputs.get("timestep_r") is not None:
+            raise UnsupportedCall("the model predicts a mean velocity between two noise levels (MeanFlow)")
+        return super().read(inputs)
+
+    def further_rows(self, inputs: Inputs) -> dict[str, int]:
+        given = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+        text, letters, picture = (inputs[name].shape[1] for name in given)
+        context = text + letters + picture
+        joint = context + self.tokens(inputs)
+        return {"letters": letters, "picture": picture, "context": context, "joint": joint}
+
+    def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
+        config: Any = self.transformer.config  # type: ignore[union-attr]
+        return {
+            "hidden_states": torch.zeros(1, config.in_channels, frames, height, width),
+            "timestep": torch.full((1,), self.time_scale / 2),
+            "encoder_hidden_states": torch.zeros(1, text, config.text_embed_dim),
+            "encoder_attention_mask": torch.ones(1, text),
+            "encoder_hidden_states_2": torch.zeros(1, LETTERS, config.text_embed_2_dim),
+            "encoder_attention_mask_2": torch.zeros(1, LETTERS),
+            "image_embeds": torch.zeros(1, PICTURE, config.image_embed_dim),
+        }
