@@ -27,6 +27,7 @@ import ddit
 import tiny
 import tiny_flux
 import tiny_hunyuan
+import tiny_ltx
 import tiny_qwen
 import tiny_sd3
 import tiny_video
@@ -91,10 +92,10 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-for more in (tiny_flux.CASES, tiny_hunyuan.CASES, tiny_qwen.CASES, tiny_sd3.CASES, tiny_video.CASES):
+for more in (tiny_flux.CASES, tiny_hunyuan.CASES, tiny_ltx.CASES, tiny_qwen.CASES, tiny_sd3.CASES, tiny_video.CASES):
     CASES.update({name: Case(**case) for name, case in more.items()})
 SMALL = (
-    *("chroma", "flux", "flux2", "hunyuan-video", "hunyuan-video-1.5", "qwen-image", "qwen-image-2.1", "sd3"),
+    *("chroma", "flux", "flux2", "hunyuan-video", "hunyuan-video-1.5", "ltx", "qwen-image", "qwen-image-2.1", "sd3"),
     *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
 )
 """One of each transformer."""

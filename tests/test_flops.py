@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiny
 import tiny_flux
 import tiny_hunyuan
+import tiny_ltx
 import tiny_sd3
 import tiny_video
 from ddit import PatchAdapter
@@ -38,6 +39,7 @@ MODELS = {
     "hunyuan-video": tiny_hunyuan.transformer,
     "hunyuan-video-1.5": tiny_hunyuan.transformer_15,
     "hunyuan-video-replaced": lambda: tiny_hunyuan.transformer(image_condition_type="token_replace"),
+    "ltx": tiny_ltx.transformer,
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
     "sd3": tiny_sd3.transformer,
     "wan": tiny.wan_transformer,

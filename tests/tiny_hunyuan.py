@@ -93,10 +93,10 @@ def vae_15() -> AutoencoderKLHunyuanVideo15:
     return AutoencoderKLHunyuanVideo15(latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1).eval()  # type: ignore[arg-type]
 
 
-def pipeline_15(cls: Any = HunyuanVideo15Pipeline, guidance: float = 3.0, **parts: Any) -> Any:
+def pipeline_15(cls: Any = HunyuanVideo15Pipeline, **parts: Any) -> Any:
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     models = dict(vae=vae_15(), transformer=transformer_15(), scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0))
-    guider = ClassifierFreeGuidance(guidance_scale=guidance)
+    guider = ClassifierFreeGuidance(guidance_scale=3.0)
     pipe = cls(**{**dict.fromkeys(names), **models, "guider": guider, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -108,7 +108,7 @@ def image_to_video_15(**overrides: Any) -> Any:
     sizes: Any = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     encoder = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
     features = SiglipImageProcessor(size={"height": 16, "width": 16})
-    parts = dict(image_encoder=encoder, feature_extractor=features, transformer=transformer_15(**overrides))
+    parts: Any = dict(image_encoder=encoder, feature_extractor=features, transformer=transformer_15(**overrides))
     return pipeline_15(HunyuanVideo15ImageToVideoPipeline, **parts)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.generate import check_device, model_folder, model_source
-from ddit.models import REGISTRY, architecture_class
+from ddit.models import REGISTRY, architecture_class, unsupported
 
 FOLDER = Path(__file__).parent / "models" / "configs"
 COMPRESSION = (8, 4)
@@ -112,7 +112,7 @@ def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, An
         ) from error
     name = loaded.get("_class_name")
     if name not in REGISTRY:
-        raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
+        raise ValueError(unsupported(name))
     counts = architecture_class(name).block_counts
     if blocks:
         wanted = list(blocks) * len(counts) if len(blocks) == 1 else list(blocks)

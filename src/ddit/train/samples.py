@@ -277,7 +277,8 @@ class _Runs:
                     rows[f"row{which}/{name}"] = value
                 else:
                     shared[f"shared/{name}"] = value
-        told = {k: v for k, v in final.items() if k != "return_dict" and isinstance(v, bool | int | float | list)}
+        plain = bool | int | float | list | tuple
+        told = {k: v for k, v in final.items() if k != "return_dict" and isinstance(v, plain)}
         visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
         return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told, **visited}
 
