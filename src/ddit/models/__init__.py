@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 REGISTRY = {
     "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
     "Flux2Transformer2DModel": ("ddit.models.flux2", "Flux2"),
+    "Flux3Transformer2DModel": ("ddit.models.flux3", "Flux3"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
     "HunyuanVideo15Transformer3DModel": ("ddit.models.hunyuan_video", "HunyuanVideo15"),
     "HunyuanVideoTransformer3DModel": ("ddit.models.hunyuan_video", "HunyuanVideo"),

@@ -132,6 +132,7 @@ class HunyuanVideo15(HunyuanVideo):
     """
 
     patch_size = 1
+    compression = (16, 4)
     batched = (
         "hidden_states",
         "timestep",

@@ -24,6 +24,7 @@ _SPREAD = (8 / 25, 32.0, 32.0)
 
 class LTX(PackedArchitecture):
     patch_size = 1
+    compression = (32, 8)
     time_scale = 1000.0
     batched = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
     embedding = "proj_in"
