@@ -21,8 +21,10 @@ import tiny_ltx
 from ddit import FixedSchedule
 from ddit.coarse import coarse_call
 from ddit.config import Coarse
+from ddit.known import compression
 from ddit.models import architecture_for
 from ddit.models.base import UnsupportedCall
+from ddit.models.ltx import LTX
 from ddit.patches import TokenLayout, pack, shrink, unpack
 from ddit.teacache import TeaCacheConfig
 from families import call_of, check_flops
@@ -124,6 +126,13 @@ def test_classes_that_large_patches_do_not_serve(cls, reason):
 def test_published_coefficients_are_those_of_the_small_model():
     told = [architecture_for(tiny_ltx.transformer(num_layers=n)).teacache_coefficients() for n in (28, 48)]
     assert told[0] is not None and told[0][-1] == 0.00969274326 and told[1] is None
+
+
+def test_a_folder_says_how_much_its_autoencoder_compresses(tmp_path):
+    pipe = tiny_ltx.pipeline()
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    assert compression(str(tmp_path), architecture_for(pipe.transformer)) == (32, 8) == LTX.compression
 
 
 @pytest.mark.slow

@@ -91,6 +91,9 @@ def compression(model: str, architecture: Architecture) -> tuple[int, int]:
         return architecture.compression
     if "scale_factor_spatial" in vae:
         return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    if "spatio_temporal_scaling" in vae:
+        halved = 2 ** sum(vae["spatio_temporal_scaling"])
+        return vae["patch_size"] * halved, vae["patch_size_t"] * halved
     if "temperal_downsample" in vae:
         return 2 ** len(vae["temperal_downsample"]), 2 ** sum(vae["temperal_downsample"])
     return 2 ** (len(vae["block_out_channels"]) - 1), architecture.compression[1]
