@@ -99,7 +99,7 @@ for more in (
 ):
     CASES.update({name: Case(**case) for name, case in more.items()})
 SMALL = (
-    *("chroma", "flux", "flux2", "flux3", "qwen-image", "qwen-image-2.1", "sd3"),
+    *("chroma", "flux", "flux2", *(("flux3",) if "flux3" in CASES else ()), "qwen-image", "qwen-image-2.1", "sd3"),
     *("hunyuan-video", "hunyuan-video-1.5", "ltx"),
     *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
 )

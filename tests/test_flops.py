@@ -37,7 +37,7 @@ MODELS = {
     "flux-fill": lambda: tiny.transformer(in_channels=48, out_channels=16),
     "flux2": lambda: tiny_flux.flux2(num_layers=2, num_single_layers=3).transformer,
     "flux2-klein": lambda: tiny_flux.flux2(guidance_embeds=False).transformer,
-    "flux3": tiny_modular.flux3_transformer,
+    **({"flux3": tiny_modular.flux3_transformer} if tiny_modular.HAS_FLUX3 else {}),
     "hunyuan-video": tiny_hunyuan.transformer,
     "hunyuan-video-1.5": tiny_hunyuan.transformer_15,
     "hunyuan-video-replaced": lambda: tiny_hunyuan.transformer(image_condition_type="token_replace"),
