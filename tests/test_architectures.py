@@ -26,6 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddit
 import tiny
 import tiny_flux
+import tiny_hunyuan
+import tiny_ltx
 import tiny_lumina2
 import tiny_modular
 import tiny_qwen
@@ -95,11 +97,21 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-for family in (tiny_flux, tiny_lumina2, tiny_modular, tiny_qwen, tiny_sd3, tiny_video, tiny_z_image):
+for family in (
+    tiny_flux,
+    tiny_hunyuan,
+    tiny_ltx,
+    tiny_lumina2,
+    tiny_modular,
+    tiny_qwen,
+    tiny_sd3,
+    tiny_video,
+    tiny_z_image,
+):
     CASES.update({name: Case(**case) for name, case in family.CASES.items()})
 ONE_OF_EACH = (
-    *("chroma", "flux", "flux2", "flux3", "lumina2", "qwen-image", "qwen-image-2.1", "sd3"),
-    *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing", "z-image"),
+    *("chroma", "flux", "flux2", "flux3", "lumina2", "qwen-image", "qwen-image-2.1", "sd3", "z-image"),
+    *("hunyuan-video", "hunyuan-video-1.5", "ltx", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
 )
 SMALL = tuple(name for name in ONE_OF_EACH if name in CASES)  # an older diffusers lacks some
 """One of each transformer."""

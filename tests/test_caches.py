@@ -47,11 +47,11 @@ REUSED = {
     "cache-dit": "1 (1) (1) 2 (2) 1 4 (4)",
 }
 """Their strips."""
-CACHED = ("flux", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
+CACHED = ("flux", "hunyuan-video-replaced", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
 """Models that every cache is tried on."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
 UNKNOWN = (
-    *("chroma", "flux2", "flux2-reference", "qwen-image-2.1"),
+    *("chroma", "flux2", "flux2-reference", "hunyuan-video-1.5", "qwen-image-2.1"),
     *("wan-animate", "skyreels-v2", "skyreels-v2-image", "skyreels-v2-forcing"),
 )
 NOT_KNOWN = [

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import HunyuanVideo15Transformer3DModel, Lumina2Transformer2DModel
 from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 import tiny_flux
+import tiny_hunyuan
+import tiny_ltx
 import tiny_lumina2
 import tiny_modular
 import tiny_sd3
@@ -37,6 +40,10 @@ MODELS = {
     "flux2": lambda: tiny_flux.flux2(num_layers=2, num_single_layers=3).transformer,
     "flux2-klein": lambda: tiny_flux.flux2(guidance_embeds=False).transformer,
     **({"flux3": tiny_modular.flux3_transformer} if tiny_modular.HAS_FLUX3 else {}),
+    "hunyuan-video": tiny_hunyuan.transformer,
+    "hunyuan-video-1.5": tiny_hunyuan.transformer_15,
+    "hunyuan-video-replaced": lambda: tiny_hunyuan.transformer(image_condition_type="token_replace"),
+    "ltx": tiny_ltx.transformer,
     "lumina2": tiny_lumina2.transformer,
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
     "sd3": tiny_sd3.transformer,
@@ -48,6 +55,9 @@ MODELS = {
 }
 
 
+READING = (HunyuanVideo15Transformer3DModel, Lumina2Transformer2DModel)
+
+
 def call_of(model: Any, scale: int = 1, text: int = 20, **changes: Any) -> dict[str, Any]:
     """A call for one sample at a scale, of 8 x 12 tokens in up to two frames at scale 1."""
     architecture = architecture_for(model)
@@ -55,18 +65,14 @@ def call_of(model: Any, scale: int = 1, text: int = 20, **changes: Any) -> dict[
     return call if scale == 1 else coarse_call(architecture, call, architecture.read(call), scale, Coarse()).inputs
 
 
-def on_meta(call: dict[str, Any]) -> dict[str, Any]:
-    return to_meta(call)
-
-
 def counted_in_a_run(model: Any, call: dict[str, Any], adapter: PatchAdapter | None = None, scale: int = 1) -> int:
-    """On the meta device, but where a model reads values of what it is given."""
-    device, within = "cpu" if "Lumina2" in type(model).__name__ else "meta", nullcontext()
-    model, call = model.to(device), on_meta(call) if device == "meta" else call
+    """On the meta device, but where a model reads values of what it is given: masks of the text."""
+    device, within = "cpu" if isinstance(model, READING) else "meta", nullcontext()
+    model, call = model.to(device), to_meta(call) if device == "meta" else call
     if adapter is not None:
         adapter.to(device).attach(model)
         tokens = architecture_for(model).tokens(call)
-        within = adapter.at(scale, torch.empty(1, tokens, adapter.inputs[scale], device=device))
+        within = adapter.at(scale, torch.zeros(1, tokens, adapter.inputs[scale], device=device))
     with FlopCounterMode(display=False) as counter, torch.no_grad(), within, sdpa_kernel(SDPBackend.MATH):
         model(**call)
     return counter.get_total_flops()
@@ -164,7 +170,7 @@ def test_fused_projections_are_counted_once(name):
 def test_shapes_are_enough():
     model = meta_transformer("flux.1-dev", (1,))
     call = call_of(model)
-    assert count(architecture_for(model), on_meta(call)) == count(architecture_for(model), call)
+    assert count(architecture_for(model), to_meta(call)) == count(architecture_for(model), call)
 
 
 @pytest.mark.parametrize("name", ["flux.1-dev", "flux.1-schnell", "qwen-image", "wan2.1-1.3b", "wan2.1-14b"])

@@ -56,7 +56,7 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
     architecture = architecture_for(pipe.transformer)
     batch = make_batch(architecture, samples, [Draw(n, 2, 5) for n in range(len(samples))], "cpu", torch.float32)
     with torch.no_grad():
-        answer = architecture.velocity(first(pipe.transformer(**batch.inputs)), batch.target.shape[-2:])
+        answer = architecture.velocity(first(pipe.transformer(**batch.inputs)), batch.target.shape[2:])
     torch.testing.assert_close(answer, batch.target, rtol=1e-3, atol=1e-4)
     adapter = PatchAdapter.for_model(pipe.transformer.requires_grad_(False), rank=2)
     for parameter in adapter.parameters():
@@ -106,7 +106,7 @@ def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, sampler, le
         generators = [torch.Generator().manual_seed(_seed(0, 0))]
         latents = told([tiny.PROMPT], generator=generators, output_type="latent", num_inference_steps=8)[0]
     assert run.report.scales == [[int(i in called) for i in range(8)]]
-    clean = latents if latents.ndim > 3 else architecture.velocity(latents, tuple(runs.clean().shape[-2:]))
+    clean = latents if latents.ndim > 3 else architecture.velocity(latents, tuple(runs.clean().shape[2:]))
     # Qwen-Image's guidance keeps the norm of the first pass, which is nearly a fixed mix of the passes.
     near = 0.2 if name == "qwen-image" else 0.01
     torch.testing.assert_close(error, (clean.float() - runs.clean()).square().mean()[None], rtol=near, atol=1e-9)

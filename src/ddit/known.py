@@ -11,7 +11,7 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.generate import check_device, model_folder, model_source
-from ddit.models import REGISTRY, architecture_class
+from ddit.models import REGISTRY, architecture_class, unsupported
 from ddit.models.base import Architecture
 
 FOLDER = Path(__file__).parent / "models" / "configs"
@@ -91,6 +91,9 @@ def compression(model: str, architecture: Architecture) -> tuple[int, int]:
         return architecture.compression
     if "scale_factor_spatial" in vae:
         return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    if "spatio_temporal_scaling" in vae:
+        halved = 2 ** sum(vae["spatio_temporal_scaling"])
+        return vae["patch_size"] * halved, vae["patch_size_t"] * halved
     if "temperal_downsample" in vae:
         return 2 ** len(vae["temperal_downsample"]), 2 ** sum(vae["temperal_downsample"])
     return 2 ** (len(vae["block_out_channels"]) - 1), architecture.compression[1]
@@ -114,7 +117,7 @@ def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, An
         ) from error
     name = loaded.get("_class_name")
     if name not in REGISTRY:
-        raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
+        raise ValueError(unsupported(name))
     if not hasattr(diffusers, name):
         raise ValueError(f"diffusers {diffusers.__version__} has no {name}; install a newer one")
     counts = architecture_class(name).block_counts

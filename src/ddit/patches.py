@@ -73,6 +73,12 @@ class TokenLayout:
         axes = (begin + spacing * (offset + step * torch.arange(n)) for begin, n in zip(origin, self.grid, strict=True))
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float().flatten(0, 1)
 
+    def video_places(self, frames: int) -> Tensor:
+        """Frame, row and column of each token of a video ``[F N, 3]``, float32."""
+        places = self.places()
+        frame = torch.arange(frames).float().repeat_interleave(len(places))
+        return torch.cat([frame[:, None], places.repeat(frames, 1)], dim=1)
+
 
 @cache
 @torch.inference_mode(False)  # Autograd refuses tensors made in inference mode, and these are kept.

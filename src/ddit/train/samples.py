@@ -283,7 +283,7 @@ class _Runs:
                 elif isinstance(value, Tensor):
                     shared[f"shared/{name}"] = value
         plain = {k: v for k, v in final.items() if k != "return_dict" and not _is_list_of_tensors(v)}
-        told = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | list)}
+        told = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | list | tuple)}
         visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
         return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told, **visited}
 
