@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import statistics
 import time
@@ -103,6 +104,10 @@ def load_pipeline(
         raise ValueError(
             f"the model {model} is not part of this ddit; make it with 'ddit embedded train{flag}' and "
             f"'ddit embedded install{flag}'"
+        )
+    if (folder / "modular_model_index.json").is_file():
+        raise ValueError(
+            f"{folder} holds a modular pipeline, which the command line can't call; use ddit.apply in Python"
         )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
@@ -295,6 +300,7 @@ def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
     before = vars(transformer).get("forward")
     calls: list[tuple[Inputs, Tensor]] = []
 
+    @functools.wraps(forward)  # modular pipelines read the signature
     def spy(*args: Any, **kwargs: Any) -> Any:
         answer = forward(*args, **kwargs)
         calls.append((architecture.bind(args, kwargs), first(answer)))

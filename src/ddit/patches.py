@@ -90,14 +90,15 @@ class TokenLayout:
         """Of latents ``[B, C, ..., H, W]`` that are cut into ``patch x patch`` squares, of the coarse grid if s > 1."""
         return cls(tuple(n // patch for n in latents.shape[-spanned(latents) :]), scale, positions)
 
-    def places(self, origin: Sequence[float] = ()) -> Tensor:
-        """Row and column of each token ``[N, 2]``, float32, where the model's own patches count on from ``origin``.
+    def places(self, origin: Sequence[float] = (), spacing: float = 1.0) -> Tensor:
+        """Row and column of each token ``[N, 2]``, of audio its moment ``[N, 1]``; float32.
 
-        Of audio ``[N, 1]``. The origin is 0 where none is given.
+        Args:
+            origin, spacing: Of the model's own patches: where they begin, by default at 0, and how far apart they are.
         """
         step, offset = (self.scale, (self.scale - 1) / 2) if self.positions == "interpolated" else (1, 0.0)
         begins = origin or [0.0] * len(self.grid)
-        axes = (begin + offset + step * torch.arange(n) for begin, n in zip(begins, self.grid, strict=True))
+        axes = (begin + spacing * (offset + step * torch.arange(n)) for begin, n in zip(begins, self.grid, strict=True))
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float().flatten(0, -2)
 
 

@@ -62,6 +62,8 @@ class Architecture(ABC):
     """How many axes of the latents a patch spans (`ddit.patches.spanned`): 1 for audio, ``[B, C, T]``."""
     grid_multiple: ClassVar[int] = 1
     """Numbers of rows and columns of tokens that the model takes are multiples of this."""
+    compression: ClassVar[tuple[int, int]] = (8, 4)
+    """Pixels of a picture's edge to one latent, and frames of a clip, in the usual autoencoder."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
