@@ -64,6 +64,8 @@ class Architecture(ABC):
     """Numbers of rows and columns of tokens that the model takes are multiples of this."""
     compression: ClassVar[tuple[int, int]] = (8, 4)
     """Pixels of a picture's edge to one latent, and frames of a clip, in the usual autoencoder."""
+    latent_rate: ClassVar[float] = 25.0
+    """Latents to a second of sound in the usual autoencoder."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
