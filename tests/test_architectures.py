@@ -95,7 +95,8 @@ CASES = {
 for module in (tiny_audio, tiny_flux, tiny_modular, tiny_qwen, tiny_sd3, tiny_video):
     CASES.update({name: Case(**case) for name, case in module.CASES.items()})
 SMALL = (
-    *("ace-step", "chroma", "flux", "flux2", "flux3", "qwen-image", "qwen-image-2.1", "sd3"),
+    *("ace-step", "chroma", "flux", "flux2", *(("flux3",) if "flux3" in CASES else ())),
+    *("qwen-image", "qwen-image-2.1", "sd3"),
     *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
 )
 """One of each transformer."""

@@ -129,6 +129,8 @@ def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, An
     name = loaded.get("_class_name")
     if name not in REGISTRY:
         raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
+    if not hasattr(diffusers, name):
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}; install a newer one")
     counts = architecture_class(name).block_counts
     if blocks:
         wanted = list(blocks) * len(counts) if len(blocks) == 1 else list(blocks)
