@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny
+import tiny_audio
 import tiny_flux
 import tiny_hunyuan
 import tiny_ltx
@@ -39,7 +40,7 @@ from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
 from ddit.generate import recorded
 from ddit.models import architecture_for
-from ddit.models.base import first
+from ddit.models.base import channels_first, first
 from ddit.patches import TokenLayout, expand, pad_to_multiple, shrink
 from ddit.schedule import StepContext
 
@@ -97,25 +98,20 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-for family in (
-    tiny_flux,
-    tiny_hunyuan,
-    tiny_ltx,
-    tiny_lumina2,
-    tiny_modular,
-    tiny_qwen,
-    tiny_sd3,
-    tiny_video,
-    tiny_z_image,
-):
+FAMILIES = (
+    *(tiny_audio, tiny_flux, tiny_hunyuan, tiny_ltx, tiny_lumina2, tiny_modular),
+    *(tiny_qwen, tiny_sd3, tiny_video, tiny_z_image),
+)
+for family in FAMILIES:
     CASES.update({name: Case(**case) for name, case in family.CASES.items()})
 ONE_OF_EACH = (
     *("chroma", "flux", "flux2", "flux3", "lumina2", "qwen-image", "qwen-image-2.1", "sd3", "z-image"),
     *("hunyuan-video", "hunyuan-video-1.5", "ltx", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
+    "ace-step",
 )
 SMALL = tuple(name for name in ONE_OF_EACH if name in CASES)  # an older diffusers lacks some
 """One of each transformer."""
-GATED = ("lumina2", "z-image")
+GATED = ("ace-step", "lumina2", "z-image")
 """Those whose feed-forward parts have a third layer."""
 PATCHED = tuple(name for name in SMALL if name != "wan-animate")
 """Those all of whose layers see patches or text: Animate has encoders of the face beside its blocks."""
@@ -131,6 +127,7 @@ def _video_to_video():
 
 def draw(pipe, case: Case, seed: int = 0, **changes) -> Tensor:
     """Latents of one run."""
+    torch.manual_seed(seed)  # An encoder of sound draws beside the generator.
     generator = torch.Generator().manual_seed(seed)
     settings = {**case.call, "num_inference_steps": case.steps, "output_type": "latent", **changes}
     return pipe(generator=generator, return_dict=False, **settings)[0]
@@ -196,7 +193,7 @@ def test_large_patches_save_work_and_stay_near(name, scale):
 def _tokens(seen: list[int], rows: int):
     def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         output = output.unflatten(0, (rows, -1)) if output.ndim == 2 else output  # all samples in a row
-        seen.append(output.shape[1] if output.ndim == 3 else output[0, 0].numel())
+        seen.append(output[0, 0].numel() if channels_first(layer) else output.shape[1])
 
     return hook
 
@@ -276,8 +273,8 @@ def test_a_model_that_knows_the_picture_is_exact_in_what_pooling_keeps(name, sca
         return (arch.output((asked.latents - pooled(clean)) / expand(asked.sigma, clean), small),)
 
     velocity = coarse_step(arch, knowing, inputs, noisy, scale, Coarse())
-    rows, columns = (n // scale for n in clean.shape[-2:])  # a patch beyond the edge counts its inner part alone
-    found, wanted = (pooled(v)[..., :rows, :columns] for v in (velocity, exact))
+    inner = [slice(n // scale) for n in clean.shape[-arch.axes :]]  # of a patch beyond the edge the inner part alone
+    found, wanted = (pooled(v)[(..., *inner)] for v in (velocity, exact))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -288,8 +285,9 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name):
 
     def settings(count: int) -> dict[str, Any]:
         many = {k: v.repeat(count, *[1] * (v.ndim - 1)) for k, v in case.call.items() if isinstance(v, Tensor)}
+        words = {k: [v] * count for k, v in case.call.items() if isinstance(v, str)}
         many.update({k: v * count for k, v in lists(case).items()})
-        return {**case.call, **many, **({"prompt": [tiny.PROMPT] * count} if "prompt" in case.call else {})}
+        return {**case.call, **many, **words}
 
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny
+import tiny_audio
 from ddit import PatchAdapter, known
 from ddit.cli import main
 from ddit.eval import timing
@@ -21,6 +22,7 @@ def test_known_architectures_are_the_real_ones():
     """Parameters in billions."""
     expected = {
         **{"flux.1-dev": 11.9, "flux.1-schnell": 11.9, "flux.2-dev": 32.2, "flux.3-klein-base": 5.5, "chroma1-hd": 8.9},
+        "ace-step-1.5": 1.6,
         **{"sd3.5-large": 8.1, "qwen-image": 20.4, "qwen-image-2.1": 7.1},
         **{"wan2.1-1.3b": 1.4, "wan2.1-14b": 14.3, "wan2.1-vace-14b": 17.3},
         **{"hunyuan-video": 12.8, "hunyuan-video-1.5": 8.3, "ltx-video": 1.9},
@@ -57,6 +59,18 @@ def test_grids_of_wan_are_padded():
     assert result["scales"][1]["flops"] / 1e12 == pytest.approx(283, abs=1)
 
 
+def test_sound_is_as_long_as_it_is_said(tmp_path, capsys):
+    """25 latents a second, two of which make a token; an autoencoder of one's own tells another rate."""
+    assert main(["bench", "--arch", "ace-step-1.5", "--size", "60s"]) == 0
+    assert "| ace-step-1.5 | 60 s | 750, 2.4 | 375, 1.2 | 188, 0.7 |" in capsys.readouterr().out
+    pipe = tiny_audio.pipeline()
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    for rate, tokens in ((tiny_audio.RATE, 50), (2 * tiny_audio.RATE, 100)):
+        pipe.vae.register_to_config(sampling_rate=rate)
+        pipe.vae.save_config(tmp_path / "vae")
+        assert count(str(tmp_path), seconds=4)["scales"][1]["tokens"] == tokens
+
+
 def test_an_adapter_is_counted_along():
     plain = count("wan2.1-1.3b", height=256, width=256, frames=5, scales=(1, 2))
     adapted = count("wan2.1-1.3b", height=256, width=256, frames=5, scales=(1, 2), rank=32)
@@ -82,6 +96,9 @@ def test_the_command_writes_a_table(tmp_path, capsys):
         (["--size", "large"], "HEIGHTxWIDTH"),
         (["--size", "480x832x80", "--arch", "wan2.1-1.3b"], "multiple of 4"),
         (["--arch", "flux.2"], "flux.1-dev"),
+        (["--arch", "ace-step-1.5"], "such as 60s"),
+        (["--arch", "ace-step-1.5", "--size", "0s"], "such as 60s"),
+        (["--size", "60s"], "HEIGHTxWIDTH"),
         (["--scales", "3"], "power"),
         (["--blocks", "20"], "19 and 38"),
         (["--blocks", "1", "1", "1"], "19 and 38"),

@@ -56,6 +56,7 @@ UNKNOWN = (
 )
 NOT_KNOWN = [
     *((name, cache) for name in UNKNOWN for cache in ("teacache", "first-block", "magcache")),
+    *(("ace-step", cache) for cache in LIKELY),
     ("qwen-image-2.1", "cache-dit"),
     ("wan-animate", "cache-dit"),
 ]

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
+import tiny_audio
 import tiny_flux
 import tiny_hunyuan
 import tiny_ltx
@@ -33,6 +34,7 @@ from ddit.models.flops import count
 PICTURE = dict(image_dim=16, added_kv_proj_dim=24)
 
 MODELS = {
+    "ace-step": tiny_audio.transformer,
     "chroma": lambda: tiny_flux.chroma().transformer,
     "flux": lambda: tiny.transformer(num_layers=2, num_single_layers=3),
     "flux-guidance": lambda: tiny.transformer(guidance_embeds=True),

@@ -75,6 +75,8 @@ def alone_and_together(name: str) -> list[tuple[Any, Any]]:
 )
 def test_one_picture_on_two_processes(name, tmp_path):
     """Both decide alike, and draw what one alone does."""
+    if getattr(CASES[name].make().transformer, "_cp_plan", None) is None:
+        pytest.skip("diffusers has no plan for spreading it")
     first, second = in_two(alone_and_together, name, folder=tmp_path)
     for (picture, schedule), (other, same) in zip(first, second, strict=True):
         assert torch.equal(torch.as_tensor(picture), torch.as_tensor(other)) and schedule == same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,8 @@ def compression(model: str, architecture: Architecture) -> tuple[int, int]:
 
     The first frame of a clip has a latent of its own.
     """
-    from diffusers import AutoencoderKL
-
-    if model in names():
-        return architecture.compression
-    try:
-        vae: Any = AutoencoderKL.load_config(model_source(model), subfolder="vae")
-    except Exception:  # A transformer on its own
+    vae = _autoencoder(model)
+    if vae is None:
         return architecture.compression
     if "scale_factor_spatial" in vae:
         return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
@@ -97,6 +93,24 @@ def compression(model: str, architecture: Architecture) -> tuple[int, int]:
     if "temperal_downsample" in vae:
         return 2 ** len(vae["temperal_downsample"]), 2 ** sum(vae["temperal_downsample"])
     return 2 ** (len(vae["block_out_channels"]) - 1), architecture.compression[1]
+
+
+def latent_rate(model: str, architecture: Architecture) -> float:
+    """Latents to a second of sound, likewise."""
+    vae = _autoencoder(model)
+    return architecture.latent_rate if vae is None else vae["sampling_rate"] / math.prod(vae["downsampling_ratios"])
+
+
+def _autoencoder(model: str) -> Any:
+    """Configuration of a pipeline's autoencoder; ``None`` of a model by name, and of a transformer on its own."""
+    from diffusers import AutoencoderKL
+
+    if model in names():
+        return None
+    try:
+        return AutoencoderKL.load_config(model_source(model), subfolder="vae")
+    except Exception:  # no such folder
+        return None
 
 
 def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, Any]]:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ddit.models.base import Architecture
 
 REGISTRY = {
+    "AceStepTransformer1DModel": ("ddit.models.ace_step", "AceStep"),
     "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
     "Flux2Transformer2DModel": ("ddit.models.flux2", "Flux2"),
     "Flux3Transformer2DModel": ("ddit.models.flux3", "Flux3"),

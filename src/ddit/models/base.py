@@ -35,7 +35,7 @@ class Noisy:
     """What a call is about."""
 
     latents: Tensor
-    """``[B, C, ..., H, W]``"""
+    """``[B, C, ..., H, W]``, of audio ``[B, C, T]``, as all that lies on their grid"""
     sigma: Tensor
     """``[B]``, float32"""
     condition: Tensor | None = None
@@ -58,11 +58,15 @@ class Architecture(ABC):
     """
 
     patch_size: ClassVar[int] = 2
-    """Height and width of the model's own patches, in latent pixels."""
+    """Height and width of the model's own patches, in latent pixels; of audio their length."""
+    axes: ClassVar[int] = 2
+    """How many axes of the latents a patch spans (`ddit.patches.spanned`): 1 for audio, ``[B, C, T]``."""
     grid_multiple: ClassVar[int] = 1
     """Numbers of rows and columns of tokens that the model takes are multiples of this."""
     compression: ClassVar[tuple[int, int]] = (8, 4)
     """Pixels of a picture's edge to one latent, and frames of a clip, in the usual autoencoder."""
+    latent_rate: ClassVar[float] = 25.0
+    """Latents to a second of sound in the usual autoencoder."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
@@ -122,7 +126,7 @@ class Architecture(ABC):
         """A call for one sample, to count and to time.
 
         Args:
-            frames, height, width: Of the latents; images have one frame.
+            frames, height, width: Of the latents; images have one frame. Audio is as long as it is wide.
             text: Tokens of the prompt.
         """
 
@@ -174,7 +178,7 @@ class Architecture(ABC):
 
         return {k: _walk(v, some) if k in self.batched else v for k, v in inputs.items()}
 
-    def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: tuple[int, int]) -> Inputs:
+    def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: Sequence[int]) -> Inputs:
         """The `residuals` of a call on ``grid`` (rows, columns), for the tokens of ``layout``."""
         there = [name for name in self.residuals if inputs.get(name) is not None and layout.grid != grid]
         return {name: [pool_tokens(x, grid, layout.scale) for x in inputs[name]] for name in there}
@@ -208,12 +212,12 @@ class Architecture(ABC):
     def tokens(self, inputs: Inputs) -> int:
         """Number of image tokens of one sample, those of reference images too."""
         x = inputs[self.batched[0]]
-        return x.shape[1] if x.ndim == 3 else x[0, 0].numel() // self.patch_size**2
+        return x.shape[1] if x.ndim == 3 else x[0, 0].numel() // self.patch_size**self.axes
 
     @property
     def channels(self) -> int:
         """Channels of the latents."""
-        return self.features // self.patch_size**2
+        return self.features // self.patch_size**self.axes
 
     @property
     def features(self) -> int:
@@ -313,6 +317,11 @@ def centre_waves(layout: TokenLayout, dims: Sequence[int], theta: float) -> Tens
 def first(output: Any) -> Tensor:
     """The tensor in a model's answer, a tuple or an output class."""
     return output[0]
+
+
+def channels_first(layer: nn.Module) -> bool:
+    """Whether a layer has its tokens as ``[B, width, ...]`` instead of ``[B, N, width]``, as convolutions do."""
+    return isinstance(layer, nn.modules.conv._ConvNd)
 
 
 def to_meta(value: Any) -> Any:

@@ -113,7 +113,7 @@ def _count_adapter(costs: Costs, length: Mapping[Kind, int], config: Mapping[str
 
     Tokens of reference images count as large patches here, though only LoRA sees them.
     """
-    features, width = config["features"] * scale * scale, config["width"]
+    features, width = config["features"] * scale ** config["axes"], config["width"]
     total = 2 * length["image"] * (2 * features * width + (features**2 if config["residual"] else 0))
     for name, sizes in config["layers"].items():
         kind = _kind(costs, name)

@@ -89,7 +89,7 @@ class ZImage(Architecture):
         length = self.further_rows(some)["sequence"]
         return {**some, "controlnet_block_samples": {block: x[:, :length] for block, x in given.items()}}
 
-    def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: tuple[int, int]) -> Inputs:
+    def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: tuple[int, ...]) -> Inputs:
         """Those of a ControlNet: block -> ``[B, sequence, width]``. What fills up the image gets none."""
         given, count = inputs.get("controlnet_block_samples"), prod(grid)
         if given is None or layout.grid == grid:

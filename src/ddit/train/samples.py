@@ -260,7 +260,7 @@ class _Runs:
         architecture = architecture_for(pipe.transformer)
         with recorded(pipe) as calls:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            call = for_batch(self.settings, len(seeds))
+            call = for_batch(pipe, self.settings, len(seeds))
             latents = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         sigmas = sorted(set(levels), reverse=True)
