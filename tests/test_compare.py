@@ -15,7 +15,8 @@ from ddit.config import PatchSchedule
 from ddit.embedded import install
 from ddit.eval import calibrate, compare
 from ddit.eval.quality import parse_entry
-from ddit.generate import load_pipeline, recorded, run
+from ddit.generate import recorded, run
+from ddit.loading import load_pipeline
 from ddit.methods import make_method
 from ddit.models import architecture_for
 from ddit.preset import Preset

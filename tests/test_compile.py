@@ -1,5 +1,7 @@
 """torch.compile: decisions stay outside of compiled code, three scales are three shapes, then no recompiles."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -179,3 +181,12 @@ def test_blocks_share_graphs_with_an_adapter():
     # Two classes, three scales, the larger two also without the adapter, and one more for some where
     # the second block shows which sizes are dynamic.
     assert graphs <= 2 * 5 + 3
+
+
+def test_positions_that_a_compiled_whole_would_not_see_move_are_refused():
+    """FLUX is told its positions; Wan derives them."""
+    for pipe, refused in ((tiny.pipeline(), False), (tiny.wan_pipeline(), True)):
+        pipe.transformer.compile(backend="eager")
+        with pytest.raises(ValueError, match="compile_repeated_blocks") if refused else nullcontext():
+            ddit.apply(pipe, preset="paper")
+        ddit.apply(pipe, patches=SCALES)

@@ -13,7 +13,7 @@ import tiny_modular
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
-from ddit.generate import load_pipeline
+from ddit.loading import load_pipeline
 from ddit.models import architecture_for
 from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops

@@ -16,7 +16,8 @@ from ddit.cli import main
 from ddit.embedded.video import components
 from ddit.embedded.video.clips import clips
 from ddit.embedded.video.judge import centres, motion
-from ddit.generate import EMBEDDED, check_call, draws_video
+from ddit.generate import check_call, draws_video
+from ddit.loading import EMBEDDED
 from ddit.outputs import frames, save
 from ddit.preset import Preset
 

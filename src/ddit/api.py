@@ -129,13 +129,19 @@ def _settle(
         raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
     detail = {s: float(v.mean()) for s, v in variance.items()}
     coarse = schedule.coarse if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule().coarse
+    coarse = coarse if adapter is None else adapter.coarse
+    if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
+        raise ValueError(
+            f"positions are {coarse.positions!r}, and a transformer compiled as a whole does not see them move; "
+            "compile its blocks alone (compile_repeated_blocks), or take positions='grid'"
+        )
     make_skipper, corrector, speedup = _skipping(skip, corrector, architectures[0], pipe, known, scales)
     return Plan(
         architectures=architectures,
         pipe=pipe,
         policy=_policy(schedule, detail if adapter is None else None, architectures[0].axes),
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
-        coarse=coarse if adapter is None else adapter.coarse,
+        coarse=coarse,
         variance=variance,
         adapter=adapter,
         make_skipper=make_skipper,
@@ -144,6 +150,11 @@ def _settle(
         cache=make_cache(cache, known.teacache) if isinstance(cache, str) else cache,
         settings={**asked, "patches": schedule},
     )
+
+
+def _moves_unseen(architecture: Architecture) -> bool:
+    """Whether positions are moved by a hook, which code compiled before it came does not look for."""
+    return architecture.rope is not None and getattr(architecture.transformer, "_compiled_call_impl", None) is not None
 
 
 def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddit.adapter import PatchAdapter
-from ddit.generate import check_device, model_folder, model_source
+from ddit.loading import check_device, model_folder, model_source
 from ddit.models import REGISTRY, architecture_class, unsupported
 from ddit.models.base import Architecture
 

@@ -11,7 +11,8 @@ from typing import Any
 from ddit import outputs
 from ddit.app.study import Study
 from ddit.config import PatchSchedule
-from ddit.generate import Method, Run, check_prompt, draws_video, load_adapter, load_corrector, run, warm_up
+from ddit.generate import Method, Run, draws_video, run, warm_up
+from ddit.loading import check_prompt, load_adapter, load_corrector
 from ddit.methods import SKIP, completed, make_method
 from ddit.preset import Preset
 from ddit.report import Report

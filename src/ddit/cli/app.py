@@ -67,19 +67,19 @@ def _app(args: argparse.Namespace) -> None:
 
     study = None if args.study is None else Study.open(args.study)
     from ddit import generate as lib
-    from ddit import outputs
+    from ddit import loading, outputs
     from ddit.app import page
     from ddit.app.draw import Studio
     from ddit.sounds import refuse_sound
 
     load = {"dtype": args.dtype, "device": args.device}
-    pipe, preset = lib.load_pipeline(args.model, preset=args.preset, **load)
+    pipe, preset = loading.load_pipeline(args.model, preset=args.preset, **load)
     refuse_sound(pipe)
     if lib.draws_video(pipe):
         outputs.check_video_writer()
     settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
-    threshold = DEMO_THRESHOLD if args.model in lib.EMBEDDED else None
+    threshold = DEMO_THRESHOLD if args.model in loading.EMBEDDED else None
     studio = Studio(pipe, preset, args.model, settings, load)
     page.serve(page.build(studio, study, threshold=threshold, adapter=args.adapter), study, args.host, args.port)
 
@@ -92,7 +92,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
     check_run(args, [args.out / DATABASE])
     Study.check(args.out)
-    from ddit import generate as lib
+    from ddit import loading
     from ddit.app.draw import draw_pairs
     from ddit.cli.drawing import Drawing
     from ddit.progress import progress
@@ -101,7 +101,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
     prompts = read_prompts(args.prompts)
     for prompt in prompts:
-        lib.check_prompt(prompt, args.model)
+        loading.check_prompt(prompt, args.model)
     drawing = Drawing.load(args, args.device)
     refuse_sound(drawing.pipe)
     study = Study.prepare(args.out, {**drawing.setup, "suffix": drawing.suffix}, prompts, args.seed)

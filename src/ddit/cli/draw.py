@@ -104,10 +104,10 @@ def _generate(args: argparse.Namespace) -> None:
         return
     if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4", ".wav"):
         raise ValueError(f"{args.out} must end in .png, for a video model in .mp4, or for sound in .wav")
-    from ddit import generate as lib
+    from ddit import loading
     from ddit.cli.drawing import Drawing
 
-    lib.check_prompt(args.prompt, args.model)
+    loading.check_prompt(args.prompt, args.model)
     drawing = Drawing.load(args, args.device)
     out = args.out or Path("out/ddit").with_suffix(drawing.suffix)
     if out.suffix.lower() != drawing.suffix:
@@ -144,9 +144,9 @@ def _demo(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} must end in .png")
     check_outputs([args.out, args.out.with_suffix(".json")])
     from ddit import generate as lib
-    from ddit import outputs
+    from ddit import loading, outputs
 
-    pipe, preset = lib.load_pipeline("embedded")
+    pipe, preset = loading.load_pipeline("embedded")
     patches = PatchSchedule(threshold=DEMO_THRESHOLD)
     methods = {
         "plain": None,
@@ -182,7 +182,7 @@ def _draw_many(args: argparse.Namespace) -> None:
     """
     from accelerate import PartialState
 
-    from ddit import generate as lib
+    from ddit import loading
     from ddit.cli.drawing import Drawing
     from ddit.progress import progress
     from ddit.train.samples import read_prompts
@@ -196,7 +196,7 @@ def _draw_many(args: argparse.Namespace) -> None:
         )
     prompts = read_prompts(args.prompts)
     for prompt in prompts:
-        lib.check_prompt(prompt, args.model)
+        loading.check_prompt(prompt, args.model)
     state = PartialState(cpu=args.device == "cpu")
     several = state.num_processes > 1 and args.device == "cuda"
     drawing = Drawing.load(args, f"cuda:{state.local_process_index}" if several else args.device)

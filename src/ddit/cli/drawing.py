@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddit import generate as lib
-from ddit import outputs, sounds
+from ddit import loading, outputs, sounds
 from ddit.cli.common import call_options, command_line, environment, words_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
@@ -43,7 +43,7 @@ class Drawing:
             ValueError: For a model, adapter, cache or size that can't be had.
         """
         load = {"dtype": args.dtype, "device": device}
-        pipe, preset = lib.load_pipeline(args.model, **load, preset=args.preset)
+        pipe, preset = loading.load_pipeline(args.model, **load, preset=args.preset)
         suffix = ".wav" if sounds.sample_rate(pipe) else ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
@@ -51,8 +51,8 @@ class Drawing:
         method = make_method(
             words,
             preset,
-            load_adapter=partial(lib.load_adapter, **load),
-            load_corrector=partial(lib.load_corrector, **load),
+            load_adapter=partial(loading.load_adapter, **load),
+            load_corrector=partial(loading.load_corrector, **load),
         )
         settings = lib.call_settings(preset, **call_options(args))
         lib.check_call(pipe, settings)

@@ -102,7 +102,7 @@ def _install_embedded(args: argparse.Namespace) -> None:
 
 def _install_corrector(args: argparse.Namespace) -> None:
     from ddit.embedded.install import install_corrector
-    from ddit.generate import EMBEDDED
+    from ddit.loading import EMBEDDED
 
     model, to = EMBEDDED["embedded-video" if args.video else "embedded"]
     print(f"wrote {install_corrector(args.folder, model=model, to=to)}")
@@ -114,7 +114,7 @@ def _choose_threshold(args: argparse.Namespace) -> None:
     if not 0 <= args.margin <= 1:
         raise ValueError(f"margin is {args.margin}; it must lie between 0 and 1")
     from ddit.eval.suites import SuiteConfig, choose_threshold
-    from ddit.generate import model_folder
+    from ddit.loading import model_folder
     from ddit.preset import FILE, Preset
 
     folder = model_folder(args.model)

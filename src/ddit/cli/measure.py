@@ -171,7 +171,7 @@ def _refuse_paper_options(args: argparse.Namespace) -> None:
 
 def _texts(args: argparse.Namespace) -> list[str]:
     """Prompts of the user's own, if there are any."""
-    from ddit.generate import EMBEDDED
+    from ddit.loading import EMBEDDED
 
     if args.prompt_file is not None:
         from ddit.eval.prompts import read
@@ -191,19 +191,20 @@ def _texts(args: argparse.Namespace) -> list[str]:
 
 def _calibrate(args: argparse.Namespace) -> None:
     from ddit import generate as lib
+    from ddit import loading
     from ddit.eval.calibrate import calibrate
     from ddit.eval.suites import subject_of
     from ddit.preset import FILE
     from ddit.sounds import refuse_sound
     from ddit.train.samples import read_prompts
 
-    if args.prompts is None and args.model not in lib.EMBEDDED:
+    if args.prompts is None and args.model not in loading.EMBEDDED:
         raise ValueError("name a file with prompts: --prompts FILE, one per line")
-    folder = args.out or lib.model_folder(args.model)
+    folder = args.out or loading.model_folder(args.model)
     if args.out is None and not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r} to write {FILE} into; name one with --out")
     check_run(args, (folder / FILE,))
-    pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
+    pipe, preset = loading.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
     refuse_sound(pipe)
     if args.prompts is not None:
         prompts = read_prompts(args.prompts, args.count)

@@ -13,8 +13,8 @@ from torch import nn
 
 from ddit.adapter import PatchAdapter
 from ddit.eval import timing
-from ddit.generate import model_folder
 from ddit.known import compression, latent_rate, meta_transformer, transformer
+from ddit.loading import model_folder
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, to_meta
 from ddit.preset import Preset

@@ -20,15 +20,8 @@ from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts, digest
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json, write_text
-from ddit.generate import (
-    Method,
-    call_settings,
-    check_call,
-    draws_video,
-    load_adapter,
-    load_corrector,
-    load_pipeline,
-)
+from ddit.generate import Method, call_settings, check_call, draws_video
+from ddit.loading import load_adapter, load_corrector, load_pipeline
 from ddit.methods import make_method
 from ddit.models import architecture_for
 from ddit.preset import Preset

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ddit.files import read_lines, replacing, write_text
-from ddit.generate import model_folder
+from ddit.loading import model_folder
 from ddit.pretrained import TrainedPart, model_card
 from ddit.train.config import TrainConfig
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ddit.adapter import PatchAdapter
 from ddit.extras import require
 from ddit.files import add_lines, read_lines, replacing, replacing_folder, write_json
-from ddit.generate import load_pipeline
+from ddit.loading import load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.preset import Preset

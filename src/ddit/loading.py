@@ -1,0 +1,127 @@
+"""Models by name: pipelines, adapters and correctors from folders, from the hub, or those that ship with ddit."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddit.adapter import PatchAdapter
+from ddit.embedded import CORRECTOR_FOLDER, MODEL_FOLDER, video
+from ddit.preset import Preset
+from ddit.pretrained import Part
+from ddit.skip.corrector import ForecastCorrector
+from ddit.tell import warn
+
+EMBEDDED: dict[str, tuple[Path, Path]] = {
+    "embedded": (MODEL_FOLDER, CORRECTOR_FOLDER),
+    "embedded-video": (video.MODEL_FOLDER, video.CORRECTOR_FOLDER),
+}
+"""Names of the models that ship with ddit -> folder of the model, folder of its corrector."""
+
+
+def model_folder(model: str) -> Path:
+    """Where a model's files are, if they are on this machine."""
+    return EMBEDDED[model][0] if model in EMBEDDED else Path(model)
+
+
+def model_source(model: str) -> str:
+    """What diffusers loads a model from: its folder on this machine, or its hub id."""
+    folder = model_folder(model)
+    return str(folder) if folder.exists() else model
+
+
+def load_pipeline(
+    model: str = "embedded", *, dtype: str = "float32", device: str = "cpu", preset: str | Path | None = None
+) -> tuple[Any, Preset]:
+    """A pipeline from a folder, a hub id or the embedded model, with its preset.
+
+    Args:
+        preset: Folder with the preset to use instead of the model's own, or a name (`ddit.preset.SHIPPED`). One that
+            does not say how to call the model leaves that to the model's own.
+
+    Raises:
+        ValueError: When there is no such model, or this is no pipeline's folder.
+    """
+    from diffusers import DiffusionPipeline
+
+    check_device(device)
+    given = None if preset is None else Preset.load(preset, required=True)
+    folder = model_folder(model)
+    if model in EMBEDDED and not folder.exists():
+        flag = " --video" if model == "embedded-video" else ""
+        raise ValueError(
+            f"the model {model} is not part of this ddit; make it with 'ddit embedded train{flag}' and "
+            f"'ddit embedded install{flag}'"
+        )
+    if (folder / "modular_model_index.json").is_file():
+        raise ValueError(
+            f"{folder} holds a modular pipeline, which the command line can't call; use ddit.apply in Python"
+        )
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
+    if not folder.exists() and model.count("/") != 1:
+        raise ValueError(f"there is no folder {model!r}, and it is no hub id (owner/name) either")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=getattr(torch, dtype))
+    except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
+        raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    own = Preset.load(folder)
+    return pipe.to(device), own if given is None else replace(given, call=given.call or own.call)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine or this PyTorch does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there = ", ".join(["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])])
+        raise ValueError(
+            f"device {device!r} can't be used here ({str(error).splitlines()[0]}); this machine has {there}"
+        ) from error
+
+
+def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:
+    """An adapter from a folder or a hub id.
+
+    Raises:
+        ValueError: When there is none, or its files are damaged.
+    """
+    return _load_part(PatchAdapter, name, dtype, device)
+
+
+def load_corrector(name: str, *, dtype: str = "float32", device: str = "cpu") -> ForecastCorrector:
+    """A corrector from a folder, a hub id, or that of an embedded model.
+
+    Raises:
+        ValueError: When there is none, or its files are damaged.
+    """
+    return _load_part(ForecastCorrector, str(EMBEDDED[name][1]) if name in EMBEDDED else name, dtype, device)
+
+
+def _load_part(kind: type[Part], name: str, dtype: str, device: str) -> Part:
+    if not Path(name).exists() and name.count("/") != 1:
+        raise ValueError(f"there is no folder {name!r} with {kind.noun}, and it is no hub id (owner/name) either")
+    part: Any = kind.from_pretrained(name, dtype=getattr(torch, dtype))
+    return part.to(device)
+
+
+def check_prompt(prompt: str, model: str) -> None:
+    """Refuse an empty prompt; warn of words that the embedded model never learnt."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what to draw")
+    if model not in EMBEDDED:
+        return
+    from ddit.embedded.scenes import vocabulary as picture_words
+    from ddit.embedded.video.clips import vocabulary as clip_words
+
+    words = picture_words() if model == "embedded" else clip_words()
+    for word in prompt.split():
+        if word not in words:
+            near = difflib.get_close_matches(word, words, n=3, cutoff=0.4) or words[8:14]
+            warn(f"the model {model} doesn't know {word!r}; near are {', '.join(near)}")
