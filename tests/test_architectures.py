@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddit
 import tiny
 import tiny_flux
+import tiny_modular
 import tiny_qwen
 import tiny_sd3
 import tiny_video
@@ -90,10 +91,10 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-for more in (tiny_flux.CASES, tiny_qwen.CASES, tiny_sd3.CASES, tiny_video.CASES):
+for more in (tiny_flux.CASES, tiny_modular.CASES, tiny_qwen.CASES, tiny_sd3.CASES, tiny_video.CASES):
     CASES.update({name: Case(**case) for name, case in more.items()})
 SMALL = (
-    *("chroma", "flux", "flux2", "qwen-image", "qwen-image-2.1", "sd3"),
+    *("chroma", "flux", "flux2", "flux3", "qwen-image", "qwen-image-2.1", "sd3"),
     *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
 )
 """One of each transformer."""
@@ -326,7 +327,7 @@ def test_a_new_adapter_is_the_training_free_step(name, start: Start):
         assert not torch.equal(draw(pipe, case), free)
 
 
-@parameters(PATCHED)
+@parameters([name for name in PATCHED if name != "flux3"])
 def test_feed_forward_layers_of_every_block_are_adapted(name):
     pipe = CASES[name].make()
     adapter = PatchAdapter.for_model(pipe.transformer, rank=2)

@@ -156,6 +156,12 @@ def test_further_arguments_of_the_call(tmp_path, model):
         ("generator=3", "can't be called with generator"),
         ("num_images_per_prompt=2", "can't be called with num_images_per_prompt"),
         ("guidance_scale=null", "says nothing"),
+        ("guidance_scale=NaN", "takes a number"),
+        ("guidance_scale=1e999", "takes a number"),
+        ("sigmas=[]", "is empty"),
+        ("sigmas=[1, NaN]", "each item a number"),
+        ("max_sequence_length=-1", "called with .*max_sequence_length=-1"),
+        ('prompt_2=["a", "b"]', "called with .*prompt_2="),
     ],
 )
 def test_arguments_that_no_call_takes_are_refused(capsys, tmp_path, model, call, word):

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 import tiny_flux
+import tiny_modular
 import tiny_sd3
 import tiny_video
 from ddit import PatchAdapter
@@ -33,6 +34,7 @@ MODELS = {
     "flux-fill": lambda: tiny.transformer(in_channels=48, out_channels=16),
     "flux2": lambda: tiny_flux.flux2(num_layers=2, num_single_layers=3).transformer,
     "flux2-klein": lambda: tiny_flux.flux2(guidance_embeds=False).transformer,
+    "flux3": tiny_modular.flux3_transformer,
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
     "sd3": tiny_sd3.transformer,
     "wan": tiny.wan_transformer,

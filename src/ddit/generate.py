@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import statistics
 import time
@@ -104,6 +105,10 @@ def load_pipeline(
             f"the model {model} is not part of this ddit; make it with 'ddit embedded train{flag}' and "
             f"'ddit embedded install{flag}'"
         )
+    if (folder / "modular_model_index.json").is_file():
+        raise ValueError(
+            f"{folder} holds a modular pipeline, which the command line can't call; use ddit.apply in Python"
+        )
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
     if not folder.exists() and model.count("/") != 1:
@@ -202,8 +207,10 @@ def check_call(pipe: Any, settings: dict[str, Any]) -> None:
         if name not in takes or name in SET:
             allowed = ", ".join(sorted(takes.keys() - {"self"} - SET))
             raise ValueError(f"{type(pipe).__name__} can't be called with {name}; it takes {allowed}")
-        if isinstance(takes[name].default, int | float) and not isinstance(value, int | float):
+        if isinstance(takes[name].default, int | float) and not fits(value, bool | float):
             raise ValueError(f"{name} is {value!r}; {type(pipe).__name__} takes a number there")
+        if value == []:
+            raise ValueError(f"{name} is empty; give at least one, or leave it out")
         if name in hints and not fits(value, hints[name]):
             raise ValueError(f"{name} is {value!r}; {type(pipe).__name__} takes {told(hints[name])} there")
 
@@ -241,14 +248,20 @@ def run(
         prompts: One per picture.
         seeds: One per picture, so that a picture does not depend on its batch.
         settings: Arguments of the pipeline's call, such as ``num_inference_steps``.
+
+    Raises:
+        ValueError: When the pipeline raises before its first step is done; the message names the settings as well.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     settings = for_batch(settings, len(prompts))
     handle: Handle | None = None
     if method is not None:
         handle = method.apply(pipe)
+    stepped = False
 
     def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal stepped
+        stepped = True
         if on_step is not None:
             scales = handle.scales if handle is not None else [1] * len(prompts)
             on_step(index + 1, pipe.num_timesteps, scales)
@@ -266,6 +279,11 @@ def run(
         )[0]
         seconds = time.perf_counter() - started
         return Run(np.asarray(pictures), seconds, handle.report if handle else None)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if stepped:
+            raise
+        called = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise ValueError(f"{error} ({type(pipe).__name__} was called with {called})") from error
     finally:
         if handle is not None:
             handle.remove()
@@ -282,6 +300,7 @@ def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
     before = vars(transformer).get("forward")
     calls: list[tuple[Inputs, Tensor]] = []
 
+    @functools.wraps(forward)  # modular pipelines read the signature
     def spy(*args: Any, **kwargs: Any) -> Any:
         answer = forward(*args, **kwargs)
         calls.append((architecture.bind(args, kwargs), first(answer)))

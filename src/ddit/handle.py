@@ -222,7 +222,9 @@ class Handle:
         return answer
 
     def _forward(self, seat: Seat, scale: int, samples: Sequence[int]) -> Callable[..., Any]:
-        """The transformer's own forward for some samples of the current step; see `Cache.call`."""
+        """The transformer's own forward for some samples of the current step, through the cache where there is one."""
+        if not seat.cache.active:
+            return seat.forward
         self._share = seat.cache.share
         return seat.cache.call(
             seat.forward,

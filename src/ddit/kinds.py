@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -9,7 +10,7 @@ NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value (of JSON or YAML) suits an annotation; a whole number is a number, true is none."""
+    """Whether a plain value (of JSON or YAML) suits an annotation; a whole number is a number, not true or infinity."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -18,7 +19,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is tuple and Ellipsis not in parts:

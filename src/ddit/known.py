@@ -12,10 +12,9 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.generate import check_device, model_folder, model_source
 from ddit.models import REGISTRY, architecture_class
+from ddit.models.base import Architecture
 
 FOLDER = Path(__file__).parent / "models" / "configs"
-COMPRESSION = (8, 4)
-"""Pixels of a picture's edge to one of its latents, and frames of a clip; the first frame has a latent of its own."""
 
 
 def names() -> list[str]:
@@ -77,21 +76,24 @@ def transformer(
     return made
 
 
-def compression(model: str) -> tuple[int, int]:
-    """Pixels of an edge, and frames, to one latent; of a folder or hub id as its autoencoder's configuration says."""
+def compression(model: str, architecture: Architecture) -> tuple[int, int]:
+    """Pixels of an edge, and frames, to one latent: as the autoencoder's configuration says, or as is usual.
+
+    The first frame of a clip has a latent of its own.
+    """
     from diffusers import AutoencoderKL
 
     if model in names():
-        return COMPRESSION
+        return architecture.compression
     try:
         vae: Any = AutoencoderKL.load_config(model_source(model), subfolder="vae")
     except Exception:  # A transformer on its own
-        return COMPRESSION
+        return architecture.compression
     if "scale_factor_spatial" in vae:
         return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
     if "temperal_downsample" in vae:
         return 2 ** len(vae["temperal_downsample"]), 2 ** sum(vae["temperal_downsample"])
-    return 2 ** (len(vae["block_out_channels"]) - 1), COMPRESSION[1]
+    return 2 ** (len(vae["block_out_channels"]) - 1), architecture.compression[1]
 
 
 def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, Any]]:

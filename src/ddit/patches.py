@@ -63,10 +63,14 @@ class TokenLayout:
         height, width = latents.shape[-2:]
         return cls((height // patch, width // patch), scale, positions)
 
-    def places(self, origin: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-        """Row and column of each token ``[N, 2]``, float32, where the model's own patches count on from ``origin``."""
+    def places(self, origin: tuple[float, float] = (0.0, 0.0), spacing: float = 1.0) -> Tensor:
+        """Row and column of each token ``[N, 2]``, float32.
+
+        Args:
+            origin, spacing: Of the model's own patches: where they begin, and how far apart they are.
+        """
         step, offset = (self.scale, (self.scale - 1) / 2) if self.positions == "interpolated" else (1, 0.0)
-        axes = (begin + offset + step * torch.arange(n) for begin, n in zip(origin, self.grid, strict=True))
+        axes = (begin + spacing * (offset + step * torch.arange(n)) for begin, n in zip(origin, self.grid, strict=True))
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float().flatten(0, 1)
 
 

@@ -63,6 +63,8 @@ class Cache:
                 f"the transformer has a cache already ({there}); call its disable_cache() first, "
                 "or leave cache= out to keep it"
             )
+        if not hasattr(self.transformer, "cache_context"):
+            raise ValueError(f"diffusers has no caches for {type(self.transformer).__name__}; leave cache= out")
         if isinstance(config, CacheDitConfig):
             self._dit.enable(config, len(self.architecture.blocks()))
             return
@@ -99,8 +101,9 @@ class Cache:
 
     @property
     def active(self) -> bool:
-        """Whether there is a cache at this moment."""
-        return isinstance(self._config, TeaCacheConfig) or self._theirs is not None or self._dit.active
+        """Whether there is a cache at this moment: TeaCache, one of diffusers, or cache-dit."""
+        marks = (getattr(self.transformer, name, None) for name in ("_cache_config", "_context_manager"))
+        return isinstance(self._config, TeaCacheConfig) or any(mark is not None for mark in marks)
 
     @property
     def share(self) -> float:
@@ -130,9 +133,6 @@ class Cache:
             reused: Called with the samples where the cache did not run the blocks.
             run: Tells runs apart that take turns.
         """
-        if not self.active:
-            self._found = None
-            return forward
         check_config(self._theirs)
         self._tell(steps)
 
@@ -181,7 +181,7 @@ class Cache:
             probe.remove()
 
     def _managers(self) -> list[StateManager]:
-        """Of the cache's hooks, looked up once: a large model has thousands of modules."""
+        """Of the cache's hooks, looked up once a run: a large model has thousands of modules."""
         if self._found is not None and self._found[0] is self._theirs:
             return self._found[1]
         kind = _state_manager()
@@ -201,6 +201,7 @@ class Cache:
         """Forget everything of a run."""
         mine = {key for key in self._groups if key[0] == run}
         self._drop({self._groups.pop(key).name for key in mine})
+        self._found = None  # the next run may have a new cache under the same settings
 
     def remove(self) -> None:
         """Take off what this class put on."""

@@ -68,7 +68,7 @@ def example(architecture: Architecture, model: str, height: int, width: int, fra
     Raises:
         ValueError: For sizes that the model does not take.
     """
-    pixels, group = compression(model)
+    pixels, group = compression(model, architecture)
     multiple = pixels * architecture.patch_size
     for name, size in (("height", height), ("width", width)):
         if size < multiple or size % multiple:

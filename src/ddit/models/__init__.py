@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 REGISTRY = {
     "ChromaTransformer2DModel": ("ddit.models.chroma", "Chroma"),
     "Flux2Transformer2DModel": ("ddit.models.flux2", "Flux2"),
+    "Flux3Transformer2DModel": ("ddit.models.flux3", "Flux3"),
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
     "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),

@@ -60,6 +60,8 @@ class Architecture(ABC):
     """Height and width of the model's own patches, in latent pixels."""
     grid_multiple: ClassVar[int] = 1
     """Numbers of rows and columns of tokens that the model takes are multiples of this."""
+    compression: ClassVar[tuple[int, int]] = (8, 4)
+    """Pixels of a picture's edge to one latent, and frames of a clip, in the usual autoencoder."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]

@@ -34,6 +34,8 @@ class Flux(PackedArchitecture):
         "joint_attention_kwargs",
         *residuals,
     )
+    attention_arguments = "joint_attention_kwargs"
+    """Name of the input with arguments of the attention layers."""
 
     embedding = "x_embedder"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
@@ -56,9 +58,10 @@ class Flux(PackedArchitecture):
         self._ids: Tensor | None = None
         self._grid: tuple[int, int] | None = None
         self._origin = (0.0, 0.0)
+        self._spacing = 1.0
 
     def read(self, inputs: Inputs) -> Noisy:
-        check_arguments(inputs.get("joint_attention_kwargs"), _HARMLESS)
+        check_arguments(inputs.get(self.attention_arguments), _HARMLESS)
         grid = self._read_grid(inputs)
         if grid is None:
             raise UnsupportedCall("img_ids do not begin with one full grid of rows and columns")
@@ -71,11 +74,11 @@ class Flux(PackedArchitecture):
         changed = {
             "hidden_states": self.packed(noisy, inputs["hidden_states"][:, count:]),
             "timestep": noisy.sigma.to(noisy.latents.dtype),
-            "joint_attention_kwargs": _copy(inputs.get("joint_attention_kwargs")),
+            self.attention_arguments: _copy(inputs.get(self.attention_arguments)),
             "return_dict": False,
         }
         if layout.grid != grid:
-            places = layout.places(self._origin).to(ids.device)
+            places = layout.places(self._origin, self._spacing).to(ids.device)
             # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
             own = ids[:1].float().repeat(len(places), 1)
             own[:, 1:3] = places
@@ -117,8 +120,9 @@ class Flux(PackedArchitecture):
         ids = inputs["img_ids"]
         if ids is not self._ids:
             self._ids, self._grid = ids, _grid(_of_one(ids))
-            row, column = _of_one(ids)[0, 1:3].tolist()
+            (row, column), *others = _of_one(ids)[:2, 1:3].tolist()
             self._origin = (row, column)
+            self._spacing = max(others[0][0] - row, others[0][1] - column) if others else 1.0
         return self._grid
 
 

@@ -26,6 +26,7 @@ _SLOT = 4
 class QwenImage21(PackedArchitecture):
     patch_size = 1
     grid_multiple = 2
+    compression = (16, 4)
     batched = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep")
     embedding = "img_in"
     rope = "pos_embed"
