@@ -94,7 +94,7 @@ CASES = {
 for more in (tiny_flux.CASES, tiny_modular.CASES, tiny_qwen.CASES, tiny_sd3.CASES, tiny_video.CASES):
     CASES.update({name: Case(**case) for name, case in more.items()})
 SMALL = (
-    *("chroma", "flux", "flux2", "flux3", "qwen-image", "qwen-image-2.1", "sd3"),
+    *("chroma", "flux", "flux2", *(["flux3"] if tiny_modular.HAS_FLUX3 else []), "qwen-image", "qwen-image-2.1", "sd3"),
     *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
 )
 """One of each transformer."""

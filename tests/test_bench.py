@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+import tiny_modular
 from ddit import PatchAdapter, known
 from ddit.cli import main
 from ddit.eval import timing
@@ -23,6 +24,10 @@ def test_known_architectures_are_the_real_ones():
         **{"wan2.1-1.3b": 1.4, "wan2.1-14b": 14.3, "wan2.1-vace-14b": 17.3},
     }
     assert set(expected) == set(names())
+    if not tiny_modular.HAS_FLUX3:
+        with pytest.raises(ValueError, match=r"Flux3Transformer2DModel is not in diffusers .*; get a newer one"):
+            meta_transformer("flux.3-klein-base")
+        del expected["flux.3-klein-base"]
     for name, billions in expected.items():
         parameters = sum(p.numel() for p in meta_transformer(name).parameters())
         assert parameters / 1e9 == pytest.approx(billions, abs=0.06), name

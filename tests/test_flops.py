@@ -34,7 +34,7 @@ MODELS = {
     "flux-fill": lambda: tiny.transformer(in_channels=48, out_channels=16),
     "flux2": lambda: tiny_flux.flux2(num_layers=2, num_single_layers=3).transformer,
     "flux2-klein": lambda: tiny_flux.flux2(guidance_embeds=False).transformer,
-    "flux3": tiny_modular.flux3_transformer,
+    **({"flux3": tiny_modular.flux3_transformer} if tiny_modular.HAS_FLUX3 else {}),
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
     "sd3": tiny_sd3.transformer,
     "wan": tiny.wan_transformer,

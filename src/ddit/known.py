@@ -115,6 +115,11 @@ def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, An
     name = loaded.get("_class_name")
     if name not in REGISTRY:
         raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
+    if not hasattr(diffusers, name):
+        raise ValueError(
+            f"{name} is not in diffusers {diffusers.__version__}, which is installed; get a newer one: "
+            "pip install -U diffusers"
+        )
     counts = architecture_class(name).block_counts
     if blocks:
         wanted = list(blocks) * len(counts) if len(blocks) == 1 else list(blocks)
