@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +38,26 @@ def check_large_patches(pipe: Any, drawn: Callable[[], Tensor]) -> None:
     assert run.report.forced is None and {2, 4} <= set(run.report.scales[0])
     assert coarse.shape == plain.shape and torch.isfinite(coarse).all() and not torch.equal(coarse, plain)
     assert torch.equal(drawn(), plain)
+
+
+def check_landing(pipe: Any, name: str, clean: Tensor, answers: Callable[..., Any]) -> None:
+    """A model that knows the picture draws it as far as large patches show it, by its pipeline's signs and times.
+
+    Args:
+        clean: The picture ``[1, C, H, W]``.
+        answers: Called in place of the model's forward with a function that gives the picture at the size of given
+            latents, and with the arguments; independent of what ddit makes of them.
+    """
+
+    def known(z: Tensor) -> Tensor:
+        return F.avg_pool2d(clean, clean.shape[-1] // z.shape[-1]).reshape(z.shape[-len(clean.shape) + 1 :])
+
+    pipe.transformer.forward = lambda *args, **kwargs: answers(known, *args, **kwargs)
+    for scale in (1, 2, 4):
+        with ddit.apply(pipe, patches=FixedSchedule(steps=(scale,))):
+            drawn = draw(pipe, CASES[name])
+        shown = F.interpolate(F.avg_pool2d(clean, scale), scale_factor=float(scale))
+        torch.testing.assert_close(drawn, shown, rtol=1e-3, atol=1e-3)
 
 
 def check_flops(pipe: Any, inputs: dict[str, Any], report: Report) -> None:

@@ -25,17 +25,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 import tiny
+import tiny_audio
 import tiny_flux
+import tiny_hunyuan
+import tiny_ltx
+import tiny_lumina2
 import tiny_modular
 import tiny_qwen
 import tiny_sd3
 import tiny_video
+import tiny_z_image
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
 from ddit.generate import recorded
 from ddit.models import architecture_for
-from ddit.models.base import first
+from ddit.models.base import channels_first, first
 from ddit.patches import TokenLayout, expand, pad_to_multiple, shrink
 from ddit.schedule import StepContext
 
@@ -51,6 +56,8 @@ class Case:
     steps: int = 8
     rows: int = 1
     """Samples in a call for one picture: two where guidance is stacked."""
+    fill: int = 1
+    """The model fills up the tokens of a picture to a multiple of this."""
 
 
 def embeds(seed: int, batch: int = 1) -> Tensor:
@@ -91,13 +98,21 @@ CASES = {
         lambda: tiny.wan_pipeline(I2V, EULER, expand_timesteps=True), {**VIDEO, "image": PICTURE}, passes=2
     ),
 }
-for more in (tiny_flux.CASES, tiny_modular.CASES, tiny_qwen.CASES, tiny_sd3.CASES, tiny_video.CASES):
-    CASES.update({name: Case(**case) for name, case in more.items()})
-SMALL = (
-    *("chroma", "flux", "flux2", *(["flux3"] if tiny_modular.HAS_FLUX3 else []), "qwen-image", "qwen-image-2.1", "sd3"),
-    *("wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
+FAMILIES = (
+    *(tiny_audio, tiny_flux, tiny_hunyuan, tiny_ltx, tiny_lumina2, tiny_modular),
+    *(tiny_qwen, tiny_sd3, tiny_video, tiny_z_image),
 )
+for family in FAMILIES:
+    CASES.update({name: Case(**case) for name, case in family.CASES.items()})
+ONE_OF_EACH = (
+    *("chroma", "flux", "flux2", "flux3", "lumina2", "qwen-image", "qwen-image-2.1", "sd3", "z-image"),
+    *("hunyuan-video", "hunyuan-video-1.5", "ltx", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
+    "ace-step",
+)
+SMALL = tuple(name for name in ONE_OF_EACH if name in CASES)  # an older diffusers lacks some
 """One of each transformer."""
+GATED = ("ace-step", "lumina2", "z-image")
+"""Those whose feed-forward parts have a third layer."""
 PATCHED = tuple(name for name in SMALL if name != "wan-animate")
 """Those all of whose layers see patches or text: Animate has encoders of the face beside its blocks."""
 
@@ -112,9 +127,15 @@ def _video_to_video():
 
 def draw(pipe, case: Case, seed: int = 0, **changes) -> Tensor:
     """Latents of one run."""
+    torch.manual_seed(seed)  # An encoder of sound draws beside the generator.
     generator = torch.Generator().manual_seed(seed)
     settings = {**case.call, "num_inference_steps": case.steps, "output_type": "latent", **changes}
     return pipe(generator=generator, return_dict=False, **settings)[0]
+
+
+def lists(case: Case) -> dict[str, list[Tensor]]:
+    """Arguments with a tensor for each sample."""
+    return {k: v for k, v in case.call.items() if isinstance(v, list) and isinstance(v[0], Tensor)}
 
 
 def transformers(pipe) -> list[Any]:
@@ -151,7 +172,7 @@ def test_large_patches_save_work_and_stay_near(name, scale):
     steps = (1, 1, scale, scale, 1, scale, scale, 1)
     with ddit.apply(pipe, patches=FixedSchedule(steps=steps)) as run:
         embeddings = [m.get_submodule(architecture_for(m).embedding) for m in transformers(pipe)]
-        hooks = [embedding.register_forward_hook(_tokens(shapes)) for embedding in embeddings]
+        hooks = [embedding.register_forward_hook(_tokens(shapes, case.rows)) for embedding in embeddings]
         drawn = draw(pipe, case)
         for hook in hooks:
             hook.remove()
@@ -162,16 +183,17 @@ def test_large_patches_save_work_and_stay_near(name, scale):
         and report.flops_fraction < 1
     )
     assert len(shapes) == case.passes * len(steps)
-    assert {n for n in shapes} == {report.tokens[1], report.tokens[scale]}
+    assert set(shapes) == {n + -n % case.fill for n in (report.tokens[1], report.tokens[scale])}
     assert torch.isfinite(drawn).all() and not torch.equal(drawn, plain)
     with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 1, 1, scale, 1))):
         off = (draw(pipe, case) - plain).std()
     assert 0 < off < 0.3 * plain.std(), "a single step: with random weights the next ones see another picture"
 
 
-def _tokens(seen: list[int]):
+def _tokens(seen: list[int], rows: int):
     def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        seen.append(output.shape[1] if output.ndim == 3 else output[0, 0].numel())
+        output = output.unflatten(0, (rows, -1)) if output.ndim == 2 else output  # all samples in a row
+        seen.append(output[0, 0].numel() if channels_first(layer) else output.shape[1])
 
     return hook
 
@@ -251,8 +273,8 @@ def test_a_model_that_knows_the_picture_is_exact_in_what_pooling_keeps(name, sca
         return (arch.output((asked.latents - pooled(clean)) / expand(asked.sigma, clean), small),)
 
     velocity = coarse_step(arch, knowing, inputs, noisy, scale, Coarse())
-    rows, columns = (n // scale for n in clean.shape[-2:])  # a patch beyond the edge counts its inner part alone
-    found, wanted = (pooled(v)[..., :rows, :columns] for v in (velocity, exact))
+    inner = [slice(n // scale) for n in clean.shape[-arch.axes :]]  # of a patch beyond the edge the inner part alone
+    found, wanted = (pooled(v)[(..., *inner)] for v in (velocity, exact))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -263,7 +285,9 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name):
 
     def settings(count: int) -> dict[str, Any]:
         many = {k: v.repeat(count, *[1] * (v.ndim - 1)) for k, v in case.call.items() if isinstance(v, Tensor)}
-        return {**case.call, **many, **({"prompt": [tiny.PROMPT] * count} if "prompt" in case.call else {})}
+        words = {k: [v] * count for k, v in case.call.items() if isinstance(v, str)}
+        many.update({k: v * count for k, v in lists(case).items()})
+        return {**case.call, **many, **words}
 
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -288,6 +312,7 @@ def test_bfloat16(name):
     case = CASES[name]
     pipe = case.make().to(torch.bfloat16)
     given = {k: v.bfloat16() for k, v in case.call.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    given.update({k: [t.bfloat16() for t in v] for k, v in lists(case).items()})
     with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 1, 2, 4, 1))) as run:
         assert torch.isfinite(draw(pipe, case, **given)).all()
     assert run.report.scales == [[1, 1, 2, 4, 1, 1, 1, 1]] * case.rows
@@ -329,13 +354,14 @@ def test_a_new_adapter_is_the_training_free_step(name, start: Start):
 
 @parameters([name for name in PATCHED if name != "flux3"])
 def test_feed_forward_layers_of_every_block_are_adapted(name):
+    """But of those that see the prompt alone."""
     pipe = CASES[name].make()
     adapter = PatchAdapter.for_model(pipe.transformer, rank=2)
     layers = list(adapter.config["layers"])
     blocks = {".".join(layer.split(".")[:2]) for layer in layers}
-    lists = [n for n, m in pipe.transformer.named_children() if isinstance(m, nn.ModuleList)]
+    lists = [n for n, m in pipe.transformer.named_children() if isinstance(m, nn.ModuleList) and n != "context_refiner"]
     assert blocks == {f"{n}.{i}" for n in lists for i in range(len(getattr(pipe.transformer, n)))}
-    assert len(layers) == 2 * len(blocks)
+    assert len(layers) == (3 if name in GATED else 2) * len(blocks)
 
 
 @parameters(SMALL)

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import pytest
 import torch
 
 import tiny
-import tiny_modular
+import tiny_audio
 from ddit import PatchAdapter, known
 from ddit.cli import main
 from ddit.eval import timing
 from ddit.eval.bench import Bench, count, counts_table, parse_schedule
 from ddit.known import meta_transformer, names
+from ddit.models import REGISTRY
 
 
 def test_known_architectures_are_the_real_ones():
     """Parameters in billions."""
     expected = {
         **{"flux.1-dev": 11.9, "flux.1-schnell": 11.9, "flux.2-dev": 32.2, "flux.3-klein-base": 5.5, "chroma1-hd": 8.9},
+        "ace-step-1.5": 1.6,
         **{"sd3.5-large": 8.1, "qwen-image": 20.4, "qwen-image-2.1": 7.1},
         **{"wan2.1-1.3b": 1.4, "wan2.1-14b": 14.3, "wan2.1-vace-14b": 17.3},
+        **{"hunyuan-video": 12.8, "hunyuan-video-1.5": 8.3, "ltx-video": 1.9},
     }
     assert set(expected) == set(names())
-    if not tiny_modular.HAS_FLUX3:
-        with pytest.raises(ValueError, match=r"Flux3Transformer2DModel is not in diffusers .*; get a newer one"):
-            meta_transformer("flux.3-klein-base")
-        del expected["flux.3-klein-base"]
     for name, billions in expected.items():
+        if name == "flux.3-klein-base" and not hasattr(diffusers, "Flux3Transformer2DModel"):
+            continue
         parameters = sum(p.numel() for p in meta_transformer(name).parameters())
         assert parameters / 1e9 == pytest.approx(billions, abs=0.06), name
+
+
+def test_an_older_diffusers_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(REGISTRY, "LaterTransformer2DModel", REGISTRY["FluxTransformer2DModel"])
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "LaterTransformer2DModel"}')
+    assert main(["bench", "--arch", str(tmp_path)]) == 2
+    assert f"diffusers {diffusers.__version__} has no LaterTransformer2DModel" in capsys.readouterr().err
 
 
 def test_flux_at_1024():
@@ -47,6 +57,18 @@ def test_grids_of_wan_are_padded():
     result = count("wan2.1-1.3b", height=480, width=832, frames=81)
     assert {s: row["tokens"] for s, row in result["scales"].items()} == {1: 32760, 2: 8190, 4: 21 * 8 * 13}
     assert result["scales"][1]["flops"] / 1e12 == pytest.approx(283, abs=1)
+
+
+def test_sound_is_as_long_as_it_is_said(tmp_path, capsys):
+    """25 latents a second, two of which make a token; an autoencoder of one's own tells another rate."""
+    assert main(["bench", "--arch", "ace-step-1.5", "--size", "60s"]) == 0
+    assert "| ace-step-1.5 | 60 s | 750, 2.4 | 375, 1.2 | 188, 0.7 |" in capsys.readouterr().out
+    pipe = tiny_audio.pipeline()
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    for rate, tokens in ((tiny_audio.RATE, 50), (2 * tiny_audio.RATE, 100)):
+        pipe.vae.register_to_config(sampling_rate=rate)
+        pipe.vae.save_config(tmp_path / "vae")
+        assert count(str(tmp_path), seconds=4)["scales"][1]["tokens"] == tokens
 
 
 def test_an_adapter_is_counted_along():
@@ -74,6 +96,9 @@ def test_the_command_writes_a_table(tmp_path, capsys):
         (["--size", "large"], "HEIGHTxWIDTH"),
         (["--size", "480x832x80", "--arch", "wan2.1-1.3b"], "multiple of 4"),
         (["--arch", "flux.2"], "flux.1-dev"),
+        (["--arch", "ace-step-1.5"], "such as 60s"),
+        (["--arch", "ace-step-1.5", "--size", "0s"], "such as 60s"),
+        (["--size", "60s"], "HEIGHTxWIDTH"),
         (["--scales", "3"], "power"),
         (["--blocks", "20"], "19 and 38"),
         (["--blocks", "1", "1", "1"], "19 and 38"),

@@ -47,15 +47,16 @@ REUSED = {
     "cache-dit": "1 (1) (1) 2 (2) 1 4 (4)",
 }
 """Their strips."""
-CACHED = ("flux", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
+CACHED = ("flux", "hunyuan-video-replaced", "qwen-image", "wan", "wan2.2-a14b", "wan-vace")
 """Models that every cache is tried on."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
 UNKNOWN = (
-    *("chroma", "flux2", "flux2-reference", "qwen-image-2.1"),
+    *("chroma", "flux2", "flux2-reference", "hunyuan-video-1.5", "qwen-image-2.1"),
     *("wan-animate", "skyreels-v2", "skyreels-v2-image", "skyreels-v2-forcing"),
 )
 NOT_KNOWN = [
     *((name, cache) for name in UNKNOWN for cache in ("teacache", "first-block", "magcache")),
+    *(("ace-step", cache) for cache in LIKELY),
     ("qwen-image-2.1", "cache-dit"),
     ("wan-animate", "cache-dit"),
 ]
@@ -323,6 +324,16 @@ def test_a_cache_that_does_not_know_the_blocks_is_refused(name, cache):
     with pytest.raises(ValueError, match=r"does not know the blocks of \w+; choose another cache"):
         ddit.apply(pipe, cache=LIKELY[cache]())
     assert set(vars(block)) == before
+
+
+@pytest.mark.parametrize("name", ["lumina2", "sd3", "z-image"])
+@every_cache
+def test_a_model_without_caches_in_diffusers_is_left_as_it_was(name, cache):
+    pipe = CASES[name].make()
+    before = set(vars(pipe.transformer))
+    with pytest.raises(ValueError, match=r"diffusers has no caches for \w+; leave cache= out"):
+        ddit.apply(pipe, cache=LIKELY[cache]())
+    assert set(vars(pipe.transformer)) == before
 
 
 def test_pairs_that_cannot_work_are_refused():

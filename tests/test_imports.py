@@ -22,7 +22,7 @@ GROUPS = (
     ("ddit.cli",),
     ("ddit.train", "ddit.eval", "ddit.app"),
     ("ddit.known", "ddit.methods"),
-    ("ddit.generate", "ddit.outputs"),
+    ("ddit.generate", "ddit.outputs", "ddit.sounds"),
     ("ddit.embedded",),
     ("ddit",),
     ("ddit.api",),

@@ -19,9 +19,10 @@ from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops
 from test_architectures import CASES, draw
 
-pytestmark = pytest.mark.skipif(not tiny_modular.HAS_FLUX3, reason="needs diffusers 0.42")
+flux3 = pytest.mark.skipif(not tiny_modular.HAS_FLUX3, reason="this diffusers has no FLUX.3")
 
 
+@flux3
 def test_reference_images_stay_and_positions_are_half_a_unit_apart():
     arch, inputs, _ = call_of(tiny_modular.flux3(), "flux3-reference")
     names = ("image_cond_hidden_states", "image_cond_ids", "txt_ids")
@@ -35,6 +36,7 @@ def test_reference_images_stay_and_positions_are_half_a_unit_apart():
             assert grid[1, 2].tolist() == [0, begin + step, begin + 2 * step, 0]
 
 
+@flux3
 def test_operations_with_reference_images():
     pipe = tiny_modular.flux3()
     _, inputs, _ = call_of(pipe, "flux3-reference")
@@ -43,6 +45,7 @@ def test_operations_with_reference_images():
     check_flops(pipe, inputs, run.report)
 
 
+@flux3
 def test_blocks_of_text_alone_are_not_adapted():
     """They see neither the picture nor the noise level."""
     adapter = PatchAdapter.for_model(tiny_modular.flux3_transformer(), rank=2)
@@ -50,6 +53,7 @@ def test_blocks_of_text_alone_are_not_adapted():
     assert blocks == {f"{name}.{i}" for name in ("mode_blocks.image", "single_transformer_blocks") for i in (0, 1)}
 
 
+@flux3
 def test_a_step_distilled_model_keeps_full_steps():
     model = tiny_modular.flux3_transformer(flow_map=True)
     call: dict[str, Any] = architecture_for(model).example(1, 16, 24, 5) | {"target_timestep": torch.full((1,), 0.4)}
@@ -59,12 +63,13 @@ def test_a_step_distilled_model_keeps_full_steps():
         assert run.report.forced is not None
 
 
+@flux3
 def test_no_cache_where_diffusers_has_none():
     with pytest.raises(ValueError, match="no caches for Flux3Transformer2DModel"):
         ddit.apply(tiny_modular.flux3(), cache=TeaCacheConfig(threshold=0.1, coefficients=(1.0, 0.0)))
 
 
-@pytest.mark.parametrize("name", ["flux-modular", "flux3"])
+@pytest.mark.parametrize("name", ["flux-modular", pytest.param("flux3", marks=flux3)])
 def test_steps_are_skipped(name):
     pipe = CASES[name].make()
     with ddit.apply(pipe, patches=FULL, skip=SkipSchedule(speedup=2.0)) as run:

@@ -17,9 +17,12 @@ from ddit.patches import (
     detail_velocity,
     grow,
     low_velocity,
+    noise_divisor,
+    pack,
     pad_to_multiple,
     resize_matrices,
     shrink,
+    unpack,
 )
 
 STARTS: tuple[Start, ...] = ("noise-consistent", "bilinear")
@@ -253,3 +256,81 @@ def test_no_variance_is_zero_variance():
 def test_bilinear_velocity_is_the_output():
     output = noise(2, 3, 4, 4)
     assert low_velocity(output, output, SIGMAS[:2], 2, "bilinear") is output
+
+
+# --- audio: patches span time alone ---
+
+LEVELS = SIGMAS.reshape(-1, 1, 1)
+
+
+@pytest.mark.parametrize(("patch", "scale"), SIZES)
+def test_sound_is_pooled_and_repeated_along_time(patch, scale):
+    z = noise(2, 3, 5 * patch * scale)
+    pooled = F.avg_pool1d(z, scale)
+    repeated = pooled.repeat_interleave(scale, -1)
+    torch.testing.assert_close(shrink(z, scale, patch, "noise-consistent"), pooled, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(grow(pooled, scale, patch, "noise-consistent"), repeated, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(detail(z, scale), z - repeated, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("patch", "scale"), SIZES)
+def test_bilinear_growing_of_sound_is_linear(patch, scale):
+    z = noise(2, 3, patch)
+    expected = F.interpolate(z, scale_factor=scale, mode="linear", align_corners=False)
+    torch.testing.assert_close(grow(z, scale, patch, "bilinear"), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(shrink(expected, scale, patch, "bilinear"), z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_sound_of_every_length_is_padded_cropped_and_packed(length):
+    z = noise(2, 3, length)
+    padded = pad_to_multiple(z, 4)
+    assert padded.shape == (2, 3, -(-length // 4) * 4)
+    assert torch.equal(crop(padded, length), z)
+    assert torch.equal(padded[..., length:], z[..., -1:].expand(2, 3, padded.shape[-1] - length))
+    tokens = pack(padded, 4)
+    assert torch.equal(tokens[0, 0], padded[0, :, :4].flatten())
+    assert torch.equal(unpack(tokens, 4, padded.shape), padded)
+
+
+def test_places_of_sound_are_moments():
+    layout = TokenLayout.of(noise(1, 3, 6), 2, 4, "interpolated")
+    assert layout.grid == (3,) and layout.places().tolist() == [[1.5], [5.5], [9.5]]
+    assert TokenLayout((3,), 4).places((2.0,)).tolist() == [[2], [3], [4]]
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_noise_falls_by_the_root_of_how_many_values_are_averaged(scale):
+    """One axis averages s values, two average s * s; pooled noise is again as strong as its level says."""
+    assert noise_divisor(noise(1, 2, 8), scale) == pytest.approx(scale**0.5)
+    assert noise_divisor(noise(1, 2, 8, 8), scale) == noise_divisor(noise(1, 2, 3, 8, 8), scale) == scale
+    eps = noise(4, 4, 2**14)
+    small, level = coarse_input(LEVELS * eps, SIGMAS, scale, 2, "noise-consistent")
+    torch.testing.assert_close(small.flatten(1).std(1), level, rtol=0.03, atol=0)
+    assert level[-1] == 1
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_velocity_of_sound_is_exact_without_detail(scale):
+    lo, eps = noise(4, 3, 12), noise(4, 3, 12 * scale, seed=1)
+    x = lo.repeat_interleave(scale, -1)
+    z = (1 - LEVELS) * x + LEVELS * eps
+    small, _ = coarse_input(z, SIGMAS, scale, 2, "noise-consistent")
+    ideal = scale**0.5 * F.avg_pool1d(eps, scale) - F.avg_pool1d(x, scale)
+    torch.testing.assert_close(step(z, SIGMAS, small, ideal, scale), eps - x, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_wiener_estimate_of_sound_is_the_best_linear_one(scale):
+    """On white latents a smaller or larger variance of the detail raises the error of the velocity."""
+    x, eps, sigma = noise(1, 1, 2**16), noise(1, 1, 2**16, seed=1), torch.tensor([0.5]).double()
+    z = 0.5 * x + 0.5 * eps
+    small, _ = coarse_input(z, sigma, scale, 2, "noise-consistent")
+    ideal = scale**0.5 * F.avg_pool1d(eps, scale) - F.avg_pool1d(x, scale)
+    true = detail(x, scale).square().mean().reshape(1)
+    assert true.item() == pytest.approx(1 - 1 / scale, abs=0.02)
+
+    def error(variance):
+        return (step(z, sigma, small, ideal, scale, variance) - (eps - x)).square().mean().item()
+
+    assert error(true) < min(error(true * 0.7), error(true * 1.4), error(true * 0))

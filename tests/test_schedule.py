@@ -52,7 +52,7 @@ def paper_statistic(d, patch, percentile):
     """Quantile over patches of the deviation inside a patch, patch by patch."""
     deviations = []
     for sample in d:
-        frames = sample[:, None] if sample.ndim == 3 else sample
+        frames = sample.reshape(len(sample), *[1] * (4 - sample.ndim), *sample.shape[1:])  # sound: one row, continued
         height, width = frames.shape[-2:]
         pad = ((0, 0), (0, 0), (0, -height % patch), (0, -width % patch))
         frames = np.pad(frames, pad, mode="edge")
@@ -82,10 +82,10 @@ def test_only_the_newest_latents_count():
     assert torch.equal(difference(z), difference(z[-4:]))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 12), (2, 3, 2, 8, 12), (1, 4, 9, 7), (3, 1, 2, 5, 11)])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 12), (2, 3, 2, 8, 12), (1, 4, 9, 7), (3, 1, 2, 5, 11), (2, 4, 13)])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_plain_is_the_papers_formula(order, shape):
-    """Also for videos and for grids that the patch does not divide."""
+    """Also for videos, for sound, and for grids that the patch does not divide."""
     z = path(6, shape, seed=order)
     ours = difference(z, order)
     theirs = paper_difference(z, order)
@@ -201,6 +201,19 @@ def test_what_is_dropped_lies_below_the_noise_by_hand():
     edge = 10**0.5 / (1 + 10**0.5)
     assert below_noise(edge + 1e-6, 0.075, 2) and not below_noise(edge - 1e-6, 0.075, 2)
     assert below_noise(1.0, 100.0, 4)  # pure noise holds no detail
+
+
+def test_along_one_axis_less_noise_is_dropped():
+    """h = .1 at 2p: half of the noise and .2 of signal per dropped coefficient; 1 % at sigma = sqrt(20) (1 - sigma)."""
+    edge = 20**0.5 / (1 + 20**0.5)
+    assert below_noise(edge + 1e-6, 0.1, 2, 1) and not below_noise(edge - 1e-6, 0.1, 2, 1)
+
+
+def test_where_nobody_has_measured_sound_all_of_it_counts_as_detail():
+    flat, edge = [{2: 0.0}], 200**0.5 / (1 + 200**0.5)
+    rule = Rule(PatchSchedule(threshold=1.0), {}, axes=1)
+    assert [rule.choose(StepContext(5, None, flat, sigma=edge + off)) for off in (-1e-4, 1e-4)] == [[1], [2]]
+    assert Rule(PatchSchedule(threshold=1.0), {}).choose(StepContext(5, None, flat, sigma=edge - 1e-4)) == [2]
 
 
 @pytest.mark.parametrize(("careful", "late"), [(True, 1), (False, 4)])

@@ -12,12 +12,6 @@ from torch import Tensor
 
 import tiny
 
-HAS_FLUX3 = hasattr(diffusers, "Flux3Transformer2DModel")
-"""It came with diffusers 0.42, which wants Python 3.11."""
-if HAS_FLUX3:
-    from diffusers import Flux3Transformer2DModel
-    from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoCoreDenoiseStep
-
 
 def called_as_others(pipe: Any) -> Any:
     """It gives its latents in a tuple, whatever is asked for."""
@@ -36,8 +30,10 @@ def flux():
     return called_as_others(pipe)
 
 
-def flux3_transformer(**overrides: Any) -> Flux3Transformer2DModel:
+def flux3_transformer(**overrides: Any):
     """2 blocks of each mode, then 2 joint ones."""
+    from diffusers import Flux3Transformer2DModel
+
     torch.manual_seed(0)
     settings = dict(
         in_channels=16,
@@ -54,6 +50,8 @@ def flux3_transformer(**overrides: Any) -> Flux3Transformer2DModel:
 
 
 def flux3():
+    from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoCoreDenoiseStep
+
     pipe = Flux3AutoCoreDenoiseStep().init_pipeline()
     pipe.update_components(transformer=flux3_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     return called_as_others(pipe)
@@ -71,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flux-modular": dict(make=flux, call=dict(prompt=tiny.PROMPT, height=32, width=48, max_sequence_length=20)),
 }
 """For test_architectures."""
+HAS_FLUX3 = hasattr(diffusers, "Flux3Transformer2DModel")  # from diffusers 0.42 on
 if HAS_FLUX3:
     CASES["flux3"] = dict(make=flux3, call=EMBEDS, passes=2)
     CASES["flux3-reference"] = dict(make=flux3, call={**EMBEDS, "image_cond_latents": REFERENCES}, passes=2)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ddit.config import Coarse, Positions, Start
 from ddit.models import architecture_for
-from ddit.models.base import Architecture
+from ddit.models.base import Architecture, channels_first
 from ddit.pretrained import TrainedPart, config_hash
 
 
@@ -133,6 +133,7 @@ class PatchAdapter(TrainedPart):
         positions: Positions of large patches, see `ddit.config.Coarse`.
         residual: Whether there is a residual path from the latents to the output.
         size_vector: Whether there is a patch-size vector.
+        axes: Axes of the latents that a patch spans, see `ddit.models.base.Architecture`.
         detail_variance: Scale -> variance per channel of what pooling loses, measured on the base's samples; used where
             `ddit.apply` gets none.
         steps_trained: Number of optimiser steps so far.
@@ -155,13 +156,14 @@ class PatchAdapter(TrainedPart):
         positions: Positions = "grid",
         residual: bool = True,
         size_vector: bool = True,
+        axes: int = 2,
         detail_variance: dict[str, list[float]] | None = None,
         steps_trained: int = 0,
         ddit_version: str = "",
     ) -> None:
         super().__init__()
         parts = {"residual": residual, "size_vector": size_vector}
-        self.inputs = {s: features * s * s for s in scales}
+        self.inputs = {s: features * s**axes for s in scales}
         self.parts = nn.ModuleDict(
             {str(s): ScaleParts(n, width, layers, rank, **parts) for s, n in self.inputs.items()}
         )
@@ -209,6 +211,7 @@ class PatchAdapter(TrainedPart):
             positions=positions or ("grid" if start == "noise-consistent" else "interpolated"),
             residual=residual,
             size_vector=size_vector,
+            axes=architecture.axes,
             detail_variance={str(s): list(v) for s, v in (detail_variance or {}).items()},
             ddit_version=__version__,
         )
@@ -291,7 +294,7 @@ class PatchAdapter(TrainedPart):
         parts = self._parts(self._state.scale)
         added = parts.embed(self._call.patches)
         added = (added if parts.size is None else added + parts.size).to(output.dtype)
-        if output.ndim > 3:  # A convolution puts channels first: [B, width, ..., h, w] instead of [B, N, width].
+        if channels_first(layer):
             return output + added.mT.reshape(output.shape)
         changed = output.clone()
         self._own(changed, added.shape[1]).add_(added)
@@ -302,7 +305,8 @@ class PatchAdapter(TrainedPart):
         if self._call is None:
             return
         parts = self._parts(self._state.scale)
-        correction = parts.head(self._own(args[0], self._call.patches.shape[1]).to(self.dtype))
+        tokens = args[0].mT if channels_first(layer) else args[0]
+        correction = parts.head(self._own(tokens, self._call.patches.shape[1]).to(self.dtype))
         if parts.residual is not None:
             correction = correction + parts.residual(self._call.patches)
         self._call.correction = correction

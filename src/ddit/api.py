@@ -127,12 +127,13 @@ def _settle(
     missing = sorted(scales - set(variance)) if variance else []
     if missing:
         raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
+    detail = {s: float(v.mean()) for s, v in variance.items()}
     coarse = schedule.coarse if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule().coarse
     make_skipper, corrector, speedup = _skipping(skip, corrector, architectures[0], pipe, known, scales)
     return Plan(
         architectures=architectures,
         pipe=pipe,
-        policy=_policy(schedule, {s: float(v.mean()) for s, v in variance.items()}, guarded=adapter is None),
+        policy=_policy(schedule, detail if adapter is None else None, architectures[0].axes),
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
         coarse=coarse if adapter is None else adapter.coarse,
         variance=variance,
@@ -154,9 +155,9 @@ def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
     return Preset.load(preset, required=True)
 
 
-def _policy(schedule: Patches | Policy, detail: Mapping[int, float], *, guarded: bool) -> Policy:
+def _policy(schedule: Patches | Policy, detail: Mapping[int, float] | None, axes: int) -> Policy:
     if isinstance(schedule, PatchSchedule):
-        return Rule(schedule, detail if guarded else None)
+        return Rule(schedule, detail, axes)
     return Fixed(schedule) if isinstance(schedule, FixedSchedule) else schedule
 
 

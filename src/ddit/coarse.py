@@ -89,7 +89,7 @@ def coarse_step(
         velocity = velocity + detail_velocity(padded, sigma, scale, variance)
     if learnt is not None:
         velocity = velocity + unpack(learnt.correction.float(), scale * patch, padded.shape)
-    return crop(velocity, *noisy.latents.shape[-2:])
+    return crop(velocity, *noisy.latents.shape[2:])
 
 
 def _padded(arch: Architecture, z: Tensor, scale: int) -> Tensor:

@@ -48,7 +48,7 @@ class Run:
     """Pictures or clips of one call of a pipeline."""
 
     pictures: np.ndarray
-    """``[N, H, W, 3]`` in [0, 1], of a video pipeline ``[N, F, H, W, 3]``."""
+    """``[N, H, W, 3]`` in [0, 1], of a video pipeline ``[N, F, H, W, 3]``; sound ``[N, channels, T]`` in [-1, 1]."""
     seconds: float
     """Wall-clock time of the whole call, text encoders and decoder included."""
     report: Report | None
@@ -253,7 +253,7 @@ def run(
         ValueError: When the pipeline raises before its first step is done; the message names the settings as well.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    settings = for_batch(settings, len(prompts))
+    settings = for_batch(pipe, settings, len(prompts))
     handle: Handle | None = None
     if method is not None:
         handle = method.apply(pipe)

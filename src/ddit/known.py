@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.generate import check_device, model_folder, model_source
-from ddit.models import REGISTRY, architecture_class
+from ddit.models import REGISTRY, architecture_class, unsupported
 from ddit.models.base import Architecture
 
 FOLDER = Path(__file__).parent / "models" / "configs"
@@ -81,19 +82,35 @@ def compression(model: str, architecture: Architecture) -> tuple[int, int]:
 
     The first frame of a clip has a latent of its own.
     """
-    from diffusers import AutoencoderKL
-
-    if model in names():
-        return architecture.compression
-    try:
-        vae: Any = AutoencoderKL.load_config(model_source(model), subfolder="vae")
-    except Exception:  # A transformer on its own
+    vae = _autoencoder(model)
+    if vae is None:
         return architecture.compression
     if "scale_factor_spatial" in vae:
         return vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+    if "spatio_temporal_scaling" in vae:
+        halved = 2 ** sum(vae["spatio_temporal_scaling"])
+        return vae["patch_size"] * halved, vae["patch_size_t"] * halved
     if "temperal_downsample" in vae:
         return 2 ** len(vae["temperal_downsample"]), 2 ** sum(vae["temperal_downsample"])
     return 2 ** (len(vae["block_out_channels"]) - 1), architecture.compression[1]
+
+
+def latent_rate(model: str, architecture: Architecture) -> float:
+    """Latents to a second of sound, likewise."""
+    vae = _autoencoder(model)
+    return architecture.latent_rate if vae is None else vae["sampling_rate"] / math.prod(vae["downsampling_ratios"])
+
+
+def _autoencoder(model: str) -> Any:
+    """Configuration of a pipeline's autoencoder; ``None`` of a model by name, and of a transformer on its own."""
+    from diffusers import AutoencoderKL
+
+    if model in names():
+        return None
+    try:
+        return AutoencoderKL.load_config(model_source(model), subfolder="vae")
+    except Exception:  # no such folder
+        return None
 
 
 def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, Any]]:
@@ -114,12 +131,9 @@ def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, An
         ) from error
     name = loaded.get("_class_name")
     if name not in REGISTRY:
-        raise ValueError(f"{name} is not supported; supported are {', '.join(sorted(REGISTRY))}")
+        raise ValueError(unsupported(name))
     if not hasattr(diffusers, name):
-        raise ValueError(
-            f"{name} is not in diffusers {diffusers.__version__}, which is installed; get a newer one: "
-            "pip install -U diffusers"
-        )
+        raise ValueError(f"diffusers {diffusers.__version__} has no {name}; install a newer one")
     counts = architecture_class(name).block_counts
     if blocks:
         wanted = list(blocks) * len(counts) if len(blocks) == 1 else list(blocks)

@@ -3,10 +3,14 @@
 Letters: B samples, C channels, H and W latent height and width, p the model's own patch size in latent pixels,
 s the scale. A patch of size ``s p`` is a patch of size p after resizing it to ``p x p`` latent pixels by a matrix
 ``M [p p, s p s p]``; its output comes back through ``U [s p s p, p p]``.
+
+Patches span height and width of pictures ``[B, C, H, W]`` and of frames ``[B, C, F, H, W]``; those of audio
+``[B, C, T]`` span time alone (`spanned`). What is written here of squares then holds of stretches: ``M [p, s p]``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
@@ -19,14 +23,37 @@ from torch import Tensor
 from ddit.config import Positions, Start
 
 
+def spanned(z: Tensor) -> int:
+    """How many axes of latents ``[B, C, ...]`` a patch spans, the last ones: time of audio, else height and width."""
+    return min(z.ndim - 2, 2)
+
+
+def cut(z: Tensor, side: int) -> Tensor:
+    """Squares of ``side x side`` latents: ``[B, C, ..., H, W] -> [B, C, ..., H/side, W/side, side side]``."""
+    if spanned(z) == 1:
+        return z.unflatten(-1, (-1, side))
+    return rearrange(z, "b c ... (h y) (w x) -> b c ... h w (y x)", y=side, x=side)
+
+
+def join(patches: Tensor, side: int) -> Tensor:
+    """The inverse of `cut`."""
+    if patches.ndim == 4:  # of audio
+        return patches.flatten(-2)
+    return rearrange(patches, "b c ... h w (y x) -> b c ... (h y) (w x)", y=side, x=side)
+
+
 def pack(z: Tensor, patch: int) -> Tensor:
     """One token for each ``patch x patch`` square: ``[B, C, ..., H, W] -> [B, N, C patch patch]``."""
+    if spanned(z) == 1:
+        return rearrange(z, "b c (n t) -> b n (c t)", t=patch)
     squares = F.pixel_unshuffle(z.movedim(1, -3), patch)  # a third of the time of rearrange
     return squares.movedim(-3, -1).flatten(1, -2).contiguous()
 
 
 def unpack(tokens: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
     """The inverse of `pack`; ``shape`` is that of the latents, of which C may differ."""
+    if len(shape) == 3:
+        return rearrange(tokens, "b n (c t) -> b c (n t)", t=patch)
     *frames, height, width = shape[2:]
     squares = tokens.unflatten(1, (*frames, height // patch, width // patch)).movedim(-1, -3)
     return F.pixel_shuffle(squares, patch).movedim(-3, 1)
@@ -34,25 +61,26 @@ def unpack(tokens: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
 
 def pad_to_multiple(z: Tensor, multiple: int) -> Tensor:
     """Continue the last row and column until H and W are multiples of ``multiple``; `crop` undoes it."""
-    height, width = z.shape[-2:]
-    pad = (0, -width % multiple, 0, -height % multiple)
+    axes = spanned(z)
+    size = z.shape[-axes:]
+    pad = [n for length in reversed(size) for n in (0, -length % multiple)]
     if not any(pad):
         return z
-    flat = F.pad(z.reshape(-1, 1, height, width), pad, mode="replicate")
-    return flat.reshape(*z.shape[:-2], *flat.shape[-2:])
+    flat = F.pad(z.reshape(-1, 1, *size), pad, mode="replicate")
+    return flat.reshape(*z.shape[:-axes], *flat.shape[-axes:])
 
 
-def crop(z: Tensor, height: int, width: int) -> Tensor:
-    """The first ``height`` rows and ``width`` columns."""
-    return z if z.shape[-2:] == (height, width) else z[..., :height, :width]
+def crop(z: Tensor, *size: int) -> Tensor:
+    """The first so many along each of the last axes: rows and columns."""
+    return z if z.shape[-len(size) :] == size else z[(..., *map(slice, size))]
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """Which latent pixels each token covers: squares, ``scale`` times as wide as the model's own patches."""
 
-    grid: tuple[int, int]
-    """Rows and columns of tokens."""
+    grid: tuple[int, ...]
+    """Rows and columns of tokens; of audio their number alone."""
     scale: int = 1
     positions: Positions = "grid"
     """``grid`` counts on by one from token to token, as on a smaller image; ``interpolated`` gives centres."""
@@ -60,64 +88,77 @@ class TokenLayout:
     @classmethod
     def of(cls, latents: Tensor, patch: int, scale: int = 1, positions: Positions = "grid") -> TokenLayout:
         """Of latents ``[B, C, ..., H, W]`` that are cut into ``patch x patch`` squares, of the coarse grid if s > 1."""
-        height, width = latents.shape[-2:]
-        return cls((height // patch, width // patch), scale, positions)
+        return cls(tuple(n // patch for n in latents.shape[-spanned(latents) :]), scale, positions)
 
-    def places(self, origin: tuple[float, float] = (0.0, 0.0), spacing: float = 1.0) -> Tensor:
-        """Row and column of each token ``[N, 2]``, float32.
+    def places(self, origin: Sequence[float] = (), spacing: float = 1.0) -> Tensor:
+        """Row and column of each token ``[N, 2]``, of audio its moment ``[N, 1]``; float32.
 
         Args:
-            origin, spacing: Of the model's own patches: where they begin, and how far apart they are.
+            origin, spacing: Of the model's own patches: where they begin, by default at 0, and how far apart they are.
         """
         step, offset = (self.scale, (self.scale - 1) / 2) if self.positions == "interpolated" else (1, 0.0)
-        axes = (begin + spacing * (offset + step * torch.arange(n)) for begin, n in zip(origin, self.grid, strict=True))
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float().flatten(0, 1)
+        begins = origin or [0.0] * len(self.grid)
+        axes = (begin + spacing * (offset + step * torch.arange(n)) for begin, n in zip(begins, self.grid, strict=True))
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float().flatten(0, -2)
+
+    def video_places(self, frames: int) -> Tensor:
+        """Frame, row and column of each token of a video ``[F N, 3]``, float32."""
+        places = self.places()
+        frame = torch.arange(frames).float().repeat_interleave(len(places))
+        return torch.cat([frame[:, None], places.repeat(frames, 1)], dim=1)
 
 
 @cache
 @torch.inference_mode(False)  # Autograd refuses tensors made in inference mode, and these are kept.
-def resize_matrices(patch_size: int, scale: int, start: Start) -> tuple[Tensor, Tensor]:
+def resize_matrices(patch_size: int, scale: int, start: Start, axes: int = 2) -> tuple[Tensor, Tensor]:
     """Matrices that shrink a large patch to a small one and grow it back.
 
     ``noise-consistent``: average pooling and repetition. ``bilinear``: U is bilinear resizing and M its
     pseudo-inverse, so that ``M U = 1``; applied to the latents this equals resizing the embedding's weights
     (PI-resize, FlexiViT, arXiv 2212.08013, section 3.4).
 
+    Args:
+        axes: That a patch spans, see `spanned`; with one, resizing is linear.
+
     Returns:
         ``M [p p, s p s p]`` and ``U [s p s p, p p]``, float32.
     """
-    pixels = patch_size * patch_size
-    basis = torch.eye(pixels).reshape(pixels, 1, patch_size, patch_size)
+    pixels = patch_size**axes
+    basis = torch.eye(pixels).reshape(pixels, 1, *[patch_size] * axes)
     if start == "noise-consistent":
         up = F.interpolate(basis, scale_factor=float(scale), mode="nearest").reshape(pixels, -1).T
-        return (up.T / scale**2).contiguous(), up.contiguous()
-    up = F.interpolate(basis, scale_factor=float(scale), mode="bilinear", align_corners=False).reshape(pixels, -1).T
+        return (up.T / scale**axes).contiguous(), up.contiguous()
+    mode = "linear" if axes == 1 else "bilinear"
+    up = F.interpolate(basis, scale_factor=float(scale), mode=mode, align_corners=False).reshape(pixels, -1).T
     return torch.linalg.pinv(up).contiguous(), up.contiguous()
 
 
 def resize(z: Tensor, matrix: Tensor) -> Tensor:
     """Resize every patch of a latent by a matrix of `resize_matrices`; the grid must divide."""
-    out, into = (round(n**0.5) for n in matrix.shape)
-    patches = rearrange(z, "b c ... (h y) (w x) -> b c ... h w (y x)", y=into, x=into)
-    return rearrange(patches @ matrix.T.to(z), "b c ... h w (y x) -> b c ... (h y) (w x)", y=out, x=out)
+    out, into = (round(n ** (1 / spanned(z))) for n in matrix.shape)
+    return join(cut(z, into) @ matrix.T.to(z), out)
 
 
 def shrink(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
     """``[B, C, ..., H, W] -> [B, C, ..., H/s, W/s]``."""
-    return resize(z, resize_matrices(patch_size, scale, start)[0])
+    return resize(z, resize_matrices(patch_size, scale, start, spanned(z))[0])
 
 
 def grow(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
     """``[B, C, ..., H/s, W/s] -> [B, C, ..., H, W]``."""
-    return resize(z, resize_matrices(patch_size, scale, start)[1])
+    return resize(z, resize_matrices(patch_size, scale, start, spanned(z))[1])
 
 
 def detail(z: Tensor, scale: int) -> Tensor:
     """What average pooling by ``scale`` loses: ``z - U D z``; the grid must divide."""
     # Slices are added and whole rows subtracted: less than half the time of avg_pool2d and of squares of pixels.
-    rows = reduce(torch.add, [z[..., i::scale, :] for i in range(scale)])
-    pooled = reduce(torch.add, [rows[..., i::scale] for i in range(scale)]) / scale**2
-    return (z.unflatten(-2, (-1, scale)) - pooled.repeat_interleave(scale, -1)[..., None, :]).flatten(-3, -2)
+    axes, mean = spanned(z), z
+    for axis in range(-axes, 0):
+        mean = reduce(torch.add, mean.unflatten(axis, (-1, scale)).unbind(axis))
+    mean = mean / scale**axes
+    for axis in range(1 - axes, 0):
+        mean = mean.repeat_interleave(scale, axis)
+    return (z.unflatten(-axes, (-1, scale)) - mean.unsqueeze(-axes)).flatten(-1 - axes, -axes)
 
 
 def detail_variance(clean: Tensor, scale: int, patch_size: int) -> Tensor:
@@ -126,14 +167,22 @@ def detail_variance(clean: Tensor, scale: int, patch_size: int) -> Tensor:
     return lost.square().transpose(0, 1).flatten(1).mean(1)
 
 
-def consistent_level(sigma: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+def noise_divisor(z: Tensor, scale: int) -> float:
+    """By what pooling latents like ``z`` divides the noise's deviation: the root of how many values are averaged.
+
+    That is ``s`` where patches span height and width, and ``sqrt(s)`` where they span time alone.
+    """
+    return math.sqrt(scale ** spanned(z))
+
+
+def consistent_level(sigma: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
     """Factor ``a`` and noise level ``sigma'`` that make pooled latents a noisy latent again.
 
-    Pooling divides the noise's deviation by ``s``: ``D z = (1 - sigma) D x + (sigma / s) eps``. Times
-    ``a = 1 / ((1 - sigma) + sigma / s)`` the weights add up to one again, at ``sigma' = a sigma / s``.
+    Pooling divides the noise's deviation by ``d`` (`noise_divisor`): ``D z = (1 - sigma) D x + (sigma / d) eps``. Times
+    ``a = 1 / ((1 - sigma) + sigma / d)`` the weights add up to one again, at ``sigma' = a sigma / d``.
     """
-    factor = 1 / ((1 - sigma) + sigma / scale)
-    return factor, factor * sigma / scale
+    factor = 1 / ((1 - sigma) + sigma / divisor)
+    return factor, factor * sigma / divisor
 
 
 def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: Start) -> tuple[Tensor, Tensor]:
@@ -149,7 +198,7 @@ def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: S
     small = shrink(z, scale, patch_size, start)
     if start == "bilinear":
         return small, sigma
-    factor, level = consistent_level(sigma, scale)
+    factor, level = consistent_level(sigma, noise_divisor(z, scale))
     return small * expand(factor, z), level
 
 
@@ -159,14 +208,14 @@ def patch_features(z: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; sigma: their noise level ``[B]``.
     """
-    return z if start == "bilinear" else z * expand(consistent_level(sigma, scale)[0], z)
+    return z if start == "bilinear" else z * expand(consistent_level(sigma, noise_divisor(z, scale))[0], z)
 
 
 def low_velocity(small: Tensor, output: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor:
     """Velocity of what pooling keeps, from the model's answer on the coarse grid.
 
     ``bilinear`` takes the answer as it is. ``noise-consistent`` splits it: with ``x_lo = z' - sigma' v'`` and
-    ``e_lo = (z' + (1 - sigma') v') / s`` the velocity is ``e_lo - x_lo``.
+    ``e_lo = (z' + (1 - sigma') v') / d`` the velocity is ``e_lo - x_lo``.
 
     Args:
         small, output: The model's input and answer ``[B, C, ..., H/s, W/s]``.
@@ -177,8 +226,9 @@ def low_velocity(small: Tensor, output: Tensor, sigma: Tensor, scale: int, start
     """
     if start == "bilinear":
         return output
-    level = expand(consistent_level(sigma, scale)[1], small)
-    return (small + (1 - level) * output) / scale - (small - level * output)
+    divisor = noise_divisor(small, scale)
+    level = expand(consistent_level(sigma, divisor)[1], small)
+    return (small + (1 - level) * output) / divisor - (small - level * output)
 
 
 def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | None) -> Tensor:
@@ -195,7 +245,7 @@ def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | Non
     if variance is None:
         return seen / sigma
     h = variance.to(z).reshape(-1, *[1] * (z.ndim - 2))
-    gain = (1 - sigma) * h / ((1 - sigma) ** 2 * h + sigma**2 * (1 - 1 / scale**2))
+    gain = (1 - sigma) * h / ((1 - sigma) ** 2 * h + sigma**2 * (1 - 1 / scale ** spanned(z)))
     return (1 - gain) * seen / sigma
 
 
@@ -204,8 +254,8 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def pool_tokens(x: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
-    """Mean over the tokens of a grid (rows, columns) that a large patch covers: ``[B, N, D] -> [B, N/s s, D]``."""
+def pool_tokens(x: Tensor, grid: Sequence[int], scale: int) -> Tensor:
+    """Mean over the tokens of a picture (grid of rows, columns) in each large patch: ``[B, N, D] -> [B, N/s s, D]``."""
     z = pad_to_multiple(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), scale)
     return rearrange(F.avg_pool2d(z, scale), "b d h w -> b (h w) d")
 

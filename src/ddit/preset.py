@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -132,7 +133,12 @@ class Preset:
         write_json(Path(folder) / FILE, {"version": VERSION, **asdict(self)})
 
 
-def for_batch(settings: dict[str, Any], count: int) -> dict[str, Any]:
-    """Arguments for a call with ``count`` prompts: pipelines want as many negative prompts, not one for all."""
-    negative = {k: [v] * count for k, v in settings.items() if k.startswith("negative_prompt") and isinstance(v, str)}
-    return {**settings, **negative}
+def for_batch(pipe: Any, settings: dict[str, Any], count: int) -> dict[str, Any]:
+    """Arguments for a call with ``count`` prompts: pipelines want as many negative prompts or lyrics, not one for all.
+
+    Not even the default lyrics, which are none, serve more than one.
+    """
+    if "lyrics" in inspect.signature(type(pipe).__call__).parameters:
+        settings = {"lyrics": "", **settings}
+    texts = {k: v for k, v in settings.items() if k.startswith(("negative_prompt", "lyrics")) and isinstance(v, str)}
+    return {**settings, **{k: [v] * count for k, v in texts.items()}}

@@ -168,23 +168,27 @@ class RunState:
     def continues(self, z: Tensor, sigma: float) -> bool:
         """Whether a call belongs to this run: the noise level does not rise, and the latents are alike.
 
-        A forced call hands over tokens instead of latents; the two may follow each other.
+        A forced call hands over tokens instead of latents; the two may follow each other. Guidance that was stacked in
+        one call may end, and one copy of the latents goes on.
         """
         if not self.levels:
             return True
         other_form = z.ndim != self._seen.ndim and len(z) == len(self._seen)
-        return sigma <= self.levels[-1] and ((self._like(z) and len(z) == len(self._seen)) or other_form)
+        alike = self._like(z) and (len(z) == len(self._seen) or len(z) == period(self._seen))
+        return sigma <= self.levels[-1] and (alike or other_form)
 
     def decide(self, z: Tensor, sigma: float, patch_size: int) -> list[int]:
         """Begin a step: the scale of each sample, 0 where the model is not called.
 
         Args:
-            z: Latents ``[B, C, ..., H, W]`` as the transformer gets them.
+            z: Latents ``[B, C, ..., H, W]`` as the transformer gets them; see `continues`.
             sigma: Their noise level.
 
         Raises:
             ValueError: When the policy chooses what is not allowed.
         """
+        copies = len(self.scales) // len(z)
+        z = z.repeat(copies, *[1] * (z.ndim - 1)) if copies > 1 else z
         called = self._called()
         moved = self.path.add(z, self.velocities)
         stats = self._statistics(len(z), patch_size)

@@ -1,7 +1,8 @@
 """The scheduler of DDiT (arXiv 2602.16968, section 3.3): pure functions from recent latents to patch scales.
 
 Letters: B samples, C channels, H and W latent height and width, N patches, p the model's own patch size in latent
-pixels, s a scale (patch size ``s * p``). Latents are ``[B, C, H, W]`` or ``[B, C, F, H, W]``, newest last in a list.
+pixels, s a scale (patch size ``s * p``). Latents are ``[B, C, H, W]``, ``[B, C, F, H, W]`` or, of audio, ``[B, C, T]``,
+newest last in a list.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ddit.config import FixedSchedule, PatchSchedule
-from ddit.patches import pad_to_multiple
+from ddit.patches import cut, pad_to_multiple
 
 
 def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
@@ -58,8 +58,7 @@ def patch_deviation(moments: Tensor, patch: int) -> Tensor:
     Returns:
         ``[B, N]``.
     """
-    pixels = pad_to_multiple(moments, patch)
-    mean, variance = rearrange(pixels, "m b ... (h y) (w x) -> m b (... h w) (y x)", y=patch, x=patch)
+    mean, variance = cut(pad_to_multiple(moments, patch), patch).flatten(2, -2)
     return (variance.mean(-1) + mean.var(-1, correction=0)).sqrt()
 
 
@@ -75,7 +74,7 @@ def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentil
     """Per sample, the statistic of every scale above 1, read by the host at once.
 
     Args:
-        values: Differences ``[B, C, H, W]`` or ``[B, C, F, H, W]``.
+        values: Differences of latents.
 
     Where the latents hold NaN so does a statistic, which lies below no threshold.
     """
@@ -93,26 +92,27 @@ def choose_scale(stats: Mapping[int, float], threshold: float) -> int:
     return max((s for s, value in stats.items() if value < threshold), default=1)
 
 
-def below_noise(sigma: float, variance: float, scale: int) -> bool:
+def below_noise(sigma: float, variance: float, scale: int, axes: int = 2) -> bool:
     """Whether what large patches drop lies well below the noise, so that a coarse step without training loses little.
 
-    Pooling by ``s`` drops a share ``1 - 1/s^2`` of the noise's variance, and the detail. In each dropped coefficient
-    there is ``(1 - sigma)^2 h / (1 - 1/s^2)`` of signal for ``sigma^2`` of noise (the criterion of progressive
-    resolution, SPEED, arXiv 2605.18736, with its default margin).
+    Pooling by ``s`` along two axes drops a share ``1 - 1/s^2`` of the noise's variance, and the detail. In each dropped
+    coefficient there is ``(1 - sigma)^2 h / (1 - 1/s^2)`` of signal for ``sigma^2`` of noise (the criterion of
+    progressive resolution, SPEED, arXiv 2605.18736, with its default margin).
 
     Args:
         sigma: Noise level.
         variance: ``h``, mean variance of the detail in clean latents (`ddit.patches.detail_variance`).
+        axes: That a patch spans (`ddit.patches.spanned`).
     """
-    signal = (1 - sigma) ** 2 * variance / (1 - 1 / scale**2)
+    signal = (1 - sigma) ** 2 * variance / (1 - 1 / scale**axes)
     return signal < MARGIN * sigma**2
 
 
 MARGIN = 0.01
 """Signal for noise in what a careful coarse step drops; SPEED's delta."""
-USUAL_DETAIL = {2: 0.1, 4: 0.25}
-"""Scale -> `below_noise`'s variance where nobody has measured it (`ddit calibrate` does): above what the embedded model
-has, for latents of unit variance."""
+USUAL_DETAIL = {2: {2: 0.1, 4: 0.25}}
+"""Axes that a patch spans -> scale -> `below_noise`'s variance where nobody has measured it (`ddit calibrate` does):
+above what the embedded model has, for latents of unit variance. Where there is none, all of that counts as detail."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,16 @@ class Rule:
     Args:
         schedule: Its settings.
         detail: Scale -> variance of the detail, for the guard (`PatchSchedule.careful`); ``None`` for no guard.
+        axes: That a patch spans (`ddit.patches.spanned`).
     """
 
     needs_statistics = True
 
-    def __init__(self, schedule: PatchSchedule, detail: Mapping[int, float] | None = None) -> None:
+    def __init__(self, schedule: PatchSchedule, detail: Mapping[int, float] | None = None, axes: int = 2) -> None:
         self.schedule = schedule
         self.scales = schedule.scales
-        self.detail = detail if schedule.careful else None
+        self.detail = None if detail is None or not schedule.careful else {**USUAL_DETAIL.get(axes, {}), **detail}
+        self.axes = axes
 
     def choose(self, context: StepContext) -> list[int]:
         if context.step < self.schedule.warmup:
@@ -182,7 +184,7 @@ class Rule:
         ]
 
     def _allowed(self, scale: int, sigma: float) -> bool:
-        return self.detail is None or below_noise(sigma, self.detail.get(scale, USUAL_DETAIL.get(scale, 1.0)), scale)
+        return self.detail is None or below_noise(sigma, self.detail.get(scale, 1.0), scale, self.axes)
 
     def remark(self, chosen: Sequence[Sequence[int]], stats: Sequence[Sequence[Mapping[int, float]]]) -> str | None:
         """What to do about a run in which the rule never used large patches, or did in all steps; else ``None``.

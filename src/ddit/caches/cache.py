@@ -74,6 +74,9 @@ class Cache:
             raise unknown_blocks(config, self.transformer)
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
+            if not self._managers():  # TaylorSeer goes by the names of layers
+                self.transformer.disable_cache()
+                raise unknown_blocks(config, self.transformer)
             return
         if config.coefficients is None:
             config = replace(config, coefficients=self.architecture.teacache_coefficients())

@@ -98,5 +98,5 @@ def unknown_blocks(config: Any, transformer: Any) -> ValueError:
     """For a cache that can't tell what a transformer's blocks take and give."""
     return ValueError(
         f"{type(config).__name__} does not know the blocks of {type(transformer).__name__}; "
-        "choose another cache, such as taylorseer"
+        "choose another cache (docs/caches.md), or leave it out"
     )

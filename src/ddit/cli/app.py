@@ -70,9 +70,11 @@ def _app(args: argparse.Namespace) -> None:
     from ddit import outputs
     from ddit.app import page
     from ddit.app.draw import Studio
+    from ddit.sounds import refuse_sound
 
     load = {"dtype": args.dtype, "device": args.device}
     pipe, preset = lib.load_pipeline(args.model, preset=args.preset, **load)
+    refuse_sound(pipe)
     if lib.draws_video(pipe):
         outputs.check_video_writer()
     settings = lib.call_settings(preset, **call_options(args))
@@ -94,12 +96,14 @@ def _prepare(args: argparse.Namespace) -> None:
     from ddit.app.draw import draw_pairs
     from ddit.cli.drawing import Drawing
     from ddit.progress import progress
+    from ddit.sounds import refuse_sound
     from ddit.train.samples import read_prompts
 
     prompts = read_prompts(args.prompts)
     for prompt in prompts:
         lib.check_prompt(prompt, args.model)
     drawing = Drawing.load(args, args.device)
+    refuse_sound(drawing.pipe)
     study = Study.prepare(args.out, {**drawing.setup, "suffix": drawing.suffix}, prompts, args.seed)
     pairs = study.pairs()
     with progress("pairs", len(pairs)) as advance:

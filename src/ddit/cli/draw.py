@@ -40,11 +40,11 @@ def add_draw(commands: Any) -> None:
     method_options(generate)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
-    generate.add_argument("--compare", action="store_true", help="also run plain and report speedup, PSNR, SSIM")
+    generate.add_argument("--compare", action="store_true", help="also run plain and report speedup and likeness")
     generate.add_argument("--repeats", type=positive, default=1, help="with --compare: times the median of this many")
     generate.add_argument("--frames", type=positive, help="of a clip: one more than a multiple of 4")
     generate.add_argument("--fps", type=positive, default=8, help="frames per second of a clip (default: %(default)s)")
-    generate.add_argument("--out", type=Path, help="PNG, or MP4 of a video model (default: out/ddit.png, .mp4)")
+    generate.add_argument("--out", type=Path, help="PNG, MP4 of clips, or WAV of sound (default: out/ddit.png, ...)")
     generate.add_argument("--json", type=Path, help="write a report")
     generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
 
@@ -102,8 +102,8 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         _draw_many(args)
         return
-    if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4"):
-        raise ValueError(f"{args.out} must end in .png, or for a video model in .mp4")
+    if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4", ".wav"):
+        raise ValueError(f"{args.out} must end in .png, for a video model in .mp4, or for sound in .wav")
     from ddit import generate as lib
     from ddit.cli.drawing import Drawing
 
@@ -111,7 +111,7 @@ def _generate(args: argparse.Namespace) -> None:
     drawing = Drawing.load(args, args.device)
     out = args.out or Path("out/ddit").with_suffix(drawing.suffix)
     if out.suffix.lower() != drawing.suffix:
-        raise ValueError(f"{out} must end in {drawing.suffix}, which is what {type(drawing.pipe).__name__} draws")
+        raise ValueError(f"{out} must end in {drawing.suffix}, which is what {type(drawing.pipe).__name__} makes")
     check_outputs([*_files(out, args.num_images), args.json, args.plot])
     with _step_bar() as on_step:
         result, written = drawing.draw(args.prompt, out, on_step, plot=args.plot)
@@ -119,7 +119,9 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"steps: {row}")
     print(f"tokens {result['tokens_fraction']:.1%}, FLOPs {result['flops_fraction']:.1%} of a plain run")
     if args.compare:
-        print(f"speed {result['speedup']:.2f}x of plain, PSNR {result['psnr']:.1f} dB, SSIM {result['ssim']:.3f}")
+        units = {"psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}", "snr": "signal to noise {:.1f} dB"}
+        likeness = [shown.format(result[name]) for name, shown in units.items() if name in result]
+        print(f"speed {result['speedup']:.2f}x of plain, {', '.join(likeness)}")
     if args.json is not None:
         write_json(args.json, result)
         written.append(args.json)
@@ -127,10 +129,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _files(out: Path, count: int) -> list[Path]:
-    """All that `ddit.outputs.save` writes: beside a clip lies its contact sheet."""
-    from ddit.outputs import names
+    """All that `ddit.outputs.save` writes, and `ddit.sounds.save`: beside a clip lies its contact sheet."""
+    from ddit import outputs, sounds
 
-    files = names(out, count)
+    if out.suffix.lower() == ".wav":
+        return sounds.names(out, count, compared=True)
+    files = outputs.names(out, count)
     return [*files, *(path.with_suffix(".png") for path in files if path.suffix.lower() == ".mp4")]
 
 

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ddit import generate as lib
-from ddit import outputs
+from ddit import outputs, sounds
 from ddit.cli.common import call_options, command_line, environment, words_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
@@ -31,7 +33,7 @@ class Drawing:
     settings: dict[str, Any]
     """Arguments of the pipeline's call."""
     suffix: str
-    """Of the files: .png, or .mp4 of a video model."""
+    """Of the files: .png, .mp4 of a video model, or .wav of sound."""
 
     @classmethod
     def load(cls, args: argparse.Namespace, device: str) -> Drawing:
@@ -40,11 +42,12 @@ class Drawing:
         Raises:
             ValueError: For a model, adapter, cache or size that can't be had.
         """
-        pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=device, preset=args.preset)
-        suffix = ".mp4" if lib.draws_video(pipe) else ".png"
+        load = {"dtype": args.dtype, "device": device}
+        pipe, preset = lib.load_pipeline(args.model, **load, preset=args.preset)
+        suffix = ".wav" if sounds.sample_rate(pipe) else ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
-        words, load = completed(words_of(args), args.model, preset), {"dtype": args.dtype, "device": device}
+        words = completed(words_of(args), args.model, preset)
         method = make_method(
             words,
             preset,
@@ -91,9 +94,9 @@ class Drawing:
         result.update(seconds=dynamic.seconds, environment=environment(args.device))
         result["strips"] = [report.strip(i) for i in range(len(prompts))]
         if plain is not None:
-            result.update(similarity(outputs.frames(plain.pictures), outputs.frames(dynamic.pictures)))
+            result.update(self._likeness(plain.pictures, dynamic.pictures))
             result.update(baseline_seconds=plain.seconds, speedup=plain.seconds / dynamic.seconds)
-        written = outputs.save(out, dynamic.pictures, None if plain is None else plain.pictures, fps=args.fps)
+        written = self._save(out, dynamic.pictures, None if plain is None else plain.pictures)
         if plot is not None:
             plot.parent.mkdir(parents=True, exist_ok=True)
             rule = self.method.patches
@@ -104,6 +107,16 @@ class Drawing:
                 named.replace(part)
             written.append(plot)
         return result, written
+
+    def _likeness(self, plain: np.ndarray, dynamic: np.ndarray) -> dict[str, float]:
+        if self.suffix == ".wav":
+            return sounds.likeness(plain, dynamic)
+        return similarity(outputs.frames(plain), outputs.frames(dynamic))
+
+    def _save(self, out: Path, dynamic: np.ndarray, plain: np.ndarray | None) -> list[Path]:
+        if self.suffix == ".wav":
+            return sounds.save(out, dynamic, plain, rate=self.pipe.sample_rate)
+        return outputs.save(out, dynamic, plain, fps=self.args.fps)
 
     def is_there(self, prompt: str, path: Path) -> bool:
         """Whether an earlier run has drawn a prompt to ``path``: its report is written last.

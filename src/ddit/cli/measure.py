@@ -72,7 +72,9 @@ def _add_evaluate(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     bench = add_command(commands, "bench", _bench, "count or time a step at every scale; needs no weights")
     bench.add_argument("--arch", nargs="+", default=["flux.1-dev"], help="names (see ddit info), folders or hub ids")
-    bench.add_argument("--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES")
+    bench.add_argument(
+        "--size", nargs="+", default=["1024x1024"], help="HEIGHTxWIDTH, HEIGHTxWIDTHxFRAMES, or of sound 60s"
+    )
     bench.add_argument("--scales", type=positive, nargs="+", default=[1, 2, 4])
     bench.add_argument("--blocks", type=positive, nargs="+", default=[], help="keep only so many of each kind")
     bench.add_argument("--adapter-rank", type=int, help="an adapter of this rank along")
@@ -192,6 +194,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from ddit.eval.calibrate import calibrate
     from ddit.eval.suites import subject_of
     from ddit.preset import FILE
+    from ddit.sounds import refuse_sound
     from ddit.train.samples import read_prompts
 
     if args.prompts is None and args.model not in lib.EMBEDDED:
@@ -201,6 +204,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no folder {str(folder)!r} to write {FILE} into; name one with --out")
     check_run(args, (folder / FILE,))
     pipe, preset = lib.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
+    refuse_sound(pipe)
     if args.prompts is not None:
         prompts = read_prompts(args.prompts, args.count)
     else:
@@ -251,7 +255,8 @@ def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[s
                 loaded = None  # two of them may be more than the device holds
                 loaded = bench.Bench(row["model"], **how, **kept)
             for batch in args.batch:
-                inputs = loaded.inputs(row["height"], row["width"], row["frames"], batch)
+                size = {name: row[name] for name in ("height", "width", "frames", "seconds")}
+                inputs = loaded.inputs(**size, batch=batch)
                 figures = loaded.measure(
                     inputs,
                     schedule=args.schedule,
@@ -267,7 +272,11 @@ def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[s
 
 
 def _size(text: str) -> dict[str, int]:
+    if text.endswith("s") and text[:-1].isdigit():
+        return {"seconds": int(text[:-1])}
     parts = text.lower().split("x")
     if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
-        raise ValueError(f"size is {text!r}; it must be HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, such as 480x832x81")
+        raise ValueError(
+            f"size is {text!r}; it must be HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, such as 480x832x81, or 60s"
+        )
     return dict(zip(("height", "width", "frames"), map(int, parts), strict=False))

@@ -86,7 +86,7 @@ def measure_detail(
     """Variance per latent channel of what pooling loses, on samples."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    settings = {"output_type": "latent", "return_dict": False, **for_batch(call, count)}
+    settings = {"output_type": "latent", "return_dict": False, **for_batch(pipe, call, count)}
     latents = pipe(list(islice(prompts, count)), generator=generators, **settings)[0]
     if latents.ndim == 3:
         latents = pipe._unpack_latents(latents, call["height"], call["width"], pipe.vae_scale_factor)

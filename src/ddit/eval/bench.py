@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from ddit.adapter import PatchAdapter
 from ddit.eval import timing
 from ddit.generate import model_folder
-from ddit.known import compression, meta_transformer, transformer
+from ddit.known import compression, latent_rate, meta_transformer, transformer
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, to_meta
 from ddit.preset import Preset
@@ -23,9 +24,10 @@ from ddit.tables import table
 def count(
     model: str,
     *,
-    height: int,
-    width: int,
+    height: int = 0,
+    width: int = 0,
     frames: int = 1,
+    seconds: int = 0,
     scales: Sequence[int] = (1, 2, 4),
     rank: int | None = None,
     blocks: Sequence[int] = (),
@@ -35,6 +37,7 @@ def count(
     Args:
         model: See `ddit.known.meta_transformer`, as for ``blocks``.
         height, width, frames: Of the picture or clip.
+        seconds: Of sound.
         rank: Count an adapter of this rank along.
 
     Raises:
@@ -42,7 +45,7 @@ def count(
     """
     meta = meta_transformer(model, blocks)
     architecture = architecture_for(meta)
-    inputs = example(architecture, model, height, width, frames)
+    inputs = example(architecture, model, height, width, frames, seconds)
     adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
     rows = {}
     for scale in scales:
@@ -57,17 +60,24 @@ def count(
         "height": height,
         "width": width,
         "frames": frames,
+        "seconds": seconds,
         "adapter_rank": rank,
         "scales": {s: {**row, "ratio": rows[1]["flops"] / row["flops"]} for s, row in rows.items()},
     }
 
 
-def example(architecture: Architecture, model: str, height: int, width: int, frames: int) -> Inputs:
-    """A call for a picture or clip of this size, with as much text as the model's pipeline takes.
+def example(architecture: Architecture, model: str, height: int, width: int, frames: int, seconds: int = 0) -> Inputs:
+    """A call for a picture, clip or sound of this size, with as much text as the model's pipeline takes.
 
     Raises:
         ValueError: For sizes that the model does not take.
     """
+    if (architecture.axes == 1) != (seconds > 0):
+        wanted = "seconds of sound, such as 60s" if architecture.axes == 1 else "HEIGHTxWIDTH"
+        raise ValueError(f"the size of what {model} makes is given as {wanted}")
+    text = Preset.load(model_folder(model)).call.get("max_sequence_length", architecture.text_tokens)
+    if seconds:
+        return architecture.example(1, 1, math.ceil(seconds * latent_rate(model, architecture)), text)
     pixels, group = compression(model, architecture)
     multiple = pixels * architecture.patch_size
     for name, size in (("height", height), ("width", width)):
@@ -75,7 +85,6 @@ def example(architecture: Architecture, model: str, height: int, width: int, fra
             raise ValueError(f"{name} is {size}; it must be a multiple of {multiple}")
     if frames % group != 1:
         raise ValueError(f"frames is {frames}; it must be one more than a multiple of {group}")
-    text = Preset.load(model_folder(model)).call.get("max_sequence_length", architecture.text_tokens)
     return architecture.example((frames - 1) // group + 1, height // pixels, width // pixels, text)
 
 
@@ -123,12 +132,13 @@ class Bench:
             # Not by diffusers' own `to`, which warns of modules to be kept in float32 where there are none.
             nn.Module.to(self.adapter, device=device, dtype=getattr(torch, dtype))
 
-    def inputs(self, height: int, width: int, frames: int = 1, batch: int = 1) -> Inputs:
+    def inputs(self, height: int = 0, width: int = 0, frames: int = 1, batch: int = 1, *, seconds: int = 0) -> Inputs:
         """A call with random latents and text."""
         architecture, device, dtype = self.architecture, self.transformer.device, self.transformer.dtype
-        made = example(architecture, self.model, height, width, frames)
+        made = example(architecture, self.model, height, width, frames, seconds)
         for name in (architecture.batched[0], "encoder_hidden_states"):
-            made[name] = torch.randn_like(made[name])
+            if name in made:
+                made[name] = torch.randn_like(made[name])
         placed = {
             k: v.to(device, dtype if v.is_floating_point() else v.dtype) if isinstance(v, torch.Tensor) else v
             for k, v in made.items()
@@ -260,4 +270,6 @@ def _name(result: dict[str, Any]) -> str:
 
 
 def _size(result: dict[str, Any]) -> str:
+    if result.get("seconds"):  # not in files of earlier versions
+        return f"{result['seconds']} s"
     return f"{result['height']} x {result['width']}" + (f" x {result['frames']}" if result["frames"] > 1 else "")

@@ -33,6 +33,7 @@ from ddit.methods import make_method
 from ddit.models import architecture_for
 from ddit.preset import Preset
 from ddit.skip.corrector import ForecastCorrector
+from ddit.sounds import refuse_sound
 
 DEFAULT_METHODS = (
     "plain",
@@ -265,6 +266,7 @@ def _steps(settings: dict[str, Any], pipe: Any) -> int:
 
 def _load(config: SuiteConfig) -> tuple[Any, Preset]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
+    refuse_sound(pipe)
     check_call(pipe, call_settings(preset, **config.settings))
     return pipe, preset
 

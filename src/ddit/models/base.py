@@ -15,6 +15,7 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
 
 
-class UnsupportedCall(Exception):
+class UnsupportedCall(ValueError):
     """A call that can't run with large patches; the message says why."""
 
 
@@ -34,7 +35,7 @@ class Noisy:
     """What a call is about."""
 
     latents: Tensor
-    """``[B, C, ..., H, W]``"""
+    """``[B, C, ..., H, W]``, of audio ``[B, C, T]``, as all that lies on their grid"""
     sigma: Tensor
     """``[B]``, float32"""
     condition: Tensor | None = None
@@ -57,15 +58,21 @@ class Architecture(ABC):
     """
 
     patch_size: ClassVar[int] = 2
-    """Height and width of the model's own patches, in latent pixels."""
+    """Height and width of the model's own patches, in latent pixels; of audio their length."""
+    axes: ClassVar[int] = 2
+    """How many axes of the latents a patch spans (`ddit.patches.spanned`): 1 for audio, ``[B, C, T]``."""
     grid_multiple: ClassVar[int] = 1
     """Numbers of rows and columns of tokens that the model takes are multiples of this."""
     compression: ClassVar[tuple[int, int]] = (8, 4)
     """Pixels of a picture's edge to one latent, and frames of a clip, in the usual autoencoder."""
+    latent_rate: ClassVar[float] = 25.0
+    """Latents to a second of sound in the usual autoencoder."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
     batched: ClassVar[tuple[str, ...]]
     """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
+    timestep: ClassVar[str] = "timestep"
+    """Name of the input that tells how noisy the latents are."""
     residuals: ClassVar[tuple[str, ...]] = ()
     """Names of the inputs with a ControlNet's residuals, lists of ``[B, N, width]`` for the tokens of a grid."""
     embedding: ClassVar[str]
@@ -119,7 +126,7 @@ class Architecture(ABC):
         """A call for one sample, to count and to time.
 
         Args:
-            frames, height, width: Of the latents; images have one frame.
+            frames, height, width: Of the latents; images have one frame. Audio is as long as it is wide.
             text: Tokens of the prompt.
         """
 
@@ -127,7 +134,7 @@ class Architecture(ABC):
 
     def sigma(self, inputs: Inputs) -> Tensor:
         """The noise level ``[B]`` of any call, float32."""
-        return inputs["timestep"].float() / self.time_scale
+        return inputs[self.timestep].float() / self.time_scale
 
     def rotary(self, layout: TokenLayout, args: tuple[Any, ...], output: Any) -> Any:
         """What the module `rope` answers to ``args`` where tokens lie as in ``layout``, instead of ``output``."""
@@ -171,7 +178,7 @@ class Architecture(ABC):
 
         return {k: _walk(v, some) if k in self.batched else v for k, v in inputs.items()}
 
-    def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: tuple[int, int]) -> Inputs:
+    def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: Sequence[int]) -> Inputs:
         """The `residuals` of a call on ``grid`` (rows, columns), for the tokens of ``layout``."""
         there = [name for name in self.residuals if inputs.get(name) is not None and layout.grid != grid]
         return {name: [pool_tokens(x, grid, layout.scale) for x in inputs[name]] for name in there}
@@ -205,12 +212,12 @@ class Architecture(ABC):
     def tokens(self, inputs: Inputs) -> int:
         """Number of image tokens of one sample, those of reference images too."""
         x = inputs[self.batched[0]]
-        return x.shape[1] if x.ndim == 3 else x[0, 0].numel() // self.patch_size**2
+        return x.shape[1] if x.ndim == 3 else x[0, 0].numel() // self.patch_size**self.axes
 
     @property
     def channels(self) -> int:
         """Channels of the latents."""
-        return self.features // self.patch_size**2
+        return self.features // self.patch_size**self.axes
 
     @property
     def features(self) -> int:
@@ -246,8 +253,9 @@ class Architecture(ABC):
             adapter: A `ddit.PatchAdapter`, counted along at scales above 1.
         """
         config = None if adapter is None or scale == 1 else adapter.config
-        shapes = [(name, tuple(value.shape)) for name, value in inputs.items() if isinstance(value, Tensor)]
-        key = (*shapes, scale, str(config))
+        shapes: list[Any] = []
+        _walk(inputs, lambda t: shapes.append(t.shape) or t)
+        key = (*inputs, *shapes, scale, str(config))
         if key not in self._counted:
             self._counted[key] = count(self, inputs, config, scale)
         return self._counted[key]
@@ -294,9 +302,26 @@ def check_arguments(given: Mapping[str, Any] | None, harmless: set[str]) -> None
         raise UnsupportedCall(f"the attention arguments {unknown} may depend on the model's own tokens")
 
 
+def centre_waves(layout: TokenLayout, dims: Sequence[int], theta: float) -> Tensor:
+    """Rotary waves of the rows and columns of tokens ``[N, sum(dims) / 2]``, complex.
+
+    Args:
+        dims: Features of a head for rows and for columns.
+    """
+    places: Any = layout.places().double()
+    axes = zip(places.T, dims, strict=True)
+    waves: Any = [get_1d_rotary_pos_embed(dim, axis, theta, freqs_dtype=torch.float64) for axis, dim in axes]
+    return torch.cat(waves, dim=1)
+
+
 def first(output: Any) -> Tensor:
     """The tensor in a model's answer, a tuple or an output class."""
     return output[0]
+
+
+def channels_first(layer: nn.Module) -> bool:
+    """Whether a layer has its tokens as ``[B, width, ...]`` instead of ``[B, N, width]``, as convolutions do."""
+    return isinstance(layer, nn.modules.conv._ConvNd)
 
 
 def to_meta(value: Any) -> Any:

@@ -34,6 +34,8 @@ class Counted(Protocol):
     """What counting needs of `ddit.models.base.Architecture`."""
 
     transformer: nn.Module
+    batched: ClassVar[tuple[str, ...]]
+    timestep: ClassVar[str]
     costs: ClassVar[Costs]
 
     def tokens(self, inputs: dict[str, Any]) -> int: ...
@@ -61,7 +63,7 @@ def count(
                 total += 4 * length[queries] * length[keys] * layer.out_features
     if adapter_config is not None and scale > 1:
         total += _count_adapter(costs, length, adapter_config, scale)
-    return total * len(inputs["hidden_states"])
+    return total * len(inputs[architecture.batched[0]])
 
 
 def lengths(architecture: Counted, inputs: dict[str, Any]) -> dict[Kind, int]:
@@ -72,11 +74,10 @@ def lengths(architecture: Counted, inputs: dict[str, Any]) -> dict[Kind, int]:
     them and the text as one context, which they cut into ``added`` (rows with keys of their own) and ``context``.
     """
     config: Any = architecture.transformer.config
-    samples = len(inputs["hidden_states"])
-    image, text = architecture.tokens(inputs), _rows(inputs["encoder_hidden_states"]) // samples
-    given: Tensor | None = inputs.get("encoder_hidden_states_image")
-    picture = 0 if given is None else _rows(given) // samples
-    levels = inputs["timestep"].numel() // samples * (2 if getattr(config, "zero_cond_t", False) else 1)
+    samples = len(inputs[architecture.batched[0]])
+    image, text = architecture.tokens(inputs), _rows(inputs.get("encoder_hidden_states")) // samples
+    picture = _rows(inputs.get("encoder_hidden_states_image")) // samples
+    levels = inputs[architecture.timestep].numel() // samples * (2 if getattr(config, "zero_cond_t", False) else 1)
     added = 0
     if getattr(config, "added_kv_proj_dim", None) is not None:
         added = len(range(text + picture)[: text + picture - _ENCODED_TEXT])  # from the end, where the text is shorter
@@ -112,7 +113,7 @@ def _count_adapter(costs: Costs, length: Mapping[Kind, int], config: Mapping[str
 
     Tokens of reference images count as large patches here, though only LoRA sees them.
     """
-    features, width = config["features"] * scale * scale, config["width"]
+    features, width = config["features"] * scale ** config["axes"], config["width"]
     total = 2 * length["image"] * (2 * features * width + (features**2 if config["residual"] else 0))
     for name, sizes in config["layers"].items():
         kind = _kind(costs, name)
@@ -130,6 +131,6 @@ def _size(layer: Any) -> int:
     return layer.in_features * layer.out_features if isinstance(layer, nn.Linear) else layer.weight.numel()
 
 
-def _rows(x: Tensor) -> int:
+def _rows(x: Tensor | None) -> int:
     """Rows of ``[..., features]``."""
-    return x.shape[:-1].numel()
+    return 0 if x is None else x.shape[:-1].numel()

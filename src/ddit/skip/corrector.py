@@ -128,11 +128,16 @@ class ForecastCorrector(TrainedPart):
             sampler: Class of the scheduler under which it will learn.
 
         Raises:
-            ValueError: For an unsupported model.
+            ValueError: For an unsupported model, or one of audio.
         """
         from ddit import __version__
 
         architecture = architecture_for(transformer)
+        if architecture.axes == 1:
+            raise ValueError(
+                f"a corrector knows pictures and clips, and {type(transformer).__name__} makes audio; "
+                "forecasts of skipped steps need none, so leave it out"
+            )
         return cls(
             base=type(transformer).__name__,
             base_hash=config_hash(transformer),

@@ -169,7 +169,7 @@ class Reference:
         )
         # In place, on tensors of its own: memory that is new to the process costs as much as the arithmetic.
         answer = detail((padded - clean).div_(expand(sigma, padded)).sub_(velocity), SPLIT).add_(velocity)
-        return crop(answer, *z.shape[-2:])
+        return crop(answer, *z.shape[2:])
 
     def detach(self) -> Reference:
         """The same without gradients."""

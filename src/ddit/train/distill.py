@@ -65,7 +65,9 @@ def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Dra
 
 
 def placed(value: Any, device: Any, dtype: Any) -> Any:
-    """A tensor on the device, in the dtype where it is floating-point."""
+    """A tensor on the device, in the dtype where it is floating-point; also those of a list."""
+    if isinstance(value, list):
+        return [placed(one, device, dtype) for one in value]
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype if value.is_floating_point() else None)

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ddit.files import replacing, write_json
 from ddit.generate import call_settings, check_call, recorded
@@ -75,6 +76,7 @@ class Samples:
             ValueError: When a file is missing or cut short.
         """
         parts: dict[str, list[Tensor]] = {}
+        lists: dict[str, list[Tensor]] = {}
         call: Inputs = {}
 
         def read(file: Any, row: int, which: int, chosen: Sequence[int]) -> None:
@@ -86,6 +88,9 @@ class Samples:
                     parts.setdefault(kind.rstrip("0123456789"), []).append(value)
                 elif kind == f"row{which}":
                     parts.setdefault(f"row/{name}", []).append(file.get_slice(key)[row : row + 1])
+                elif kind == f"list{which}":
+                    padded = file.get_slice(key)[row]
+                    lists.setdefault(name, []).append(padded[~padded.isnan().all(1)])
                 elif kind == "shared":
                     call[name] = file.get_tensor(key)
 
@@ -96,7 +101,7 @@ class Samples:
         joined = {name: torch.cat(values) for name, values in parts.items()}
         latents, velocity = joined.pop("latents"), joined.pop("velocity")
         own = {name.removeprefix("row/"): value for name, value in joined.items()}
-        return latents, velocity, {**self.manifest.get("call", {}), **call, **own}
+        return latents, velocity, {**self.manifest.get("call", {}), **call, **own, **lists}
 
     def _read(self, shard: int, take: Callable[[Any], Any]) -> Any:
         path = shard_path(self.folder, shard)
@@ -234,7 +239,7 @@ class _Runs:
         self, prompts: Sequence[str], seeds: Sequence[int], advance: Callable[[], Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of one shard, and the facts that all shards share."""
-        parts: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[Any]] = {}
         shared: dict[str, Tensor] = {}
         facts: dict[str, Any] = {}
         for begin in range(0, len(prompts), self.batch):
@@ -244,18 +249,18 @@ class _Runs:
                 parts.setdefault(name, []).append(value)
             shared.update(others)
             advance()
-        tensors = {**{name: torch.cat(values) for name, values in parts.items()}, **shared}
+        tensors = {**{name: _joined(values) for name, values in parts.items()}, **shared}
         return {name: t.cpu().contiguous() for name, t in tensors.items()}, facts
 
     def _draw_batch(
         self, prompts: Sequence[str], seeds: Sequence[int]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """Tensors with an axis of samples, those without, and facts."""
+    ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+        """Tensors with an axis of samples or lists with one of each, tensors without, and facts."""
         pipe = self.pipe
         architecture = architecture_for(pipe.transformer)
         with recorded(pipe) as calls:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            call = for_batch(self.settings, len(seeds))
+            call = for_batch(pipe, self.settings, len(seeds))
             latents = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         sigmas = sorted(set(levels), reverse=True)
@@ -263,7 +268,7 @@ class _Runs:
         noisy = architecture.batched[0]
         final = calls[-1][0]
         clean = architecture.read({**final, noisy: latents}).latents
-        rows: dict[str, Tensor] = {"clean": clean}
+        rows: dict[str, Any] = {"clean": clean}
         shared: dict[str, Tensor] = {}
         rows["latents"] = torch.stack([architecture.read(inputs).latents for inputs, _ in calls[::passes]], dim=1)
         for which in range(passes):
@@ -271,15 +276,28 @@ class _Runs:
             rows[f"velocity{which}"] = torch.stack(answers, dim=1)
             # Of the last step, latents and noise level too: conditions may sit in them (image to video).
             for name, value in calls[which - passes][0].items():
-                if not isinstance(value, Tensor):
-                    continue
-                if name in architecture.batched:
+                if _is_list_of_tensors(value):
+                    rows[f"list{which}/{name}"] = value
+                elif isinstance(value, Tensor) and name in architecture.batched:
                     rows[f"row{which}/{name}"] = value
-                else:
+                elif isinstance(value, Tensor):
                     shared[f"shared/{name}"] = value
-        told = {k: v for k, v in final.items() if k != "return_dict" and isinstance(v, bool | int | float | list)}
+        plain = {k: v for k, v in final.items() if k != "return_dict" and not _is_list_of_tensors(v)}
+        told = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | list | tuple)}
         visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
         return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told, **visited}
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    """Whether there is a tensor ``[length, features]`` for each sample: prompts of any lengths."""
+    return isinstance(value, list) and value != [] and all(isinstance(x, Tensor) and x.ndim == 2 for x in value)
+
+
+def _joined(batches: list[Any]) -> Tensor:
+    """What several batches hold, along the axis of samples; of lists with NaN behind what is shorter."""
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches)
+    return pad_sequence([one for batch in batches for one in batch], batch_first=True, padding_value=torch.nan)
 
 
 def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
