@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"this server needs the package {missing.name}: pip install 'ddit[serve]'") from None
 
-from ddit import generate, outputs
+from ddit import generate, outputs, sounds
 from ddit.methods import WORDS, make_method
 
 MOST = 200
@@ -180,6 +180,8 @@ def main() -> None:
     load = {"dtype": args.dtype, "device": args.device}
     try:
         pipe, preset = generate.load_pipeline(args.model, **load)
+        if sounds.sample_rate(pipe) is not None:
+            raise ValueError(f"{args.model} makes sound; name a model of pictures or clips")
         adapter = args.adapter and generate.load_adapter(args.adapter, **load)
     except ValueError as error:
         parser.error(str(error))
