@@ -310,13 +310,15 @@ def test_an_adapter_needs_no_guard(pipe):
 
 
 def test_the_paper_draws_what_it_always_drew(pipe):
-    """Recorded once; random weights, so that any change of the coarse step shows."""
+    """Recorded once; random weights, so that any change of the coarse step shows. Text encoders' differ by version."""
+    generator = torch.Generator().manual_seed(0)
+    text = {"prompt_embeds": (1, 20, 32), "pooled_prompt_embeds": (1, 32)}
     ddit.apply(pipe, patches=PatchSchedule.paper(threshold=1e9))
-    latents = tiny.sample(pipe)
+    latents = tiny.sample(pipe, prompt=None, **{k: torch.randn(s, generator=generator) for k, s in text.items()})
     found = latents[0, [0, 9, 27, 45, 63], [0, 3, 7, 11, 15]]
     torch.testing.assert_close(found, torch.tensor(GOLDEN), rtol=0, atol=1e-3)
     assert latents.std().item() == pytest.approx(GOLDEN_STD, abs=1e-3)
 
 
-GOLDEN = [-2.4051, -0.2762, 1.4682, 0.1761, -1.9518]
-GOLDEN_STD = 1.1129
+GOLDEN = [-2.4342, -0.1977, 1.4151, 0.1333, -1.8682]
+GOLDEN_STD = 1.1174
