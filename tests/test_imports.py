@@ -78,7 +78,12 @@ ONLY = {
     "ddit.models.flops": set(),
 }
 """All that these import of the package, though more lies below them."""
-IMPORTERS = {"ddit.skip": {"ddit", "ddit.api", "ddit.embedded", "ddit.generate", "ddit.eval", "ddit.train", "ddit.cli"}}
+IMPORTERS = {
+    "ddit.skip": {
+        "ddit",
+        *(f"ddit.{name}" for name in ("api", "embedded", "generate", "loading", "eval", "train", "cli")),
+    }
+}
 """All that import these: without ``skip=``, nothing of skipping is loaded."""
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 LAST = len(GROUPS) - 1
