@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"this server needs the package {missing.name}: pip install 'ddit[serve]'") from None
 
-from ddit import generate, outputs, sounds
+from ddit import generate, loading, outputs, sounds
 from ddit.methods import WORDS, make_method
 
 MOST = 200
@@ -80,7 +80,7 @@ class Worker:
     def submit(self, wanted: Wanted) -> Job:
         """Check a request and queue it."""
         try:
-            generate.check_prompt(wanted.prompt, self.model)
+            loading.check_prompt(wanted.prompt, self.model)
             size = {"height": wanted.height, "width": wanted.width}
             settings = generate.call_settings(self.preset, num_inference_steps=wanted.steps, **size)
             generate.check_call(self.pipe, settings)
@@ -179,10 +179,10 @@ def main() -> None:
     args = parser.parse_args()
     load = {"dtype": args.dtype, "device": args.device}
     try:
-        pipe, preset = generate.load_pipeline(args.model, **load)
+        pipe, preset = loading.load_pipeline(args.model, **load)
         if sounds.sample_rate(pipe) is not None:
             raise ValueError(f"{args.model} makes sound; name a model of pictures or clips")
-        adapter = args.adapter and generate.load_adapter(args.adapter, **load)
+        adapter = args.adapter and loading.load_adapter(args.adapter, **load)
     except ValueError as error:
         parser.error(str(error))
     worker = Worker(pipe, preset, args.model, adapter)
