@@ -143,6 +143,10 @@ def transformers(pipe) -> list[Any]:
     return [model for model in found if model is not None]
 
 
+OFTEN = [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+"""All; one of each transformer in the quick run."""
+
+
 def parameters(names=tuple(CASES)):
     return pytest.mark.parametrize("name", names)
 
@@ -198,7 +202,7 @@ def _tokens(seen: list[int], rows: int):
     return hook
 
 
-@parameters()
+@parameters(OFTEN)
 def test_the_rule_decides_from_what_it_saw(name):
     case = CASES[name]
     pipe = case.make()
@@ -208,7 +212,7 @@ def test_the_rule_decides_from_what_it_saw(name):
     assert all(set(step.statistics[0]) == {2, 4} for step in run.report.steps[3:])
 
 
-@parameters()
+@parameters(OFTEN)
 def test_every_form_of_a_step_runs_and_is_another(name):
     case = CASES[name]
     pipe = case.make()
@@ -221,7 +225,7 @@ def test_every_form_of_a_step_runs_and_is_another(name):
     assert not any(torch.allclose(one, other, atol=1e-3) for one, other in combinations(drawn, 2))
 
 
-@parameters()
+@parameters(OFTEN)
 def test_a_coarse_step_needs_none_before_it(name):
     """The first one, too, is that of the model at the noise it got."""
     case = CASES[name]

@@ -12,7 +12,7 @@ from ddit import FixedSchedule, PatchAdapter, PatchSchedule
 SCALES = FixedSchedule(steps=(1, 2, 4, 2, 1, 4))
 STEPS = 6
 TWO = FixedSchedule(steps=(1, 2, 1, 2))
-"""For the whole transformer, which takes longer to compile."""
+"""Where compiling takes longer."""
 
 
 class Counter:
@@ -128,17 +128,17 @@ def random_adapter(model) -> PatchAdapter:
 def test_an_adapter_in_compiled_blocks(pipe, first):
     """Compiled before or after: the adapter takes part, and once each scale was seen nothing is compiled again."""
     adapter = random_adapter(pipe.transformer)
-    with ddit.apply(pipe, patches=SCALES):
+    with ddit.apply(pipe, patches=TWO):
         free = tiny.sample(pipe, steps=STEPS)
-    with ddit.apply(pipe, adapter=adapter, patches=SCALES):
+    with ddit.apply(pipe, adapter=adapter, patches=TWO):
         expected = tiny.sample(pipe, steps=STEPS)
     backend = Counter()
     if first == "compile":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         tiny.sample(pipe)
-        with ddit.apply(pipe, patches=SCALES):
+        with ddit.apply(pipe, patches=TWO):
             tiny.sample(pipe, steps=STEPS)
-    ddit.apply(pipe, adapter=adapter, patches=SCALES)
+    ddit.apply(pipe, adapter=adapter, patches=TWO)
     if first == "apply":
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     compiled = tiny.sample(pipe, steps=STEPS)
@@ -146,7 +146,7 @@ def test_an_adapter_in_compiled_blocks(pipe, first):
     assert not torch.allclose(compiled, free, atol=1e-3)
     graphs = backend.graphs
     assert torch.equal(tiny.sample(pipe, steps=STEPS), compiled)
-    ddit.apply(pipe, patches=SCALES)
+    ddit.apply(pipe, patches=TWO)
     torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), free, rtol=1e-4, atol=1e-5)
     if first == "apply":
         assert backend.graphs >= graphs  # without the adapter, LoRA is out of the graphs

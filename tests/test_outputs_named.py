@@ -73,8 +73,7 @@ def test_files_beside_the_first_count_as_well(tmp_path, monkeypatch, capsys, fla
     assert "two outputs are one file" in capsys.readouterr().err and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["info"]])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("command", "unbuffered"), [(["--help"], ""), (["--help"], "1"), (["info"], "")])
 def test_a_reader_that_left_is_no_error(command, unbuffered):
     read, write = os.pipe()
     os.close(read)
