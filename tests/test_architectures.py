@@ -28,6 +28,7 @@ import tiny
 import tiny_audio
 import tiny_flux
 import tiny_hunyuan
+import tiny_krea2
 import tiny_ltx
 import tiny_lumina2
 import tiny_modular
@@ -99,19 +100,19 @@ CASES = {
     ),
 }
 FAMILIES = (
-    *(tiny_audio, tiny_flux, tiny_hunyuan, tiny_ltx, tiny_lumina2, tiny_modular),
+    *(tiny_audio, tiny_flux, tiny_hunyuan, tiny_krea2, tiny_ltx, tiny_lumina2, tiny_modular),
     *(tiny_qwen, tiny_sd3, tiny_video, tiny_z_image),
 )
 for family in FAMILIES:
     CASES.update({name: Case(**case) for name, case in family.CASES.items()})
 ONE_OF_EACH = (
-    *("chroma", "flux", "flux2", "flux3", "lumina2", "qwen-image", "qwen-image-2.1", "sd3", "z-image"),
+    *("chroma", "flux", "flux2", "flux3", "krea-2", "lumina2", "qwen-image", "qwen-image-2.1", "sd3", "z-image"),
     *("hunyuan-video", "hunyuan-video-1.5", "ltx", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
     "ace-step",
 )
 SMALL = tuple(name for name in ONE_OF_EACH if name in CASES)  # an older diffusers lacks some
 """One of each transformer."""
-GATED = ("ace-step", "lumina2", "z-image")
+GATED = ("ace-step", "krea-2", "lumina2", "z-image")
 """Those whose feed-forward parts have a third layer."""
 PATCHED = tuple(name for name in SMALL if name != "wan-animate")
 """Those all of whose layers see patches or text: Animate has encoders of the face beside its blocks."""

@@ -326,7 +326,7 @@ def test_a_cache_that_does_not_know_the_blocks_is_refused(name, cache):
     assert set(vars(block)) == before
 
 
-@pytest.mark.parametrize("name", ["lumina2", "sd3", "z-image"])
+@pytest.mark.parametrize("name", ["krea-2", "lumina2", "sd3", "z-image"])
 @every_cache
 def test_a_model_without_caches_in_diffusers_is_left_as_it_was(name, cache):
     pipe = CASES[name].make()

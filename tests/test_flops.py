@@ -17,6 +17,7 @@ import tiny
 import tiny_audio
 import tiny_flux
 import tiny_hunyuan
+import tiny_krea2
 import tiny_ltx
 import tiny_lumina2
 import tiny_modular
@@ -45,6 +46,7 @@ MODELS = {
     "hunyuan-video": tiny_hunyuan.transformer,
     "hunyuan-video-1.5": tiny_hunyuan.transformer_15,
     "hunyuan-video-replaced": lambda: tiny_hunyuan.transformer(image_condition_type="token_replace"),
+    "krea-2": tiny_krea2.transformer,
     "ltx": tiny_ltx.transformer,
     "lumina2": tiny_lumina2.transformer,
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,

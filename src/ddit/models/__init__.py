@@ -16,6 +16,7 @@ REGISTRY = {
     "FluxTransformer2DModel": ("ddit.models.flux", "Flux"),
     "HunyuanVideo15Transformer3DModel": ("ddit.models.hunyuan_video", "HunyuanVideo15"),
     "HunyuanVideoTransformer3DModel": ("ddit.models.hunyuan_video", "HunyuanVideo"),
+    "Krea2Transformer2DModel": ("ddit.models.krea2", "Krea2"),
     "LTXVideoTransformer3DModel": ("ddit.models.ltx", "LTX"),
     "Lumina2Transformer2DModel": ("ddit.models.lumina2", "Lumina2"),
     "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
