@@ -32,6 +32,7 @@ import tiny_krea2
 import tiny_ltx
 import tiny_lumina2
 import tiny_modular
+import tiny_ovis_image
 import tiny_qwen
 import tiny_sd3
 import tiny_video
@@ -101,12 +102,24 @@ CASES = {
 }
 FAMILIES = (
     *(tiny_audio, tiny_flux, tiny_hunyuan, tiny_krea2, tiny_ltx, tiny_lumina2, tiny_modular),
-    *(tiny_qwen, tiny_sd3, tiny_video, tiny_z_image),
+    *(tiny_ovis_image, tiny_qwen, tiny_sd3, tiny_video, tiny_z_image),
 )
 for family in FAMILIES:
     CASES.update({name: Case(**case) for name, case in family.CASES.items()})
 ONE_OF_EACH = (
-    *("chroma", "flux", "flux2", "flux3", "krea-2", "lumina2", "qwen-image", "qwen-image-2.1", "sd3", "z-image"),
+    *(
+        "chroma",
+        "flux",
+        "flux2",
+        "flux3",
+        "krea-2",
+        "lumina2",
+        "ovis-image",
+        "qwen-image",
+        "qwen-image-2.1",
+        "sd3",
+        "z-image",
+    ),
     *("hunyuan-video", "hunyuan-video-1.5", "ltx", "wan", "wan-vace", "wan-animate", "skyreels-v2-forcing"),
     "ace-step",
 )

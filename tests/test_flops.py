@@ -21,6 +21,7 @@ import tiny_krea2
 import tiny_ltx
 import tiny_lumina2
 import tiny_modular
+import tiny_ovis_image
 import tiny_sd3
 import tiny_video
 import tiny_z_image
@@ -49,6 +50,7 @@ MODELS = {
     "krea-2": tiny_krea2.transformer,
     "ltx": tiny_ltx.transformer,
     "lumina2": tiny_lumina2.transformer,
+    "ovis-image": tiny_ovis_image.transformer,
     "qwen-image": lambda: tiny.qwen_pipeline().transformer,
     "sd3": tiny_sd3.transformer,
     "wan": tiny.wan_transformer,

@@ -19,6 +19,7 @@ REGISTRY = {
     "Krea2Transformer2DModel": ("ddit.models.krea2", "Krea2"),
     "LTXVideoTransformer3DModel": ("ddit.models.ltx", "LTX"),
     "Lumina2Transformer2DModel": ("ddit.models.lumina2", "Lumina2"),
+    "OvisImageTransformer2DModel": ("ddit.models.ovis_image", "OvisImage"),
     "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),
     "QwenImageTransformer2DModel": ("ddit.models.qwen_image", "QwenImage"),
     "SD3Transformer2DModel": ("ddit.models.sd3", "StableDiffusion3"),
