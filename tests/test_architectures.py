@@ -29,6 +29,7 @@ import tiny_audio
 import tiny_flux
 import tiny_hunyuan
 import tiny_krea2
+import tiny_longcat_image
 import tiny_ltx
 import tiny_lumina2
 import tiny_modular
@@ -101,7 +102,7 @@ CASES = {
     ),
 }
 FAMILIES = (
-    *(tiny_audio, tiny_flux, tiny_hunyuan, tiny_krea2, tiny_ltx, tiny_lumina2, tiny_modular),
+    *(tiny_audio, tiny_flux, tiny_hunyuan, tiny_krea2, tiny_longcat_image, tiny_ltx, tiny_lumina2, tiny_modular),
     *(tiny_ovis_image, tiny_qwen, tiny_sd3, tiny_video, tiny_z_image),
 )
 for family in FAMILIES:
@@ -125,7 +126,7 @@ ONE_OF_EACH = (
 )
 SMALL = tuple(name for name in ONE_OF_EACH if name in CASES)  # an older diffusers lacks some
 """One of each transformer."""
-GATED = ("ace-step", "krea-2", "lumina2", "z-image")
+GATED = ("ace-step", "krea-2", "longcat-image", "lumina2", "z-image")
 """Those whose feed-forward parts have a third layer."""
 PATCHED = tuple(name for name in SMALL if name != "wan-animate")
 """Those all of whose layers see patches or text: Animate has encoders of the face beside its blocks."""

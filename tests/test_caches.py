@@ -51,7 +51,7 @@ CACHED = ("flux", "hunyuan-video-replaced", "qwen-image", "wan", "wan2.2-a14b", 
 """Models that every cache is tried on."""
 every_cache = pytest.mark.parametrize("cache", LIKELY)
 UNKNOWN = (
-    *("chroma", "flux2", "flux2-reference", "hunyuan-video-1.5", "ovis-image", "qwen-image-2.1"),
+    *("chroma", "flux2", "flux2-reference", "hunyuan-video-1.5", "longcat-image", "ovis-image", "qwen-image-2.1"),
     *("wan-animate", "skyreels-v2", "skyreels-v2-image", "skyreels-v2-forcing"),
 )
 NOT_KNOWN = [

@@ -18,6 +18,7 @@ import tiny_audio
 import tiny_flux
 import tiny_hunyuan
 import tiny_krea2
+import tiny_longcat_image
 import tiny_ltx
 import tiny_lumina2
 import tiny_modular
@@ -48,6 +49,7 @@ MODELS = {
     "hunyuan-video-1.5": tiny_hunyuan.transformer_15,
     "hunyuan-video-replaced": lambda: tiny_hunyuan.transformer(image_condition_type="token_replace"),
     "krea-2": tiny_krea2.transformer,
+    "longcat-image": tiny_longcat_image.transformer,
     "ltx": tiny_ltx.transformer,
     "lumina2": tiny_lumina2.transformer,
     "ovis-image": tiny_ovis_image.transformer,

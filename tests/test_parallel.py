@@ -19,7 +19,9 @@ from ddit import FixedSchedule, ForecastCorrector, PatchAdapter, PatchSchedule, 
 from ddit.config import FULL
 from test_architectures import CASES, SMALL, draw
 
-SPREAD = tuple(name for name in SMALL if name not in ("krea-2", "lumina2", "ovis-image", "sd3", "z-image"))
+SPREAD = tuple(
+    name for name in SMALL if name not in ("krea-2", "longcat-image", "lumina2", "ovis-image", "sd3", "z-image")
+)
 """Those whose tokens diffusers can spread."""
 SCHEDULES: dict[str, dict[str, Any]] = {
     "all scales": dict(patches=FixedSchedule(steps=(1, 1, 1, 2, 4, 1, 2, 1))),

@@ -18,6 +18,7 @@ REGISTRY = {
     "HunyuanVideoTransformer3DModel": ("ddit.models.hunyuan_video", "HunyuanVideo"),
     "Krea2Transformer2DModel": ("ddit.models.krea2", "Krea2"),
     "LTXVideoTransformer3DModel": ("ddit.models.ltx", "LTX"),
+    "LongCatImageTransformer2DModel": ("ddit.models.longcat_image", "LongCatImage"),
     "Lumina2Transformer2DModel": ("ddit.models.lumina2", "Lumina2"),
     "OvisImageTransformer2DModel": ("ddit.models.ovis_image", "OvisImage"),
     "QwenImage21Transformer2DModel": ("ddit.models.qwen_image21", "QwenImage21"),

@@ -74,9 +74,11 @@ class Flux(PackedArchitecture):
         changed = {
             "hidden_states": self.packed(noisy, inputs["hidden_states"][:, count:]),
             "timestep": noisy.sigma.to(noisy.latents.dtype),
-            self.attention_arguments: _copy(inputs.get(self.attention_arguments)),
             "return_dict": False,
         }
+        if inputs.get(self.attention_arguments) is not None:
+            # A copy, as diffusers pops entries of it during the call.
+            changed[self.attention_arguments] = dict(inputs[self.attention_arguments])
         if layout.grid != grid:
             places = layout.places(self._origin, self._spacing).to(ids.device)
             # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
@@ -143,8 +145,3 @@ def _grid(ids: Tensor) -> tuple[int, int] | None:
     table = own[:, 1:3].reshape(rows, columns, 2)
     even = (table[..., 0] == table[:, :1, 0]).all() and (table[..., 1] == table[:1, :, 1]).all()
     return (rows, columns) if bool(even) else None
-
-
-def _copy(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """diffusers pops entries from this dictionary during the call."""
-    return None if kwargs is None else dict(kwargs)
