@@ -147,6 +147,7 @@ def run(
         prompts: One per picture.
         seeds: One per picture, so that a picture does not depend on its batch.
         settings: Arguments of the pipeline's call, such as ``num_inference_steps``.
+        on_step: Not called where the pipeline itself has no ``callback_on_step_end``.
 
     Raises:
         ValueError: When the pipeline raises before its first step is done; the message names the settings as well.
@@ -166,14 +167,17 @@ def run(
             on_step(index + 1, pipe.num_timesteps, scales)
         return tensors
 
+    # HunyuanVideo 1.5 calls nobody back.
+    takes = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    calls_back = {"callback_on_step_end": callback} if takes else {}
     try:
         started = time.perf_counter()
         pictures = pipe(
             prompts,
             generator=generators,
             output_type="np",
-            callback_on_step_end=callback,
             return_dict=False,
+            **calls_back,
             **settings,
         )[0]
         seconds = time.perf_counter() - started
