@@ -23,7 +23,7 @@ def test_known_architectures_are_the_real_ones():
     expected = {
         **{"flux.1-dev": 11.9, "flux.1-schnell": 11.9, "flux.2-dev": 32.2, "flux.3-klein-base": 5.5, "chroma1-hd": 8.9},
         **{"ace-step-1.5": 1.6, "krea-2": 12.8, "ovis-image": 7.4},
-        **{"sd3.5-large": 8.1, "qwen-image": 20.4, "qwen-image-2.1": 7.1},
+        **{"sd3.5-large": 8.1, "qwen-image": 20.4, "qwen-image-2.1": 7.1, "z-image": 6.2, "lumina-image-2.0": 2.6},
         **{"wan2.1-1.3b": 1.4, "wan2.1-14b": 14.3, "wan2.1-vace-14b": 17.3},
         **{"hunyuan-video": 12.8, "hunyuan-video-1.5": 8.3, "ltx-video": 1.9},
     }

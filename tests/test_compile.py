@@ -7,6 +7,7 @@ import torch
 
 import ddit
 import tiny
+import tiny_z_image
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule
 
 SCALES = FixedSchedule(steps=(1, 2, 4, 2, 1, 4))
@@ -184,8 +185,8 @@ def test_blocks_share_graphs_with_an_adapter():
 
 
 def test_positions_that_a_compiled_whole_would_not_see_move_are_refused():
-    """FLUX is told its positions; Wan derives them."""
-    for pipe, refused in ((tiny.pipeline(), False), (tiny.wan_pipeline(), True)):
+    """FLUX is told its positions; Wan and Z-Image derive them."""
+    for pipe, refused in ((tiny.pipeline(), False), (tiny.wan_pipeline(), True), (tiny_z_image.pipeline(), True)):
         pipe.transformer.compile(backend="eager")
         with pytest.raises(ValueError, match="compile_repeated_blocks") if refused else nullcontext():
             ddit.apply(pipe, preset="paper")

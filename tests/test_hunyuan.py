@@ -14,6 +14,7 @@ import tiny_hunyuan
 from ddit import FixedSchedule
 from ddit.coarse import coarse_call, coarse_step
 from ddit.config import Coarse
+from ddit.generate import Method, run
 from ddit.models import architecture_for
 from ddit.patches import expand, pad_to_multiple, shrink
 from ddit.teacache import TeaCacheConfig
@@ -104,3 +105,16 @@ def test_held_at_full_steps(make, name, reason):
     with ddit.apply(pipe, patches=FixedSchedule(steps=(2,))) as run, pytest.warns(UserWarning, match=reason):
         assert torch.equal(draw(pipe, CASES[name]), plain)
     assert run.report.forced is not None and set(run.report.scales[0]) == {1}
+
+
+def test_a_pipeline_that_calls_nobody_back_draws_by_prompt():
+    """1.5 has no ``callback_on_step_end``."""
+    pipe, steps = tiny_hunyuan.pipeline_15(), []
+    given = [tiny_hunyuan.CLIP_15[name] for name in ("prompt_embeds", "prompt_embeds_mask")]
+    letters = [tiny_hunyuan.CLIP_15[name] for name in ("prompt_embeds_2", "prompt_embeds_mask_2")]
+    pipe.encode_prompt = lambda **_: (*given, *letters)  # it has no text encoder
+    settings = dict(height=48, width=96, num_frames=5, num_inference_steps=3)
+    method = Method(patches=FixedSchedule(steps=(1, 2, 1)))
+    drawn = run(pipe, ["a waltz"], [0], settings, method=method, on_step=lambda *_: steps.append(1))
+    assert drawn.report is not None and drawn.report.scales == [[1, 2, 1]]
+    assert drawn.pictures.shape == (1, 5, 48, 96, 3) and not steps

@@ -23,6 +23,7 @@ GROUPS = (
     ("ddit.train", "ddit.eval", "ddit.app"),
     ("ddit.known", "ddit.methods"),
     ("ddit.generate", "ddit.loading", "ddit.outputs", "ddit.sounds"),
+    ("ddit.modular",),
     ("ddit.embedded",),
     ("ddit",),
     ("ddit.api",),

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import ddit
+import tiny
 import tiny_modular
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
+from ddit.cli import main
 from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
+from ddit.generate import run
 from ddit.loading import load_pipeline
 from ddit.models import architecture_for
+from ddit.outputs import eight_bits
 from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops
 from test_architectures import CASES, draw
@@ -77,10 +83,25 @@ def test_steps_are_skipped(name):
     assert 1 / run.report.flops_fraction == pytest.approx(2, rel=0.05) and torch.isfinite(drawn).all()
 
 
-def test_the_command_line_says_that_it_calls_none(tmp_path):
-    tiny_modular.flux().save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="modular pipeline"):
-        load_pipeline(str(tmp_path))
+def test_the_command_line_draws_what_python_does(tmp_path, capsys):
+    """Two prompts' worth in one call, and one by itself."""
+    tiny_modular.flux(called=False).save_pretrained(str(tmp_path / "m"))
+    call = dict(num_inference_steps=4, height=32, width=32, max_sequence_length=20)
+    pipe, _ = load_pipeline(str(tmp_path / "m"))
+    with ddit.apply(pipe, patches=FixedSchedule(steps=(1, 2, 4, 1))):
+        drawn = run(pipe, [tiny.PROMPT], [3], call).pictures
+    flags = ["--model", str(tmp_path / "m"), "--steps", "4", "--height", "32", "--width", "32", "--schedule"]
+    flags = [*flags, "1", "2", "4", "1", "--call", "max_sequence_length=20", "--out", str(tmp_path / "a.png")]
+    assert main(["generate", tiny.PROMPT, *flags, "--seed", "3"]) == 0
+    with Image.open(tmp_path / "a.png") as file:
+        assert np.array_equal(np.asarray(file), eight_bits(drawn)[0])
+    assert run(pipe, [tiny.PROMPT] * 2, [3, 4], call).pictures.shape == (2, 32, 32, 3)
+    assert main(["generate", tiny.PROMPT, *flags, "--call", "zzz=1"]) == 2
+    assert "it takes" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text(tiny.PROMPT)
+    paths = ["--model", str(tmp_path / "m"), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]
+    assert main(["train", *paths, "--cpu"]) == 2
+    assert "is a modular pipeline" in capsys.readouterr().err
 
 
 def test_a_run_after_a_broken_one_begins_anew():

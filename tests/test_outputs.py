@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 import tiny
+import tiny_hunyuan
+import tiny_ltx
 from ddit.cli import main
 from ddit.embedded.video import components
 from ddit.embedded.video.clips import clips
@@ -67,6 +69,23 @@ def test_sizes_that_a_video_pipeline_would_round_are_refused(settings, word):
     check_call(pipe, {"num_frames": 9, "height": 64, "width": 96})
     with pytest.raises(ValueError, match=word):
         check_call(pipe, settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "taken", "rounded"),
+    [
+        (tiny_ltx.pipeline, {"height": 96, "num_frames": 17}, [{"height": 80}, {"num_frames": 13}]),
+        (tiny_hunyuan.pipeline, {"height": 48, "num_frames": 5}, [{"height": 40}, {"num_frames": 8}]),
+        (tiny_hunyuan.pipeline_15, {"height": 720, "num_frames": 5}, [{"height": 40}, {"num_frames": 8}]),
+    ],
+)
+def test_every_video_pipeline_is_one_whatever_it_calls_its_autoencoders_factors(make, taken, rounded):
+    pipe = make()
+    assert draws_video(pipe)
+    check_call(pipe, taken)
+    for settings in rounded:
+        with pytest.raises(ValueError, match="this model takes"):
+            check_call(pipe, settings)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -88,3 +89,21 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_are_no_diary(page):
     assert not re.search(r"figures? not kept|an earlier version|the version before", page.read_text())
+
+
+def test_savings_are_those_that_were_counted():
+    """Every row of the table of models stands in a result that a command has written."""
+    row = r"^\| ([\w.-]+) \| ([\d x s]+) \| ([\d.,]+) \| ([\d.]+)x fewer \| ([\d.]+)x fewer \|$"
+    rows = re.findall(row, (ROOT / "docs" / "models.md").read_text(), re.MULTILINE)
+    counted = {}
+    for kind in ("pictures", "video", "sound"):
+        for count in json.loads((ROOT / "docs" / "results" / f"flops-{kind}.json").read_text())["counts"]:
+            size = tuple(count[name] for name in ("height", "width", "frames", "seconds"))
+            counted[count["model"], size] = [count["scales"][s] for s in ("1", "2", "4")]
+    assert {row[0] for row in rows} == {name for name, _ in counted}
+    for name, size, full, *ratios in rows:
+        height, width, frames = ([int(n) for n in size.split(" x ")] + [1])[:3] if "x" in size else (0, 0, 1)
+        seconds = int(size.split()[0]) if size.endswith(" s") else 0
+        one, *coarse = counted[name, (height, width, frames, seconds)]
+        assert full == f"{one['flops'] / 1e12:,.1f}"
+        assert ratios == [f"{scale['ratio']:.1f}" for scale in coarse]

@@ -22,6 +22,7 @@ import tiny
 from ddit import FixedSchedule, ForecastCorrector, PatchAdapter, SkipSchedule
 from ddit.cli import main
 from ddit.config import FULL
+from ddit.eval.bench import count
 from ddit.models import architecture_for
 from ddit.preset import Preset
 from ddit.train import rollout
@@ -29,6 +30,7 @@ from ddit.train.config import TrainConfig
 from ddit.train.disk import checkpoints, result_folder
 from ddit.train.distill import Draw, draw, make_batch
 from ddit.train.distill import weights as noise_weights
+from ddit.train.plan import plan
 from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
 from ddit.train.trainer import train
@@ -523,6 +525,21 @@ def test_dry_run_counts_what_training_holds(base, tmp_path, capsys, made):
     assert figures["bytes"]["base"] == 4 * sum(p.numel() for p in tiny.transformer().parameters())
     assert main(["train", "--dry-run", "--model", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_the_work_of_a_size(capsys):
+    """A forward and a backward as long for each row of a batch, on average over the scales."""
+    sized = TrainConfig(model="flux.1-dev", height=512, width=512, batch=3)
+    work = plan(sized)["work"]
+    counted = count("flux.1-dev", height=512, width=512, rank=32)["scales"]
+    assert work["full_call"] == counted[1]["flops"]
+    assert work["optimizer_step"] == 2 * 3 * (counted[2]["flops"] + counted[4]["flops"]) / 2
+    assert plan(replace(sized, gradient_checkpointing=True))["work"]["optimizer_step"] == 1.5 * work["optimizer_step"]
+    assert "work" not in plan(replace(sized, height=None))
+    assert main(["train", "--dry-run", "--model", "flux.1-dev", "--height", "512", "--width", "500"]) == 2
+    assert "multiple of 16" in capsys.readouterr().err
+    assert main(["train", "--dry-run", "--model", "flux.1-dev", "--height", "512", "--width", "512"]) == 0
+    assert "TFLOP/s" in capsys.readouterr().out
 
 
 def test_the_example_is_flux_dev():

@@ -14,7 +14,7 @@ import tiny
 
 
 def called_as_others(pipe: Any) -> Any:
-    """It gives its latents in a tuple, whatever is asked for."""
+    """It gives its latents in a tuple, whatever is asked for (`ddit.modular` has one that gives pictures)."""
 
     class Called(type(pipe)):
         def __call__(self, *, output_type: str = "", return_dict: bool = False, **call: Any) -> tuple[Tensor]:
@@ -24,10 +24,10 @@ def called_as_others(pipe: Any) -> Any:
     return pipe
 
 
-def flux():
+def flux(*, called: bool = True):
     pipe = FluxAutoBlocks().init_pipeline()
     pipe.update_components(**tiny.parts())
-    return called_as_others(pipe)
+    return called_as_others(pipe) if called else pipe
 
 
 def flux3_transformer(**overrides: Any):

@@ -154,7 +154,8 @@ def _settle(
 
 def _moves_unseen(architecture: Architecture) -> bool:
     """Whether positions are moved by a hook, which code compiled before it came does not look for."""
-    return architecture.rope is not None and getattr(architecture.transformer, "_compiled_call_impl", None) is not None
+    hooked = architecture.rope is not None or type(architecture).placed is not Architecture.placed
+    return hooked and getattr(architecture.transformer, "_compiled_call_impl", None) is not None
 
 
 def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
@@ -72,15 +72,29 @@ SET = {
 """Arguments of a pipeline's call that `run` decides: it draws one picture for each prompt it is given."""
 
 
+_SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+"""By what names pipelines say how many pixels of an edge, and how many frames, make a latent."""
+
+
+def _said(pipe: Any, names: Sequence[str]) -> int | None:
+    return next((getattr(pipe, name) for name in names if hasattr(pipe, name)), None)
+
+
 def check_call(pipe: Any, settings: dict[str, Any]) -> None:
-    """Refuse arguments that a pipeline does not take, and a height, width or number of frames that it would round."""
-    multiple = 2 * getattr(pipe, "vae_scale_factor", getattr(pipe, "vae_scale_factor_spatial", 8))
+    """Refuse arguments that a pipeline does not take, and a height, width or number of frames that it would round.
+
+    Raises:
+        ValueError: Also for a pipeline of an unsupported model.
+    """
+    architecture = architecture_for(getattr(pipe, "transformer", pipe))
+    multiple = (_said(pipe, _SPATIAL) or 8) * architecture.patch_size * architecture.grid_multiple
     for name in ("height", "width"):
         size = settings.get(name)
         if size is not None and size % multiple:
             below = max(size // multiple, 1) * multiple
             raise ValueError(f"{name} is {size}; this model takes multiples of {multiple}, such as {below}")
-    count, group = settings.get("num_frames"), getattr(pipe, "vae_scale_factor_temporal", None)
+    count, group = settings.get("num_frames"), _said(pipe, _TEMPORAL)
     if count is not None and group is None:
         raise ValueError(f"frames is {count}, but {type(pipe).__name__} draws pictures; leave it out")
     if count is not None and group is not None and count % group != 1:
@@ -110,7 +124,7 @@ def _hints(function: Any) -> dict[str, Any]:
 
 def draws_video(pipe: Any) -> bool:
     """Whether a pipeline draws clips."""
-    return hasattr(pipe, "vae_scale_factor_temporal")
+    return _said(pipe, _TEMPORAL) is not None
 
 
 def call_settings(preset: Preset, **chosen: Any) -> dict[str, Any]:
@@ -133,6 +147,7 @@ def run(
         prompts: One per picture.
         seeds: One per picture, so that a picture does not depend on its batch.
         settings: Arguments of the pipeline's call, such as ``num_inference_steps``.
+        on_step: Not called where the pipeline itself has no ``callback_on_step_end``.
 
     Raises:
         ValueError: When the pipeline raises before its first step is done; the message names the settings as well.
@@ -152,14 +167,17 @@ def run(
             on_step(index + 1, pipe.num_timesteps, scales)
         return tensors
 
+    # HunyuanVideo 1.5 calls nobody back.
+    takes = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    calls_back = {"callback_on_step_end": callback} if takes else {}
     try:
         started = time.perf_counter()
         pictures = pipe(
             prompts,
             generator=generators,
             output_type="np",
-            callback_on_step_end=callback,
             return_dict=False,
+            **calls_back,
             **settings,
         )[0]
         seconds = time.perf_counter() - started

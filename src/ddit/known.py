@@ -13,7 +13,8 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.loading import check_device, model_folder, model_source
 from ddit.models import REGISTRY, architecture_class, unsupported
-from ddit.models.base import Architecture
+from ddit.models.base import Architecture, Inputs
+from ddit.preset import Preset
 
 FOLDER = Path(__file__).parent / "models" / "configs"
 
@@ -111,6 +112,28 @@ def _autoencoder(model: str) -> Any:
         return AutoencoderKL.load_config(model_source(model), subfolder="vae")
     except Exception:  # no such folder
         return None
+
+
+def example(architecture: Architecture, model: str, height: int, width: int, frames: int, seconds: int = 0) -> Inputs:
+    """A call for a picture, clip or sound of this size, with as much text as the model's pipeline takes.
+
+    Raises:
+        ValueError: For sizes that the model does not take.
+    """
+    if (architecture.axes == 1) != (seconds > 0):
+        wanted = "seconds of sound, such as 60s" if architecture.axes == 1 else "HEIGHTxWIDTH"
+        raise ValueError(f"the size of what {model} makes is given as {wanted}")
+    text = Preset.load(model_folder(model)).call.get("max_sequence_length", architecture.text_tokens)
+    if seconds:
+        return architecture.example(1, 1, math.ceil(seconds * latent_rate(model, architecture)), text)
+    pixels, group = compression(model, architecture)
+    multiple = pixels * architecture.patch_size
+    for name, size in (("height", height), ("width", width)):
+        if size < multiple or size % multiple:
+            raise ValueError(f"{name} is {size}; it must be a multiple of {multiple}")
+    if frames % group != 1:
+        raise ValueError(f"frames is {frames}; it must be one more than a multiple of {group}")
+    return architecture.example((frames - 1) // group + 1, height // pixels, width // pixels, text)
 
 
 def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, Any]]:

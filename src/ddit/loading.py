@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
+from ddit import modular
 from ddit.adapter import PatchAdapter
 from ddit.embedded import CORRECTOR_FOLDER, MODEL_FOLDER, video
 from ddit.preset import Preset
@@ -21,6 +24,8 @@ EMBEDDED: dict[str, tuple[Path, Path]] = {
     "embedded-video": (video.MODEL_FOLDER, video.CORRECTOR_FOLDER),
 }
 """Names of the models that ship with ddit -> folder of the model, folder of its corrector."""
+INDEX = "model_index.json"
+"""In a folder or repository that holds a pipeline."""
 
 
 def model_folder(model: str) -> Path:
@@ -57,21 +62,30 @@ def load_pipeline(
             f"the model {model} is not part of this ddit; make it with 'ddit embedded train{flag}' and "
             f"'ddit embedded install{flag}'"
         )
-    if (folder / "modular_model_index.json").is_file():
-        raise ValueError(
-            f"{folder} holds a modular pipeline, which the command line can't call; use ddit.apply in Python"
-        )
-    if folder.exists() and not (folder / "model_index.json").is_file():
+    if folder.exists() and not any((folder / name).is_file() for name in (INDEX, modular.INDEX)):
         raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
     if not folder.exists() and model.count("/") != 1:
         raise ValueError(f"there is no folder {model!r}, and it is no hub id (owner/name) either")
     try:
-        pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=getattr(torch, dtype))
+        load = modular.load if _is_modular(model) else DiffusionPipeline.from_pretrained
+        pipe = load(model_source(model), dtype=getattr(torch, dtype))
     except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
         raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
     own = Preset.load(folder)
     return pipe.to(device), own if given is None else replace(given, call=given.call or own.call)
+
+
+def _is_modular(model: str) -> bool:
+    """Whether a folder or hub id holds a modular pipeline, and no other."""
+    folder = model_folder(model)
+    if folder.exists():
+        return not (folder / INDEX).is_file()
+    try:
+        hf_hub_download(model, INDEX)  # from the cache where there is no network
+    except RemoteEntryNotFoundError:
+        return True
+    return False
 
 
 def check_device(device: str) -> None:

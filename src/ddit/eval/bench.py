@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from torch import nn
 
 from ddit.adapter import PatchAdapter
 from ddit.eval import timing
-from ddit.known import compression, latent_rate, meta_transformer, transformer
-from ddit.loading import model_folder
+from ddit.known import example, meta_transformer, transformer
 from ddit.models import architecture_for
-from ddit.models.base import Architecture, Inputs, to_meta
-from ddit.preset import Preset
+from ddit.models.base import Inputs, to_meta
 from ddit.tables import table
 
 
@@ -64,28 +61,6 @@ def count(
         "adapter_rank": rank,
         "scales": {s: {**row, "ratio": rows[1]["flops"] / row["flops"]} for s, row in rows.items()},
     }
-
-
-def example(architecture: Architecture, model: str, height: int, width: int, frames: int, seconds: int = 0) -> Inputs:
-    """A call for a picture, clip or sound of this size, with as much text as the model's pipeline takes.
-
-    Raises:
-        ValueError: For sizes that the model does not take.
-    """
-    if (architecture.axes == 1) != (seconds > 0):
-        wanted = "seconds of sound, such as 60s" if architecture.axes == 1 else "HEIGHTxWIDTH"
-        raise ValueError(f"the size of what {model} makes is given as {wanted}")
-    text = Preset.load(model_folder(model)).call.get("max_sequence_length", architecture.text_tokens)
-    if seconds:
-        return architecture.example(1, 1, math.ceil(seconds * latent_rate(model, architecture)), text)
-    pixels, group = compression(model, architecture)
-    multiple = pixels * architecture.patch_size
-    for name, size in (("height", height), ("width", width)):
-        if size < multiple or size % multiple:
-            raise ValueError(f"{name} is {size}; it must be a multiple of {multiple}")
-    if frames % group != 1:
-        raise ValueError(f"frames is {frames}; it must be one more than a multiple of {group}")
-    return architecture.example((frames - 1) // group + 1, height // pixels, width // pixels, text)
 
 
 class Bench:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,6 @@ class ZImage(Architecture):
     residuals = ("controlnet_block_samples",)
     timestep = "t"
     embedding = "all_x_embedder.2-1"
-    rope: ClassVar[str] = "noise_refiner.0"
-    """No module of its own derives positions; this one is the first that gets them."""
     head = "all_final_layer.2-1.linear"
     block_lists = ("layers",)
     block_counts = ("n_layers",)
@@ -125,7 +123,7 @@ class ZImage(Architecture):
             waves, moved = args[2], centre_waves(layout, dims, config.rope_theta)
             waves[:, : len(moved), first // 2 :] = moved.to(waves)  # of [B, N, half a head]
 
-        handle = self.transformer.get_submodule(self.rope).register_forward_pre_hook(move)
+        handle = self.transformer.get_submodule("noise_refiner.0").register_forward_pre_hook(move)
         try:
             yield
         finally:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import statistics
 from typing import Any
 
 import torch
 from torch import nn
 
-from ddit.known import meta_transformer
+from ddit.coarse import coarse_call
+from ddit.known import example, meta_transformer
+from ddit.models import architecture_for
+from ddit.models.base import to_meta
 from ddit.train.config import TrainConfig
 from ddit.train.parts import make_optimizer, new_part
 
@@ -16,8 +20,12 @@ from ddit.train.parts import make_optimizer, new_part
 def plan(config: TrainConfig) -> dict[str, Any]:
     """Parameters, and bytes that stay on the device throughout (activations come on top).
 
+    For an adapter and a size, also operations: of one call of the base, and of one optimiser step. That is a forward of
+    the coarse call, a backward as long (the base's weights get no gradients), and one more forward with gradient
+    checkpointing.
+
     Raises:
-        ValueError: When the base's configuration can't be read.
+        ValueError: When the base's configuration can't be read, or for a size that it does not take.
     """
     transformer = meta_transformer(config.model)
     with torch.device("meta"):
@@ -39,7 +47,9 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "optimizer": round(4 * state),
         "ema": 4 * trained if config.ema else 0,
     }
+    sized = config.height is not None and config.width is not None and not config.corrector
     return {
+        **({"work": _work(config, trainee)} if sized else {}),
         "base": type(transformer).__name__,
         "base_parameters": base,
         "trains": trainee.noun,
@@ -48,6 +58,25 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "adapter_file_bytes": {"float32": 4 * trained, "bfloat16": 2 * trained},
         "bytes": {**bytes_used, "total": sum(bytes_used.values())},
     }
+
+
+RATE = 400e12
+"""Operations in a second that the hours are told for: about half of what an H100 can do in bfloat16."""
+FRAMES = 81
+"""Of a clip; pictures have one whatever is asked for."""
+
+
+def _work(config: TrainConfig, adapter: Any) -> dict[str, float]:
+    assert config.height is not None and config.width is not None
+    architecture = architecture_for(meta_transformer(config.model))
+    call = example(architecture, config.model, config.height, config.width, FRAMES)
+    noisy = architecture.read(call)
+    coarse = {s: coarse_call(architecture, call, noisy, s, adapter.coarse).inputs for s in config.scales}
+    forward = statistics.mean(architecture.count_flops(to_meta(c), s, adapter) for s, c in coarse.items())
+    step = forward * config.batch * config.accumulation * (3 if config.gradient_checkpointing else 2)
+    full = architecture.count_flops(to_meta(call))
+    hours = {"training_hours": config.steps * step / RATE / 3600, "drawing_hours": 50_000 * full / RATE / 3600}
+    return {"full_call": full, "optimizer_step": step, "steps": config.steps, **hours}
 
 
 _STARTED = re.compile(r"down\.weight|path\.(first|mix|levels\.[02])\.")
@@ -75,4 +104,12 @@ def table(figures: dict[str, Any]) -> str:
     ]
     named = {figures["trains"] if name == "adapter" else name: value for name, value in figures["bytes"].items()}
     lines += [f"  {name:10} {value / 2**30:7.2f} GiB" for name, value in named.items()]
+    if "work" in figures:
+        work = figures["work"]
+        rate = f"at {RATE / 1e12:.0f} TFLOP/s"
+        lines += [
+            f"  a step     {work['optimizer_step'] / 1e15:7.2f} PFLOP",
+            f"  {work['steps']:,} steps take {work['training_hours']:.1f} h {rate}",
+            f"  drawing 1,000 samples of 50 calls first takes {work['drawing_hours']:.1f} h",
+        ]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModularPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -51,6 +52,11 @@ def train(config: TrainConfig) -> Path:
         cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.tracker, project_dir=str(out)
     )
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=str(accelerator.device))
+    if isinstance(pipe, ModularPipeline):
+        raise ValueError(
+            f"{config.model} is a modular pipeline, whose latents do not come as the transformer gets them; "
+            "train on an ordinary pipeline with the same transformer"
+        )
     run = Run.begin(config, accelerator, pipe, preset, prompts)
     if config.tracker:
         accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list)})
