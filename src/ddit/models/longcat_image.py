@@ -1,4 +1,7 @@
-"""LongCat-Image: `diffusers.LongCatImageTransformer2DModel`, FLUX.1 without pooled text and guidance embedding."""
+"""LongCat-Image: `diffusers.LongCatImageTransformer2DModel`, FLUX.1 without pooled text and guidance embedding.
+
+Edit puts tokens of its picture behind those of the image, as Kontext does.
+"""
 
 from __future__ import annotations
 
