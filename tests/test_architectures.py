@@ -152,6 +152,12 @@ OFTEN = [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) f
 """All; one of each transformer in the quick run."""
 
 
+AT_EACH_SCALE = [
+    case if case[1] == 2 or case[0] in SMALL else pytest.param(*case, marks=pytest.mark.slow)
+    for case in product(CASES, (2, 4))
+]
+
+
 def parameters(names=tuple(CASES)):
     return pytest.mark.parametrize("name", names)
 
@@ -175,8 +181,7 @@ def test_scale_one_and_removal_are_bit_equal(name):
     assert [set(vars(model)) for model in transformers(pipe)] == before
 
 
-@parameters()
-@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize(("name", "scale"), AT_EACH_SCALE)
 def test_large_patches_save_work_and_stay_near(name, scale):
     """Wherever they come; both passes of guidance take one decision."""
     case = CASES[name]
@@ -364,8 +369,9 @@ def test_flops_at_scale_one_are_those_of_the_model(name):
 # Adapters
 
 
-@parameters(SMALL)
-@pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
+@pytest.mark.parametrize(
+    ("name", "start"), [*product(SMALL, ["noise-consistent"]), *product(["flux", "wan", "ace-step"], ["bilinear"])]
+)
 def test_a_new_adapter_is_the_training_free_step(name, start: Start):
     case = CASES[name]
     pipe = case.make()

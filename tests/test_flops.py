@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -94,16 +95,24 @@ def test_exactly_those_of_a_run(name, scale):
     assert count(architecture_for(model), call) == counted_in_a_run(model, call)
 
 
-@pytest.mark.parametrize("scale", [2, 4])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "settings",
-    [dict(rank=2), dict(rank=0), dict(rank=3, start="bilinear"), dict(rank=2, residual=False, size_vector=False)],
-    ids=["all", "no-lora", "paper", "no-residual"],
-)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all": dict(rank=2),
+    "no-lora": dict(rank=0),
+    "paper": dict(rank=3, start="bilinear"),
+    "no-residual": dict(rank=2, residual=False, size_vector=False),
+}
+ADAPTED = [
+    case
+    if case[1:] == (2, "all") or case[0] in ("ace-step", "flux", "wan")
+    else pytest.param(*case, marks=pytest.mark.slow)
+    for case in product(MODELS, (2, 4), ADAPTERS)
+]
+
+
+@pytest.mark.parametrize(("name", "scale", "settings"), ADAPTED)
 def test_with_an_adapter(name, scale, settings):
     model = MODELS[name]()
-    adapter, call = PatchAdapter.for_model(model, **settings), call_of(model, scale)
+    adapter, call = PatchAdapter.for_model(model, **ADAPTERS[settings]), call_of(model, scale)
     alone, architecture = count(architecture_for(model), call, scale=scale), architecture_for(model)
     together = count(architecture, call, adapter.config, scale)
     assert together == counted_in_a_run(model, call, adapter, scale) > alone

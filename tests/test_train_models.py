@@ -78,8 +78,10 @@ ANEW = [
 """Names of cases, and samplers other than the pipeline's own."""
 
 
-@pytest.mark.parametrize(("name", "sampler"), ANEW)
-@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize(
+    ("name", "sampler", "learnt"),
+    [*((*case, True) for case in ANEW), *((name, None, False) for name in ("flux", "wan"))],
+)
 def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, sampler, learnt, tmp_path):
     """From the noise to the end, forecasts corrected or not; and gradients reach all of the corrector."""
     case = CASES[name]
