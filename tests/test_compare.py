@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+import tiny_z_image
 from ddit.cli import main
-from ddit.config import PatchSchedule
+from ddit.config import FixedSchedule, PatchSchedule
 from ddit.embedded import install
 from ddit.eval import calibrate, compare
+from ddit.eval.parts import Part
 from ddit.eval.quality import parse_entry
-from ddit.generate import recorded, run
+from ddit.generate import Method, recorded, run
 from ddit.loading import load_pipeline
 from ddit.methods import make_method
 from ddit.models import architecture_for
@@ -75,6 +77,17 @@ def test_the_methods_of_a_comparison_can_all_be_read(teacache):
     families = {compare.family(name) for name in names}
     assert families == set(compare.FAMILIES)
     assert any("teacache" in name for name in names) == teacache
+
+
+def test_a_part_has_a_row_for_each_picture_also_where_guidance_is_stacked():
+    """Two copies of the latents lie in one call of Z-Image."""
+    pipe = tiny_z_image.pipeline()
+    given = [tiny_z_image.embeds(seed) for seed in (1, 2)]
+    pipe.encode_prompt = lambda **_: (given[0] * 2, given[1] * 2)  # it has no text encoder
+    method = Method(patches=FixedSchedule(steps=(1, 2, 4)))
+    settings = dict(height=32, width=32, num_inference_steps=4)
+    part = Part.of(run(pipe, ["a waltz", "a piano"], [0, 1], settings, method=method), None)
+    assert part.scales.tolist() == [[1, 2, 4, 4]] * 2 and part.flops.shape == (2,) and len(part.pictures) == 2
 
 
 def test_winners_are_the_best_among_those_as_fast():

@@ -96,3 +96,15 @@ def test_patches_of_another_size_stay_at_full_steps():
     pipe = tiny_lumina2.pipeline(patch_size=4)
     with ddit.apply(pipe, patches=FULL), pytest.warns(UserWarning, match="patches are 4 wide, not 2"):
         draw(pipe, CASES["lumina2"])
+
+
+def test_a_step_of_which_one_pass_alone_is_unsupported():
+    """Prompts of several lengths, and negative ones of one: every step counts as a whole full one."""
+    pipe = tiny_lumina2.pipeline()
+    parted = {name: torch.cat([PADDED[name], PADDED[f"negative_{name}"]]) for name in PADDED if "neg" not in name}
+    alike = {name: torch.cat([PADDED[name]] * 2) for name in PADDED if "neg" in name}
+    call = {**CALL, **parted, **alike, "num_inference_steps": 6, "output_type": "latent", "return_dict": False}
+    plain = pipe(**call, generator=torch.Generator().manual_seed(0))[0]
+    with ddit.apply(pipe, patches=COARSE, speedup=2) as run, pytest.warns(UserWarning, match="several lengths"):
+        assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0))[0], plain)
+    assert run.report.scales == [[1] * 6] * 2 and run.report.flops_fraction == 1

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import tiny
+import tiny_audio
 import tiny_hunyuan
 import tiny_ltx
 from ddit.cli import main
@@ -206,10 +207,11 @@ def test_a_trained_video_model_is_shipped_with_its_preset(wan, tmp_path, monkeyp
     assert (to / "model_index.json").is_file()
 
 
-def test_frames_are_refused_for_pictures():
-    pipe = tiny.pipeline()
+@pytest.mark.parametrize("make", [tiny.pipeline, tiny_audio.pipeline])
+def test_frames_are_refused_for_pictures_and_sound(make):
+    pipe = make()
     assert not draws_video(pipe)
-    with pytest.raises(ValueError, match="draws pictures"):
+    with pytest.raises(ValueError, match="makes no clips"):
         check_call(pipe, {"num_frames": 9})
 
 

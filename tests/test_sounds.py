@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import tiny_audio
 from ddit import sounds
 from ddit.cli import main
+from ddit.preset import Preset
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,20 @@ def test_generate_makes_sound_and_compares_it_with_plain(model, tmp_path, capsys
     made = [read(tmp_path / name) for name in ("waltz-0.wav", "waltz-1.wav", "waltz-0-plain.wav")]
     assert all(rate == tiny_audio.RATE and sound.shape == (2, 640) for sound, rate in made)
     assert not np.array_equal(made[0][0], made[1][0]) and not np.array_equal(made[0][0], made[2][0])
+
+
+def test_training_lets_hear_what_it_has_learnt(model, tmp_path):
+    """Plain, then each scale, one after the other in a file for each prompt."""
+    folder, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    shutil.copytree(model, folder)
+    Preset(call={"audio_duration": 1.6}).save(folder)
+    prompts.write_text("a slow waltz\na slow piano\n")
+    told = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "out"), "--cpu"]
+    few = ["--steps", "1", "--batch", "1", "--sample-steps", "3", "--rank", "2", "--pictures", "1", "--validation", "1"]
+    assert main(["train", *told, *few]) == 0
+    (heard,) = (tmp_path / "out" / "pictures").iterdir()
+    sound, rate = read(heard)
+    assert heard.name == "step-000001.wav" and rate == tiny_audio.RATE and sound.shape == (2, 3 * 640)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from diffusers import FlowMatchLCMScheduler
 from torch import nn
 
 import tiny
+import tiny_z_image
 from ddit import PatchAdapter
 from ddit.models import architecture_for
 from ddit.models.base import first
@@ -52,7 +53,7 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
     pipe = case.make()
     told = Told(pipe, case.call)
     samples = draw_samples(tmp_path, told, {"num_inference_steps": 8}, [tiny.PROMPT], batch=1, shard=1, seed=0)
-    assert samples.passes == case.passes == len(samples) and len(samples.sigmas) == 8
+    assert samples.passes == case.passes * case.rows == len(samples) and len(samples.sigmas) == 8
     architecture = architecture_for(pipe.transformer)
     batch = make_batch(architecture, samples, [Draw(n, 2, 5) for n in range(len(samples))], "cpu", torch.float32)
     with torch.no_grad():
@@ -67,6 +68,28 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
     for key, parameter in adapter.named_parameters():
         used = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert used == key.startswith("parts.2"), key
+
+
+def test_records_are_those_of_their_runs_where_guidance_is_stacked(tmp_path):
+    """However many runs are drawn together: one of each pass, beside the end of the same run."""
+    found = []
+    for batch in (1, 2):
+        told = Told(tiny_z_image.pipeline(), {})
+        told.pipe.encode_prompt = lambda prompt, **_: (
+            tiny_z_image.embeds(1) * len(prompt),
+            tiny_z_image.embeds(2) * len(prompt),
+        )
+        told.given = {"prompt": ["a"] * batch, "height": 32, "width": 32}
+        settings = {"num_inference_steps": 3}
+        samples = draw_samples(tmp_path / str(batch), told, settings, ["a"] * 4, batch=batch, shard=4, seed=0)
+        assert samples.passes == 2 and len(samples) == 8
+        loaded = [samples.load([i], [[0, 2]]) for i in range(8)]
+        found.append([(latents, velocity, samples.clean(i)) for i, (latents, velocity, _) in enumerate(loaded)])
+    for one, other in zip(*found, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    starts = {float(latents[0, 0].sum()) for latents, _, _ in found[0]}
+    assert len(starts) == 4
 
 
 ANEW = [

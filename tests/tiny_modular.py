@@ -11,6 +11,7 @@ from diffusers.modular_pipelines import FluxAutoBlocks
 from torch import Tensor
 
 import tiny
+import tiny_z_image
 
 
 def called_as_others(pipe: Any) -> Any:
@@ -28,6 +29,14 @@ def flux(*, called: bool = True):
     pipe = FluxAutoBlocks().init_pipeline()
     pipe.update_components(**tiny.parts())
     return called_as_others(pipe) if called else pipe
+
+
+def z_image():
+    from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
+
+    pipe = ZImageCoreDenoiseStep().init_pipeline()
+    pipe.update_components(transformer=tiny_z_image.transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return called_as_others(pipe)
 
 
 def flux3_transformer(**overrides: Any):
@@ -67,6 +76,9 @@ REFERENCES = [torch.randn(1, 16, 4, size, generator=torch.Generator().manual_see
 
 CASES: dict[str, dict[str, Any]] = {
     "flux-modular": dict(make=flux, call=dict(prompt=tiny.PROMPT, height=32, width=48, max_sequence_length=20)),
+    "z-image-modular": dict(
+        make=z_image, call=dict(height=128, width=192, prompt_embeds=tiny_z_image.embeds(1)), fill=32
+    ),
 }
 """For test_architectures."""
 HAS_FLUX3 = hasattr(diffusers, "Flux3Transformer2DModel")  # from diffusers 0.42 on

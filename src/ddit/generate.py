@@ -96,7 +96,7 @@ def check_call(pipe: Any, settings: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {size}; this model takes multiples of {multiple}, such as {below}")
     count, group = settings.get("num_frames"), _said(pipe, _TEMPORAL)
     if count is not None and group is None:
-        raise ValueError(f"frames is {count}, but {type(pipe).__name__} draws pictures; leave it out")
+        raise ValueError(f"frames is {count}, but {type(pipe).__name__} makes no clips; leave it out")
     if count is not None and group is not None and count % group != 1:
         near = count // group * group + 1
         raise ValueError(f"frames is {count}; this model takes one more than a multiple of {group}, such as {near}")

@@ -249,8 +249,7 @@ class Handle:
         self._state.forced = reason
         self._warn(f"ddit keeps every step full: {reason}")
         answer = self._full(seat, range(len(tokens)), *args, **kwargs)
-        self._state.passes += 1
-        self._state.add_seconds(time.perf_counter() - started)
+        self._state.record_full(time.perf_counter() - started)
         return answer
 
     def _warn(self, message: str) -> None:

@@ -239,7 +239,7 @@ class RunState:
         self.levels, self.velocities, self.passes = [sigma], [], 0
         if self.skipper is not None:
             self.skipper.forget()
-        self.scales = [1] * len(tokens)
+        self.scales, self.answered = [1] * len(tokens), [0] * len(tokens)
         self.cached, self.cached_in_step = set(), set()
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
 
@@ -303,6 +303,12 @@ class RunState:
         if self.path.keep and self._seen.dtype != torch.float32:
             alike = period(self._seen)
             self.velocities += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
+        self.passes += 1
+        self.add_seconds(seconds)
+
+    def record_full(self, seconds: float) -> None:
+        """Count a pass that could not be read and was answered in full."""
+        self.answered = [count + 1 for count in self.answered]
         self.passes += 1
         self.add_seconds(seconds)
 

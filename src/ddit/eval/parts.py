@@ -39,10 +39,10 @@ class Part:
     @classmethod
     def of(cls, outcome: Run, memory: int | None) -> Part:
         """The part that one call of the pipeline is."""
-        report = outcome.report
+        report, count = outcome.report, len(outcome.pictures)  # a report has more samples where guidance is stacked
         work = (1.0, 1.0) if report is None else (report.tokens_fraction, report.flops_fraction)
-        scales = [[] for _ in outcome.pictures] if report is None else report.scales
-        flops = [1.0] * len(outcome.pictures) if report is None else report.flops_fractions
+        scales = [[]] * count if report is None else report.scales[:count]
+        flops = [1.0] * count if report is None else report.flops_fractions[:count]
         pictures = eight_bits(outcome.pictures)
         return cls(
             pictures,

@@ -73,9 +73,9 @@ class ZImage(Architecture):
     def velocity(self, output: Any, size: Sequence[int]) -> Tensor:
         return -torch.stack(list(output)).squeeze(2)
 
-    def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
-        """As a tensor ``[B, C, 1, H, W]``, which pipelines take as well as a list."""
-        return -velocity.unsqueeze(2)
+    def output(self, velocity: Tensor, inputs: Inputs) -> Any:
+        """A list of ``[C, 1, H, W]``."""
+        return list(-velocity.unsqueeze(2))
 
     def sigma(self, inputs: Inputs) -> Tensor:
         return 1 - super().sigma(inputs)

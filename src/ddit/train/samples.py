@@ -261,31 +261,38 @@ class _Runs:
         with recorded(pipe) as calls:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(pipe, self.settings, len(seeds))
-            latents = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]
+            drawn = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         sigmas = sorted(set(levels), reverse=True)
         passes = len(calls) // len(sigmas)
         noisy = architecture.batched[0]
         final = calls[-1][0]
-        clean = architecture.read({**final, noisy: latents}).latents
+        clean = architecture.read({**final, noisy: drawn}).latents
         rows: dict[str, Any] = {"clean": clean}
         shared: dict[str, Tensor] = {}
-        rows["latents"] = torch.stack([architecture.read(inputs).latents for inputs, _ in calls[::passes]], dim=1)
+        latents = [architecture.read(inputs).latents[: len(clean)] for inputs, _ in calls[::passes]]
+        rows["latents"] = torch.stack(latents, dim=1)
+        records = 0
         for which in range(passes):
             answers = [architecture.velocity(answer, clean.shape[2:]) for _, answer in calls[which::passes]]
-            rows[f"velocity{which}"] = torch.stack(answers, dim=1)
-            # Of the last step, latents and noise level too: conditions may sit in them (image to video).
-            for name, value in calls[which - passes][0].items():
-                if _is_list_of_tensors(value):
-                    rows[f"list{which}/{name}"] = value
-                elif isinstance(value, Tensor) and name in architecture.batched:
-                    rows[f"row{which}/{name}"] = value
-                elif isinstance(value, Tensor):
-                    shared[f"shared/{name}"] = value
+            # Where guidance is stacked in one call, each of its copies of the batch is a record.
+            for samples in torch.arange(len(answers[0])).split(len(clean)):
+                rows[f"velocity{records}"] = torch.stack([answer[samples] for answer in answers], dim=1)
+                # Of the last step, latents and noise level too: conditions may sit in them (image to video).
+                inputs = calls[which - passes][0]
+                own = inputs if len(samples) == len(answers[0]) else architecture.rows(inputs, samples.tolist())
+                for name, value in own.items():
+                    if _is_list_of_tensors(value):
+                        rows[f"list{records}/{name}"] = value
+                    elif isinstance(value, Tensor) and name in architecture.batched:
+                        rows[f"row{records}/{name}"] = value
+                    elif isinstance(value, Tensor):
+                        shared[f"shared/{name}"] = value
+                records += 1
         plain = {k: v for k, v in final.items() if k != "return_dict" and not _is_list_of_tensors(v)}
         told = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | list | tuple)}
         visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
-        return rows, shared, {"sigmas": sigmas, "passes": passes, "call": told, **visited}
+        return rows, shared, {"sigmas": sigmas, "passes": records, "call": told, **visited}
 
 
 def _is_list_of_tensors(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ddit import sounds
 from ddit.config import FULL, FixedSchedule, SkipSchedule
 from ddit.generate import Method
 from ddit.generate import run as generate
@@ -79,7 +80,10 @@ def validate_runs(run: Run) -> list[dict[str, Any]]:
 
 
 def save_pictures(run: Run, path: Path) -> None:
-    """PNG: plain above, below it each scale held for the first half of the steps, or the validated speedups."""
+    """PNG: plain above, below it each scale held for the first half of the steps, or the validated speedups.
+
+    Of sound a WAV for each prompt, in which they follow each other.
+    """
     count = min(run.config.pictures, run.config.validation)
     prompts = [run.samples.prompt(i) for i in range(run.records, run.records + count)]
     settings = run.samples.manifest["settings"]
@@ -89,6 +93,10 @@ def save_pictures(run: Run, path: Path) -> None:
         with run.detached():
             drawn = generate(run.pipe, prompts, seeds, settings, method=method)
         bands.append(drawn.pictures)
+    rate = sounds.sample_rate(run.pipe)
+    if rate is not None:
+        sounds.save(path.with_suffix(".wav"), np.concatenate(bands, axis=-1), rate=rate)
+        return
     save_png(path, np.concatenate([np.concatenate(list(frames(band)), axis=1) for band in bands]))
 
 
