@@ -153,7 +153,7 @@ OFTEN = [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) f
 
 
 AT_EACH_SCALE = [
-    case if case[1] == 2 or case[0] in SMALL else pytest.param(*case, marks=pytest.mark.slow)
+    case if case[1] == 2 or case[0] in ("ace-step", "flux", "wan") else pytest.param(*case, marks=pytest.mark.slow)
     for case in product(CASES, (2, 4))
 ]
 

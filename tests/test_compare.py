@@ -228,6 +228,7 @@ def test_the_detail_is_that_of_finished_latents(draws):
         assert measured[scale] == pytest.approx(expected[scale], rel=1e-4) and min(measured[scale]) > 0
 
 
+@pytest.mark.slow
 def test_a_calibration_that_was_killed_continues(model, tmp_path, monkeypatch, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue star\na green square\n")

@@ -125,7 +125,8 @@ def random_adapter(model) -> PatchAdapter:
     return adapter
 
 
-@pytest.mark.parametrize("first", ["apply", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["apply", "compile"])
 def test_an_adapter_in_compiled_blocks(pipe, first):
     """Compiled before or after: the adapter takes part, and once each scale was seen nothing is compiled again."""
     adapter = random_adapter(pipe.transformer)

@@ -221,6 +221,7 @@ def test_the_script_refuses_nonsense(tmp_path):
         assert done.returncode == 2 and "prepare" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_installs_what_was_carried_and_needs_no_network(tmp_path):
     wheel(tmp_path / "whl")
     done = script(tmp_path, "run", "10", "out", "flux", "--help")

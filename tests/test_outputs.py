@@ -176,6 +176,7 @@ def test_the_embedded_video_model_moves_things_as_asked(direction, tmp_path):
     assert motion(centres(clip)) == (f"moving {direction}", "quickly")
 
 
+@pytest.mark.slow
 def test_the_quality_suite_judges_clips(wan, tmp_path):
     flags = ["--prompts", "4", "--batch", "2", "--split", "tune", "--out", str(tmp_path / "q")]
     methods = ["plain", "plain:run_steps=3", "ddit:threshold=1e9,careful=false"]
@@ -222,6 +223,7 @@ def test_the_ending_must_fit_the_model(tmp_path, capsys):
     assert ".mp4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_suite_of_an_embedded_model(tmp_path, capsys):
     flags = ["evaluate", "--suite", "embedded-video", "--prompts", "2", "--batch", "2", "--steps", "4"]
     methods = ["--methods", "plain", "ddit:schedule=1/1/1/4"]

@@ -77,9 +77,8 @@ def alone_together_and_refused(name: str) -> tuple[list[tuple[Any, Any]], list[s
     return alone_and_together(name), what_is_refused()
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in SPREAD]
-)
+@pytest.mark.slow  # two processes take long to start
+@pytest.mark.parametrize("name", SPREAD)
 def test_one_picture_on_two_processes(name, tmp_path):
     """Both decide alike, and draw what one alone does; what does not work is refused."""
     if getattr(CASES[name].make().transformer, "_cp_plan", None) is None:

@@ -32,7 +32,7 @@ def test_the_demo_needs_no_extra(tmp_path):
     [
         (["generate", tiny.PROMPT, "--plot", "p.png"], "plot"),
         (["evaluate", "--out", "e"], "plot"),
-        (["train", "--prompts", "p.txt", "--out", "run"], "train"),
+        pytest.param(["train", "--prompts", "p.txt", "--out", "run"], "train", marks=pytest.mark.slow),
         (["app", "--study", "nowhere"], "app"),
     ],
 )

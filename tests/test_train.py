@@ -218,6 +218,7 @@ def test_it_learns(base, tmp_path, start):
         assert torch.isfinite(tiny.sample(pipe)).all()
 
 
+@pytest.mark.slow
 def test_corrected_forecasts_end_nearer_to_plain(base, tmp_path):
     train(correcting(base, tmp_path, steps=80, lr=3e-3, ema=0.0, batch=6, validate_every=80, speedups=(2.0, 4.0)))
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
