@@ -100,6 +100,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
         (["--arch", "ace-step-1.5", "--size", "0s"], "such as 60s"),
         (["--size", "60s"], "HEIGHTxWIDTH"),
         (["--scales", "3"], "power"),
+        (["--arch", "z-image", "--size", "8208x1024"], "positions for 512"),
         (["--blocks", "20"], "19 and 38"),
         (["--blocks", "1", "1", "1"], "19 and 38"),
         (["--compile", "--trace", "x.json"], "--compile, --trace need a device"),

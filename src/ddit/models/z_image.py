@@ -135,6 +135,9 @@ class ZImage(Architecture):
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
+        most = min(config.axes_lens[1:])
+        if max(height, width) > most * self.patch_size:
+            raise ValueError(f"the model has positions for {most} rows and columns of tokens; take a smaller size")
         return {
             "x": torch.zeros(1, config.in_channels, 1, height, width),
             "t": torch.full((1,), 0.5),
