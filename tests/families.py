@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddit
 from ddit import FixedSchedule
-from ddit.coarse import coarse_call
+from ddit.coarse import call_at
 from ddit.config import FULL, Coarse
 from ddit.generate import recorded
 from ddit.models import architecture_for
@@ -64,7 +64,7 @@ def check_flops(pipe: Any, inputs: dict[str, Any], report: Report) -> None:
     """Those of a report are PyTorch's count of the same call at each scale."""
     arch = architecture_for(pipe.transformer)
     for scale in (1, 2, 4):
-        call = inputs if scale == 1 else coarse_call(arch, inputs, arch.read(inputs), scale, Coarse()).inputs
+        call = call_at(arch, inputs, scale, Coarse())
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             pipe.transformer(**call)
         assert report.flops[scale] == counter.get_total_flops()

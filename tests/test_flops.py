@@ -28,7 +28,7 @@ import tiny_sd3
 import tiny_video
 import tiny_z_image
 from ddit import PatchAdapter
-from ddit.coarse import coarse_call
+from ddit.coarse import call_at
 from ddit.config import Coarse
 from ddit.known import meta_transformer
 from ddit.models import architecture_for
@@ -71,7 +71,7 @@ def call_of(model: Any, scale: int = 1, text: int = 20, **changes: Any) -> dict[
     """A call for one sample at a scale, of 8 x 12 tokens in up to two frames at scale 1."""
     architecture = architecture_for(model)
     call = {**architecture.example(2, 16, 24, text), **changes}
-    return call if scale == 1 else coarse_call(architecture, call, architecture.read(call), scale, Coarse()).inputs
+    return call_at(architecture, call, scale, Coarse())
 
 
 def counted_in_a_run(model: Any, call: dict[str, Any], adapter: PatchAdapter | None = None, scale: int = 1) -> int:
@@ -206,8 +206,7 @@ def test_known_models_in_full(name, size, tera):
     """1024 x 1024 pixels, and 480 x 832 of 81 frames, with 512 tokens of text."""
     architecture = architecture_for(meta_transformer(name))
     call = architecture.example(*size, 512)
-    noisy = architecture.read(call)
-    calls = {1: call, **{s: coarse_call(architecture, call, noisy, s, Coarse()).inputs for s in (2, 4)}}
+    calls = {s: call_at(architecture, call, s, Coarse()) for s in (1, 2, 4)}
     assert [round(count(architecture, calls[s]) / 1e12, 1) for s in (1, 2, 4)] == list(tera)
     seconds = []
     for _ in range(3):

@@ -53,6 +53,11 @@ def coarse_call(arch: Architecture, inputs: Inputs, noisy: Noisy, scale: int, co
     return CoarseCall(arch.write(inputs, Noisy(small.to(dtype), level, condition), layout), small, layout, padded)
 
 
+def call_at(arch: Architecture, inputs: Inputs, scale: int, coarse: Coarse) -> Inputs:
+    """The call of the transformer in a step at a scale, without an adapter: at 1 the pipeline's own."""
+    return inputs if scale == 1 else coarse_call(arch, inputs, arch.read(inputs), scale, coarse).inputs
+
+
 def coarse_step(
     arch: Architecture,
     forward: Callable[..., Any],

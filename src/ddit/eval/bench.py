@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ddit.adapter import PatchAdapter
+from ddit.coarse import call_at
+from ddit.config import Coarse
 from ddit.eval import timing
 from ddit.known import example, meta_transformer, transformer
 from ddit.models import architecture_for
@@ -46,7 +48,7 @@ def count(
     adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
     rows = {}
     for scale in scales:
-        call = timing.call_at(architecture, inputs, scale)
+        call = call_at(architecture, inputs, scale, Coarse())
         flops = architecture.count_flops(to_meta(call), scale, adapter)
         rows[scale] = {"tokens": architecture.tokens(call), "flops": flops}
     return {

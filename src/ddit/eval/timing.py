@@ -16,7 +16,7 @@ from torch.profiler import profile, record_function
 
 from ddit.adapter import PatchAdapter
 from ddit.api import apply
-from ddit.coarse import coarse_call, coarse_step
+from ddit.coarse import call_at, coarse_call, coarse_step
 from ddit.config import Coarse, FixedSchedule, PatchSchedule
 from ddit.memory import with_peak
 from ddit.models.base import Architecture, Inputs, first, to_meta
@@ -116,7 +116,7 @@ def step_costs(
     z = architecture.read(inputs).latents
     device, batch = z.device, len(z)
     one = architecture.rows(inputs, [0])
-    flops = {s: architecture.count_flops(to_meta(call_at(architecture, one, s))) for s in (1, *scales)}
+    flops = {s: architecture.count_flops(to_meta(call_at(architecture, one, s, Coarse()))) for s in (1, *scales)}
     with _attached(adapter, architecture.transformer):
         forms = step_forms(architecture, inputs, scales, adapter)
         seconds = by_turns({**forms, "matrix": matrix(z.dtype, device)}, device, repeats)
@@ -141,13 +141,6 @@ def step_costs(
         "scheduler_share_with_skipping": scheduler_seconds(z, PatchSchedule(threshold=0.0), skip=True) / plain,
         "repeats": repeats,
     }
-
-
-def call_at(architecture: Architecture, inputs: Inputs, scale: int) -> Inputs:
-    """The call of the transformer in a step at a scale, without an adapter."""
-    if scale == 1:
-        return inputs
-    return coarse_call(architecture, inputs, architecture.read(inputs), scale, Coarse()).inputs
 
 
 def matrix(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:

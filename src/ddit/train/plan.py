@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddit.coarse import coarse_call
+from ddit.coarse import call_at
 from ddit.known import example, meta_transformer
 from ddit.models import architecture_for
-from ddit.models.base import to_meta
 from ddit.train.config import TrainConfig
 from ddit.train.parts import make_optimizer, new_part
 
@@ -49,7 +48,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     }
     sized = config.height is not None and config.width is not None and not config.corrector
     return {
-        **({"work": _work(config, trainee)} if sized else {}),
+        **({"work": _work(config, transformer, trainee)} if sized else {}),
         "base": type(transformer).__name__,
         "base_parameters": base,
         "trains": trainee.noun,
@@ -66,15 +65,14 @@ FRAMES = 81
 """Of a clip; pictures have one whatever is asked for."""
 
 
-def _work(config: TrainConfig, adapter: Any) -> dict[str, float]:
+def _work(config: TrainConfig, transformer: nn.Module, adapter: Any) -> dict[str, float]:
     assert config.height is not None and config.width is not None
-    architecture = architecture_for(meta_transformer(config.model))
+    architecture = architecture_for(transformer)
     call = example(architecture, config.model, config.height, config.width, FRAMES)
-    noisy = architecture.read(call)
-    coarse = {s: coarse_call(architecture, call, noisy, s, adapter.coarse).inputs for s in config.scales}
-    forward = statistics.mean(architecture.count_flops(to_meta(c), s, adapter) for s, c in coarse.items())
+    coarse = {s: call_at(architecture, call, s, adapter.coarse) for s in config.scales}
+    forward = statistics.mean(architecture.count_flops(c, s, adapter) for s, c in coarse.items())
     step = forward * config.batch * config.accumulation * (3 if config.gradient_checkpointing else 2)
-    full = architecture.count_flops(to_meta(call))
+    full = architecture.count_flops(call)
     hours = {"training_hours": config.steps * step / RATE / 3600, "drawing_hours": 50_000 * full / RATE / 3600}
     return {"full_call": full, "optimizer_step": step, "steps": config.steps, **hours}
 
