@@ -45,9 +45,7 @@ class AceStep(Architecture):
     )
 
     def read(self, inputs: Inputs) -> Noisy:
-        model: Any = self.transformer
-        if model.config.patch_size != self.patch_size:
-            raise UnsupportedCall(f"the model's own patches are {model.config.patch_size} long, not {self.patch_size}")
+        self.check_patch_size()
         if not torch.equal(*(inputs[name] for name in _TIMES)):
             raise UnsupportedCall("the call asks for the mean velocity between two noise levels")
         return Noisy(inputs["hidden_states"].mT, self.sigma(inputs), inputs["context_latents"].mT)

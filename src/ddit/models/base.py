@@ -183,6 +183,17 @@ class Architecture(ABC):
         there = [name for name in self.residuals if inputs.get(name) is not None and layout.grid != grid]
         return {name: [pool_tokens(x, grid, layout.scale) for x in inputs[name]] for name in there}
 
+    def check_patch_size(self) -> None:
+        """Refuse a model whose own patches, by its configuration, are not of `patch_size`.
+
+        Raises:
+            UnsupportedCall: Naming both.
+        """
+        config: Any = self.transformer.config
+        if config.patch_size != self.patch_size:
+            extent = "wide" if self.axes == 2 else "long"
+            raise UnsupportedCall(f"the model's own patches are {config.patch_size} {extent}, not {self.patch_size}")
+
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
         """The same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""
         noisy = replace(self.read(inputs), latents=latents, sigma=sigma)

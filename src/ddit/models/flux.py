@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddit.models.base import Inputs, Noisy, PackedArchitecture, UnsupportedCall, check_arguments
@@ -99,12 +100,11 @@ class Flux(PackedArchitecture):
         """What relatives of FLUX.1 have in common of an `example`."""
         config: Any = self.transformer.config  # type: ignore[union-attr]
         rows, columns = height // self.patch_size, width // self.patch_size
-        grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
         return {
             "hidden_states": torch.zeros(1, rows * columns, config.in_channels),
             "encoder_hidden_states": torch.zeros(1, text, config.joint_attention_dim),
             "timestep": torch.full((1,), 0.5),
-            "img_ids": torch.cat([torch.zeros(rows * columns, 1), grid.flatten(0, 1)], dim=1),
+            "img_ids": F.pad(TokenLayout((rows, columns)).places(), (1, 0)),
             "txt_ids": torch.zeros(text, 3),
         }
 

@@ -44,9 +44,7 @@ class Lumina2(Architecture):
     )
 
     def read(self, inputs: Inputs) -> Noisy:
-        model: Any = self.transformer
-        if model.config.patch_size != self.patch_size:
-            raise UnsupportedCall(f"the model's own patches are {model.config.patch_size} wide, not {self.patch_size}")
+        self.check_patch_size()
         if len(inputs["encoder_attention_mask"].sum(1).unique()) > 1:
             # An adapter and a corrector could not tell where in the sequence each image lies.
             raise UnsupportedCall("prompts of several lengths lie in one call; give one at a time (batch 1)")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, check_arguments
+from ddit.models.base import Architecture, Inputs, Noisy, check_arguments
 from ddit.models.flops import Costs
 from ddit.patches import TokenLayout
 
@@ -52,10 +52,8 @@ class StableDiffusion3(Architecture):
     )
 
     def read(self, inputs: Inputs) -> Noisy:
-        model: Any = self.transformer
         check_arguments(inputs.get("joint_attention_kwargs"), _HARMLESS)
-        if model.config.patch_size != self.patch_size:
-            raise UnsupportedCall(f"the model's own patches are {model.config.patch_size} wide, not {self.patch_size}")
+        self.check_patch_size()
         x = inputs["hidden_states"]
         condition = x[:, self.channels :]
         return Noisy(x[:, : self.channels], self.sigma(inputs), condition if condition.shape[1] else None)
