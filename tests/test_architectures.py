@@ -64,18 +64,14 @@ class Case:
     """The model fills up the tokens of a picture to a multiple of this."""
 
 
-def embeds(seed: int, batch: int = 1) -> Tensor:
-    return torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(seed)).repeat(batch, 1, 1)
-
-
-VIDEO = dict(height=64, width=96, num_frames=9, prompt_embeds=embeds(1), negative_prompt_embeds=embeds(2))
+VIDEO = dict(height=64, width=96, num_frames=9, prompt_embeds=tiny.embeds(1), negative_prompt_embeds=tiny.embeds(2))
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
 QWEN = dict(
     height=64,
     width=96,
-    prompt_embeds=embeds(1),
+    prompt_embeds=tiny.embeds(1),
     prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
-    negative_prompt_embeds=embeds(2),
+    negative_prompt_embeds=tiny.embeds(2),
     negative_prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
     true_cfg_scale=3.0,
 )

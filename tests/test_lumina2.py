@@ -18,8 +18,8 @@ from ddit.models.base import first
 from ddit.patches import TokenLayout
 from families import COARSE, call_of, check_flops, check_landing
 from test_architectures import CASES, draw
+from tiny import embeds
 from tiny_lumina2 import CALL
-from tiny_sd3 import embeds
 
 PADDED = {
     "prompt_embeds": embeds(1, 9),

@@ -17,10 +17,16 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from torch import Tensor
 
 from ddit.embedded import components
 
 PROMPT = "a small striped red circle on the left on a smooth background"
+
+
+def embeds(seed: int, tokens: int = 6) -> Tensor:
+    """A prompt as told to a pipeline without text encoders ``[1, tokens, 16]``."""
+    return torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def transformer(seed: int = 0, **overrides) -> FluxTransformer2DModel:

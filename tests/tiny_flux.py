@@ -119,7 +119,7 @@ def flux2(cls: type = Flux2Pipeline, **overrides: Any):
     return pipe
 
 
-EMBEDS = dict(prompt_embeds=torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1)), height=128, width=192)
+EMBEDS = dict(prompt_embeds=tiny.embeds(1), height=128, width=192)
 LARGE = PICTURE.resize((64, 96))
 
 CASES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,8 @@ from diffusers import (
 from torch import Tensor
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from tiny_video import embeds, film
+from tiny import embeds
+from tiny_video import film
 
 
 def transformer(**overrides: Any) -> HunyuanVideoTransformer3DModel:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 import tiny
-from tiny_sd3 import embeds
+from tiny import embeds
 
 
 def transformer(**overrides: Any) -> LongCatImageTransformer2DModel:

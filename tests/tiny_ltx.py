@@ -13,7 +13,8 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 
-from tiny_video import embeds, film
+from tiny import embeds
+from tiny_video import film
 
 
 def transformer(**overrides: Any) -> LTXVideoTransformer3DModel:

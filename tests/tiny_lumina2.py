@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
-from tiny_sd3 import embeds
+from tiny import embeds
 
 
 def transformer(**overrides: Any) -> Lumina2Transformer2DModel:

@@ -66,11 +66,7 @@ def flux3():
     return called_as_others(pipe)
 
 
-def _embeds(seed: int, tokens: int) -> Tensor:
-    return torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(seed))
-
-
-EMBEDS = dict(prompt_embeds=_embeds(1, 6), negative_prompt_embeds=_embeds(2, 5), height=128, width=192)
+EMBEDS = dict(prompt_embeds=tiny.embeds(1), negative_prompt_embeds=tiny.embeds(2, 5), height=128, width=192)
 """Pictures of 8 x 12 tokens; the two prompts differ in length."""
 REFERENCES = [torch.randn(1, 16, 4, size, generator=torch.Generator().manual_seed(3)) for size in (4, 6)]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, OvisImagePipeline, OvisImageTransformer2DModel
 
-from tiny_sd3 import embeds
+from tiny import embeds
 
 
 def transformer(**overrides: Any) -> OvisImageTransformer2DModel:

@@ -31,14 +31,10 @@ SQUARE = PICTURE.resize((64, 64))
 MASK = Image.fromarray(np.pad(np.full((32, 48), 255, dtype=np.uint8), ((16, 16), (24, 24))))
 
 
-def embeds(seed: int) -> Tensor:
-    return torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(seed))
-
-
 TEXT = dict(
-    prompt_embeds=embeds(1),
+    prompt_embeds=tiny.embeds(1),
     prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
-    negative_prompt_embeds=embeds(2),
+    negative_prompt_embeds=tiny.embeds(2),
     negative_prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
     true_cfg_scale=3.0,
 )

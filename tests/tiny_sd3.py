@@ -11,6 +11,8 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
+from tiny import embeds
+
 
 def transformer(**overrides) -> SD3Transformer2DModel:
     """2 blocks, the first with a second attention, 2 heads of 16; the table of positions has 16 x 16."""
@@ -40,17 +42,13 @@ def pipeline(cls: type = StableDiffusion3Pipeline, **parts):
     return pipe
 
 
-def embeds(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(1, *shape, 16, generator=torch.Generator().manual_seed(seed))
-
-
 CALL: dict[str, Any] = dict(
     height=128,
     width=192,
-    prompt_embeds=embeds(1, 6),
-    negative_prompt_embeds=embeds(2, 6),
-    pooled_prompt_embeds=embeds(3),
-    negative_pooled_prompt_embeds=embeds(4),
+    prompt_embeds=embeds(1),
+    negative_prompt_embeds=embeds(2),
+    pooled_prompt_embeds=embeds(3, 1)[:, 0],
+    negative_pooled_prompt_embeds=embeds(4, 1)[:, 0],
 )
 CASES: dict[str, dict[str, Any]] = {
     "sd3": dict(make=pipeline, call=CALL, rows=2),

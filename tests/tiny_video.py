@@ -18,14 +18,9 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 from PIL import Image
-from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 import tiny
-
-
-def embeds(seed: int, tokens: int = 6, width: int = 16) -> Tensor:
-    return torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
 def film(seed: int, count: int = 9, size: tuple[int, int] = (64, 96)) -> list[Image.Image]:
@@ -80,7 +75,7 @@ def skyreels(**overrides: Any) -> SkyReelsV2Transformer3DModel:
     return SkyReelsV2Transformer3DModel(**settings).eval()
 
 
-CLIP = dict(height=64, width=96, num_frames=9, prompt_embeds=embeds(1), negative_prompt_embeds=embeds(2))
+CLIP = dict(height=64, width=96, num_frames=9, prompt_embeds=tiny.embeds(1), negative_prompt_embeds=tiny.embeds(2))
 MASK = [Image.fromarray(np.full((64, 96), value, dtype=np.uint8)) for value in [0] * 4 + [255] * 5]
 POSED = {name: value for name, value in CLIP.items() if name != "num_frames"}
 

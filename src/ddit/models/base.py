@@ -184,11 +184,7 @@ class Architecture(ABC):
         return {name: [pool_tokens(x, grid, layout.scale) for x in inputs[name]] for name in there}
 
     def check_patch_size(self) -> None:
-        """Refuse a model whose own patches, by its configuration, are not of `patch_size`.
-
-        Raises:
-            UnsupportedCall: Naming both.
-        """
+        """Refuse a model whose own patches, by its configuration, are not of `patch_size` (`UnsupportedCall`)."""
         config: Any = self.transformer.config
         if config.patch_size != self.patch_size:
             extent = "wide" if self.axes == 2 else "long"
