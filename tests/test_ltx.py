@@ -137,7 +137,7 @@ def test_a_folder_says_how_much_its_autoencoder_compresses(tmp_path):
 
 @pytest.mark.slow
 def test_what_a_call_of_ltx_2_would_cost():
-    """Tera-operations at 768 x 512 x 121, full and at 2p: figures of docs/models.md; blocks are alike."""
+    """Tera-operations at 768 x 512 x 121, full and at 2p, were it supported; blocks are alike."""
 
     def tera(blocks: int, height: int, width: int) -> float:
         with torch.device("meta"):

@@ -91,6 +91,17 @@ def test_pages_are_no_diary(page):
     assert not re.search(r"figures? not kept|an earlier version|the version before", page.read_text())
 
 
+def test_what_training_takes_is_what_dry_runs_counted():
+    """Memory in GiB and hours of the table of adapters."""
+    row = r"^\| (\w+)[^|]+\| ([\d.]+) GiB \| ([\d.]+) h \| ([\d.]+) h"
+    rows = re.findall(row, (ROOT / "docs" / "adapters.md").read_text(), re.MULTILINE)
+    assert [name for name, *_ in rows] == ["FLUX", "Wan"]
+    for name, *told in rows:
+        counted = json.loads((ROOT / "docs" / "results" / f"training-{name.lower()}.json").read_text())
+        memory, work = counted["bytes"]["total"] / 2**30, counted["work"]
+        assert told == [f"{n:.1f}" for n in (memory, work["training_hours"], work["drawing_hours"])]
+
+
 def test_savings_are_those_that_were_counted():
     """Every row of the table of models stands in a result that a command has written."""
     row = r"^\| ([\w.-]+) \| ([\d x s]+) \| ([\d.,]+) \| ([\d.]+)x fewer \| ([\d.]+)x fewer \|$"
