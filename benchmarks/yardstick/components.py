@@ -40,12 +40,12 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_transformer() -> FluxTransformer2DModel:
-    """FLUX with 2 double and 6 single blocks of width 256."""
+    """FLUX with one double and four single blocks of width 256."""
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENTS,
-        num_layers=2,
-        num_single_layers=6,
+        num_layers=1,
+        num_single_layers=4,
         attention_head_dim=64,
         num_attention_heads=WIDTH // 64,
         joint_attention_dim=TEXT_WIDTH,

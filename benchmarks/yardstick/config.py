@@ -27,13 +27,13 @@ class Settings:
     distil_seconds: float | None = None
     """These stages end after so long even if their steps are not done, the learning rate having fallen in time."""
     judge_steps: int = 3_000
-    batch: int = 24
+    batch: int = 16
     """Pictures in a batch at 128 pixels; twice as many at 64, four times as many at 32."""
     low_mix: tuple[float, ...] = (0.1, 0.9, 0.0)
     """Share of the steps of stage A at each of `SIZES`."""
     high_mix: tuple[float, ...] = (0.05, 0.2, 0.75)
     """The same for stages B and C."""
-    lr: float = 1.2e-3
+    lr: float = 2.4e-3
     """Of Muon; AdamW has half of it."""
     noise_mean: float = 0.4
     """Noise levels at 32 pixels are ``sigmoid(n)`` with ``n`` normal of this mean; at larger sizes it is raised."""
@@ -54,4 +54,4 @@ class Settings:
 def gpu(**changes) -> Settings:
     """Settings for a GPU: larger batches, more pictures, more steps."""
     large = {"pictures": 60_000, "batch": 128, "low_steps": 15_000, "high_steps": 20_000, "distil_steps": 2_000}
-    return Settings(**{**large, "lr": 2e-3, "vae_steps": 12_000, "ema": 0.999, "compile": True, **changes})
+    return Settings(**{**large, "vae_steps": 12_000, "ema": 0.999, "compile": True, **changes})

@@ -41,8 +41,8 @@ class Flow(nn.Module):
     learnt many times sooner. The layer is used in training only.
     """
 
-    BLOCK = 2
-    """Single block whose features are read: the fifth of eight blocks."""
+    BLOCK = 1
+    """Single block whose features are read: the third of five blocks."""
     SIDE = 2
     """A token's area is told in so many parts a side."""
 
