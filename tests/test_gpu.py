@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import stages, table
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.parts import FLOWS, PART, STEM, pack, unpack
+from benchmarks.gpu.parts import PART, pack, unpack
 from benchmarks.gpu.record import Budget, OutOfTime, Record, read
 from benchmarks.gpu.stages import Session
 
@@ -163,20 +163,20 @@ def checkpoint(folder: Path, name: str, step: int) -> dict:
 
 
 def test_a_run_goes_through_parts(tmp_path, monkeypatch):
-    run, out, again = tmp_path / "run", tmp_path / "out", tmp_path / "again"
+    run, out, again = tmp_path / "image", tmp_path / "out", tmp_path / "again" / "image"
     (run / "vae").mkdir(parents=True)
     (run / "vae" / "config.json").write_text("{}")
     (run / "settings.json").write_text("{}")
     (run / "flow-64.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
     checkpoint(run, "text", 3)
-    checkpoint(run, FLOWS[0], 10)
-    average = checkpoint(run, FLOWS[2], 20)
+    checkpoint(run, "flow-64", 10)
+    average = checkpoint(run, "flow-guided", 20)
     assert len(pack(run, out)) == 1 and PART < 16 * 2**20
     monkeypatch.setattr("benchmarks.gpu.parts.PART", 5000)
     assert 1 < len(pack(run, out)) < 10
     unpack(out, again)
     assert (again / "vae" / "config.json").exists() and not (again / "flow-128.pt").exists()
-    first, last, text = (torch.load(again / f"{name}.pt") for name in (FLOWS[0], FLOWS[2], "text"))
+    first, last, text = (torch.load(again / f"{name}.pt") for name in ("flow-64", "flow-guided", "text"))
     assert (first["step"], last["step"], text["step"]) == (10, 20, 3)
     assert list(last["average"]) == ["transformer.a"] and set(first["average"]) == {"transformer.a", "masks.b"}
     torch.testing.assert_close(last["average"]["transformer.a"], average["transformer.a"], rtol=1e-3, atol=1e-3)
@@ -243,6 +243,7 @@ def test_all_stages_run_end_to_end(tmp_path):
     assert set(values["eager/steps"]["adapter_share"]) == {"2", "4"}
     assert found["wan"]["values"]["eager/8/plain"]["computed_calls"] == 16
     assert found["peers"]["values"]["eager/8/TaylorSeer 4"]["computed_calls"] < 8
-    assert 1 <= len(list((tmp_path / "out").glob(f"{STEM}.*"))) <= 4
+    for kind in ("image", "video", "judge"):
+        assert 1 <= len(list((tmp_path / "out").glob(f"train-{kind}.tar.*"))) <= 4
     assert all(path.stat().st_size < 16 * 2**20 for path in (tmp_path / "out").iterdir())
     assert "there already" in script(tmp_path, "run", "600", "out", "all", *flags).stdout

@@ -1,4 +1,4 @@
-"""The training of the image yardstick, in miniature."""
+"""The training of the yardstick, in miniature."""
 
 from dataclasses import replace
 from itertools import islice
@@ -6,18 +6,20 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
-from benchmarks.yardstick import components
-from benchmarks.yardstick.autoencoder import vae_loss
-from benchmarks.yardstick.components import LATENTS, WIDTH, TextEncoders, make_pipeline
-from benchmarks.yardstick.config import SIZES, Settings
-from benchmarks.yardstick.data import Drawings, drawings
+from benchmarks.yardstick import clip_judge, components, wan
+from benchmarks.yardstick.autoencoder import crops, train_vae
+from benchmarks.yardstick.clips import FRAMES, MOTIONS, clips, film, parse_clip, track
+from benchmarks.yardstick.components import LATENTS, WIDTH
+from benchmarks.yardstick.config import ImageSettings, JudgeSettings, VideoSettings
+from benchmarks.yardstick.data import Clips, Drawings, drawings
 from benchmarks.yardstick.drawing import draw
 from benchmarks.yardstick.fit import Deadline, OutOfTime, Stage, cosine, fit
-from benchmarks.yardstick.flow import Flow, Source, train_flow
-from benchmarks.yardstick.judge import Found, Judge, frechet, judge_loss, labels, score
+from benchmarks.yardstick.image import train_image
+from benchmarks.yardstick.judge import CELL, Found, features, frechet, load_judge, score, train_judge
 from benchmarks.yardstick.scenes import Scene, Thing, arrange, parse, random_scene, reach, scenes
+from benchmarks.yardstick.video import train_video
 
 
 def test_prompts_are_parsed_back_and_fit_the_tokenizer():
@@ -60,6 +62,51 @@ def test_a_token_has_room_for_large_patches():
     assert all(WIDTH / n >= room for n, room in zip(numbers, (16, 4, 1), strict=True))
     parts = [components.make_transformer(), components.make_vae(), *components.make_text_encoders()]
     assert 2 * sum(p.numel() for part in parts for p in part.parameters()) < 30e6
+    numbers = [wan.CHANNELS * (2 * scale) ** 2 for scale in (1, 2, 4)]
+    assert all(wan.WIDTH / n >= room for n, room in zip(numbers, (12, 3, 0.75), strict=True))
+
+
+def test_prompts_of_clips_are_parsed_back_and_fit_the_tokenizer():
+    tokenizer = wan.make_wan_tokenizer()
+    asked = list(islice(clips(0, "train"), 300))
+    for clip in asked:
+        assert parse_clip(clip.prompt) == clip and clip.split == "train"
+        ids = tokenizer(clip.prompt).input_ids
+        assert tokenizer.unk_token_id not in ids and len(ids) <= wan.TEXT_TOKENS
+    assert {clip.motion for clip in asked} == set(MOTIONS)
+    for wrong in ("a plain red star moving left on a moon background", "a red star moving left on a sea background"):
+        with pytest.raises(ValueError, match="grammar"):
+            parse_clip(wrong)
+
+
+def test_a_clip_moves_as_its_prompt_says():
+    rng = np.random.default_rng(0)
+    clip = parse_clip("a plain red star moving left quickly on a sea background")
+    frames, covers, spots = film(clip, rng)
+    assert frames.shape == (FRAMES, 64, 64, 3) and covers.shape == (FRAMES, 64, 64)
+    y, x = np.mgrid[0:64, 0:64] + 0.5
+    seen = np.stack([[(c * x).sum(), (c * y).sum()] / c.sum() for c in covers])
+    assert np.abs(2 * seen - spots[:, :2]).max() < 3 and seen[-1, 0] < seen[0, 0] - 18
+    for clip in islice(clips(1, "train"), 60):
+        moved, speed = clip_judge.motion(track(clip, 24, rng))
+        assert moved == clip.motion and (clip.speed is None or speed == clip.speed)
+
+
+def test_the_judge_of_clips_reads_tracks_finer_than_its_cells():
+    rng = np.random.default_rng(0)
+    centres = track(parse_clip("a plain red star bouncing off the top slowly on a sea background"), 24, rng)
+    grid = CELL * (torch.arange(32) + 0.5)
+    away = [(grid - x) ** 2 + (grid[:, None] - y) ** 2 for x, y in centres]
+    maps = torch.zeros(FRAMES, 20, 32, 32)
+    maps[:, 0] = torch.logit(torch.exp(-torch.stack(away) / 50).clamp(1e-4, 1 - 1e-4))
+    there, found, radius, _ = clip_judge.seen(maps)
+    assert there and radius == 0 and np.abs(found - centres).max() < 1.5
+    assert clip_judge.motion(found) == ("bouncing off the top", "slowly")
+    assert clip_judge.roughness(found) < 1.5
+    still = np.zeros((FRAMES, 64, 64, 3), np.uint8)
+    assert clip_judge.flicker(still, centres, 24) == 0
+    still[::2] += 10
+    assert clip_judge.flicker(still, centres, 24) == 10
 
 
 def _line(folder, steps=6, every=200):
@@ -109,23 +156,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert (tmp_path / "line.pt").read_bytes() == kept
 
 
-def test_all_stages_of_the_flow_and_a_pipeline_that_draws(tmp_path):
-    torch.manual_seed(0)
-    settings = Settings(batch=1, low_steps=1, high_steps=1, distil_steps=1, high_mix=(0.0, 1.0, 0.0))
-    latents = {size: np.random.default_rng(0).normal(size=(4, (size // 8) ** 2, 16)) for size in SIZES}
+TINY = {"batch": 1, "vae_steps": 1, "text_steps": 1, "low_steps": 1, "high_steps": 1, "workers": 1}
+
+
+def test_all_stages_of_the_image_model_and_a_pipeline_that_draws(tmp_path):
+    settings = ImageSettings(**TINY, pictures=4, distil_steps=1, high_mix=(0.0, 1.0, 0.0))
     prompts = [scene.prompt for scene in islice(scenes(0, "train"), 4)]
-    text = TextEncoders().eval()
-    drawn = Drawings(prompts, np.empty(0), np.zeros((4, 3, 32, 32), np.uint8), np.empty(0))
-    source = Source.made(latents, drawn, text, settings, "cpu")
-    flow, average = train_flow(tmp_path, source, "cpu", Deadline())
-    assert isinstance(flow, Flow) and all(torch.isfinite(value).all() for value in average.values())
-    vae = components.make_vae()
-    assert torch.isfinite(vae_loss(vae, torch.zeros(1, 3, 64, 64), 2, torch.Generator()))
-    make_pipeline(vae, text, flow.transformer).to(dtype=torch.float16).save_pretrained(tmp_path / "model")
-    pipe = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
+    drawn = Drawings(prompts, pictures, np.zeros((4, 3, 32, 32), np.uint8), np.zeros((4, 3, 3)))
+    train_image(tmp_path, drawn, settings, "cpu", Deadline()).save_pretrained(tmp_path / "model")
+    assert (tmp_path / "flow-guided.pt").exists()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(prompts[:1], height=64, width=64, num_inference_steps=2, guidance_scale=3.0, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()
+
+
+def filmed(count):
+    prompts = [clip.prompt for clip in islice(clips(0, "train"), count)]
+    frames = np.random.default_rng(0).integers(0, 256, (count, FRAMES, 64, 64, 3), np.uint8)
+    return Clips(prompts, frames, np.zeros((count, 5, 32, 32), np.uint8), np.full((count, FRAMES, 3), 30.0, np.float32))
+
+
+def test_all_stages_of_the_video_model_and_a_pipeline_that_films(tmp_path):
+    settings = VideoSettings(**TINY, clips=2)
+    train_video(tmp_path, filmed(2), settings, "cpu", Deadline()).save_pretrained(tmp_path / "model")
+    again = train_vae(tmp_path, wan.make_vae, np.empty(0), settings, "cpu", Deadline(), side=32)
+    assert len(again.config.latents_std) == wan.CHANNELS and set(again.config.latents_std) != {1.0}
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"height": 32, "width": 32, "num_frames": FRAMES, "num_inference_steps": 2, "max_sequence_length": 16}
+    frames = pipe(filmed(1).prompts, guidance_scale=4.0, output_type="np", **settings).frames
+    assert frames.shape == (1, FRAMES, 32, 32, 3) and np.isfinite(frames).all()
+
+
+def test_crops_lie_inside_and_half_of_them_where_the_objects_are():
+    samples = np.zeros((3, 2, 64, 64, 3), np.uint8)
+    samples[:, :, 50:60, 4:14] = 255
+    spots = np.tile([9.0, 55.0], (3, 1))
+    near, anywhere = (crops(samples, np.random.default_rng(0), count=200, side=16, spots=s) for s in (spots, None))
+    assert near.shape == (200, 2, 16, 16, 3)
+    assert near.mean() > 1.5 * anywhere.mean()
 
 
 def test_the_judge_pairs_objects_and_counts_what_is_right():
@@ -137,11 +208,19 @@ def test_the_judge_pairs_objects_and_counts_what_is_right():
     assert score(scene, [star], "sky") == {"shape": 0.5, "colour": 0.5, "texture": 0.5, "count": 0, "background": 0}
 
 
-def test_the_judge_learns_from_drawings_and_measures_distances():
-    torch.manual_seed(0)
-    judge = Judge().eval()
-    answers, grounds = labels([parse("a plain red star on a sea background")])
-    spots = torch.tensor([[[64.0, 64, 20], [0, 0, 0], [0, 0, 0]]])
+def test_the_judge_learns_from_drawings_and_measures_distances(tmp_path):
+    drawn, picture, _, spots = next(drawings(1, "train"))
+    rows = np.zeros((1, 3, 3), np.float32)
+    rows[0, : len(spots)] = spots
+    drawings_ = Drawings([drawn.prompt], picture[None], np.empty(0), rows)
+    judge = train_judge(tmp_path, drawings_, filmed(2), JudgeSettings(steps=1, batch=4), "cpu", Deadline())
+    again = load_judge(tmp_path)
     pictures = torch.rand(12, 3, 128, 128)
-    assert torch.isfinite(judge_loss(*judge(pictures[:1]), spots, answers, grounds))
-    assert frechet(judge, pictures, pictures) < 1e-3 * (1 + frechet(judge, pictures, -pictures))
+    assert torch.equal(judge.eval().features(pictures), again.features(pictures))
+    one, two = features(judge, pictures), features(judge, -pictures)
+    assert frechet(one, one) < 1e-3 * (1 + frechet(one, two))
+    near, far = judge.distance(pictures, 0.9 * pictures), judge.distance(pictures, -pictures)
+    assert (judge.distance(pictures, pictures) < 1e-6).all() and (near < far).all()
+    row = clip_judge.verdict(judge, filmed(1).frames[0], parse_clip(filmed(1).prompts[0]))
+    assert set(row) >= {"shape", "colour", "texture", "motion", "background", *clip_judge.BESIDE}
+    assert clip_judge.clip_features(judge, list(filmed(2).frames)).shape == (2, 131)

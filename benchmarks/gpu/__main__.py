@@ -37,7 +37,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--results", type=Path, required=True, help="folder with the stages' JSON files")
         parser.add_argument("--page", type=Path, default=PAGE)
     else:
-        parser.add_argument("--run", type=Path, default=Path("runs/yardstick"))
+        parser.add_argument("--run", type=Path, default=Path("runs/yardstick/image"))
         parser.add_argument("--out", type=Path, required=True)
     return parser
 

@@ -1,4 +1,4 @@
-"""A run of the image yardstick in a few files of limited size, to carry between machines.
+"""A training run of the yardstick in a few files of limited size, to carry between machines.
 
 What training needs to go on goes into one archive, cut into parts: the autoencoder, the text encoders, and of the flow
 the averaged weights of the newest checkpoint in float16. The optimizers begin anew from there.
@@ -16,14 +16,19 @@ import torch
 
 from ddit.files import replacing
 
-STEM = "train-image.tar"
 PART = 14 * 2**20
 """Bytes of a part."""
-FLOWS = ("flow-64", "flow-128", "flow-guided")
+FLOWS = ("flow-32", "flow-64", "flow-128", "flow-guided")
+"""Of videos or images, in the order they are made."""
 SMALL = "flows.pt"
 """In the archive, in place of the flow's checkpoints."""
 TEXT = "text.pt"
 FINISHED = ("settings.json", "vae", "judge.safetensors", "model")
+
+
+def stem(run: Path) -> str:
+    """First words of the parts' names; a run's folder has its model's name."""
+    return f"train-{run.name}.tar"
 
 
 def pack(run: Path, out: Path) -> list[Path]:
@@ -38,16 +43,16 @@ def pack(run: Path, out: Path) -> list[Path]:
         if "model" not in names:
             if (run / TEXT).exists():
                 _add(archive, TEXT, _without_momenta(run / TEXT))
-            if (run / f"{FLOWS[0]}.pt").exists():
+            if any((run / f"{name}.pt").exists() for name in FLOWS):
                 _add(archive, SMALL, _small_flows(run))
     data = stream.getvalue() if set(names) - {"settings.json"} else b""  # what was drawn and no more is drawn again
     pieces = [data[start : start + PART] for start in range(0, len(data), PART)]
-    paths = [out / f"{STEM}.{number}" for number in range(len(pieces))]
+    paths = [out / f"{stem(run)}.{number}" for number in range(len(pieces))]
     out.mkdir(parents=True, exist_ok=True)
     for path, piece in zip(paths, pieces, strict=True):
         with replacing(path) as partial:
             partial.write_bytes(piece)
-    for stale in set(out.glob(f"{STEM}.[0-9]")) - set(paths):
+    for stale in set(out.glob(f"{stem(run)}.[0-9]")) - set(paths):
         stale.unlink()
     return paths
 
@@ -67,9 +72,9 @@ def unpack(parts: Path, run: Path) -> None:
     Raises:
         FileNotFoundError: When there are none.
     """
-    paths = sorted(parts.glob(f"{STEM}.[0-9]"))
+    paths = sorted(parts.glob(f"{stem(run)}.[0-9]"))
     if not paths:
-        raise FileNotFoundError(f"no {STEM}.0 in {parts}")
+        raise FileNotFoundError(f"no {stem(run)}.0 in {parts}")
     run.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in paths))) as archive:
         archive.extractall(run, filter="data")

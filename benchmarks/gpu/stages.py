@@ -6,17 +6,18 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import methods
+from benchmarks.gpu import train as training
 from benchmarks.gpu.measure import first_steps, host_waits, matmul_peak, single_steps, whole_run
 from benchmarks.gpu.models import Loaded
 from benchmarks.gpu.record import Budget, OutOfTime, Record, read
 from benchmarks.gpu.shapes import SHAPES, Shape, tiny
-from benchmarks.gpu.train import train_image
 from ddit.cli.common import environment
 
 FORMS = ("eager", "compiled")
@@ -192,9 +193,10 @@ def peers(session: Session, record: Record) -> None:
         _runs(loaded, record, total, chosen, plain, late=True)
 
 
-def train(session: Session, record: Record) -> None:
-    """The image yardstick; see `benchmarks.gpu.train`."""
-    train_image(
+def train(kind: str, session: Session, record: Record) -> None:
+    """A model of the yardstick, or their judge; see `benchmarks.gpu.train`."""
+    training.train(
+        kind,
         record,
         work=session.work / "yardstick",
         out=session.out,
@@ -207,8 +209,10 @@ def train(session: Session, record: Record) -> None:
 
 STAGES: dict[str, tuple[Callable[[Session, Record], None], float]] = {
     "flux": (flux, 4.0),
-    "train-image": (train, 5.0),
+    "train-image": (partial(train, "image"), 5.0),
     "wan": (wan, 3.0),
+    "train-video": (partial(train, "video"), 4.0),
+    "train-judge": (partial(train, "judge"), 1.0),
     "peers": (peers, 1.5),
 }
 """Name -> the stage, and its weight among those that share the time that is left; ``all`` takes this order."""

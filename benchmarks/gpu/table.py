@@ -12,6 +12,7 @@ from ddit.files import replacing
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 NONE = "No run on a GPU has been made yet."
+TRAININGS = ("train-image", "train-video", "train-judge")
 NAMES = {"flux": "FLUX.1-dev, 1024 x 1024", "wan": "Wan 2.1 1.3B, 480 x 832 x 81", "peers": "Other libraries' caches"}
 
 
@@ -32,14 +33,14 @@ def write_table(results: Path, page: Path = PAGE) -> None:
 
 def markdown(results: Path) -> str:
     """All stages of which there are results."""
-    found = {name: read(results / f"{name}.json") for name in (*NAMES, "train-image")}
+    found = {name: read(results / f"{name}.json") for name in (*NAMES, *TRAININGS)}
     found = {name: stage for name, stage in found.items() if stage.get("values")}
     tiny = [name for name, stage in found.items() if stage["tiny"]]
     if tiny:
         raise ValueError(f"{', '.join(tiny)} in {results} are of tiny models (--tiny), which tell nothing of a GPU")
     parts = []
     for name, stage in found.items():
-        part = _training(stage) if name == "train-image" else _model(name, stage)
+        part = _training(name, stage) if name in TRAININGS else _model(name, stage)
         parts.append(f"{part}\n{_missing(stage)}".strip())
     return "\n\n".join(parts) or NONE
 
@@ -133,8 +134,8 @@ def _runs(values: dict[str, Any]) -> list[str]:
     return lines if runs else []
 
 
-def _training(stage: dict[str, Any]) -> str:
-    lines = ["### Training of the image yardstick", "", "| stage | step | steps/s | loss |", "|---" * 4 + "|"]
+def _training(name: str, stage: dict[str, Any]) -> str:
+    lines = [f"### `{name}`", "", "| stage | step | steps/s | loss |", "|---" * 4 + "|"]
     for name, log in stage["values"].get("progress", {}).items():
         lines.append(f"| {name} | {log['step']} | {log.get('steps_per_s', 0):.1f} | {log['loss']:.4f} |")
     return "\n".join(lines)

@@ -1,38 +1,53 @@
-"""The autoencoder's training, and the drawings as its latents."""
+"""The autoencoders' training, and drawings and clips as their latents."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 
-from benchmarks.yardstick import components
-from benchmarks.yardstick.config import SIZES, Settings
+from benchmarks.yardstick.config import Settings
 from benchmarks.yardstick.data import to_model
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit, noise_from, precision
 from ddit.files import replacing, replacing_folder
 
 
-def train_vae(folder: Path, pictures: np.ndarray, settings: Settings, device: str, deadline: Deadline) -> Any:
-    """Train on 64-pixel crops; reconstruct full and pooled latents alike.
+def train_vae(
+    folder: Path,
+    make: Callable[[], Any],
+    samples: np.ndarray,
+    settings: Settings,
+    device: str,
+    deadline: Deadline,
+    *,
+    side: int,
+    spots: np.ndarray | None = None,
+) -> Any:
+    """Train on crops; reconstruct full and pooled latents alike.
 
     The pooled half (pool the latents, decode, compare with the pooled picture) keeps the latent space equivariant
     to scale, as in EQ-VAE (arXiv 2502.09509), so that a small picture and a pooled large one look alike to the flow.
+
+    Args:
+        make: Makes an untrained autoencoder.
+        samples: Pictures ``[N, H, W, 3]`` or clips ``[N, F, H, W, 3]``, uint8.
+        side: Of a crop in pixels.
+        spots: Where an object is ``[N, 2]`` (x, y), for half of the crops to show; without, all are anywhere.
     """
+    vae: Any = make()
     if (folder / "vae" / "config.json").exists():
-        return AutoencoderKL.from_pretrained(folder / "vae").to(device, memory_format=torch.channels_last)
+        return type(vae).from_pretrained(folder / "vae").to(device)
     torch.manual_seed(settings.seed)
-    vae: Any = components.make_vae().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = make().to(device)
     batch = max(8, settings.batch // 3)
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
-        x = crops(pictures, rng, count=batch, size=64).to(device)
+        x = to_model(crops(samples, rng, count=batch, side=side, spots=spots), device)
         scale = int(rng.choice([2, 4]))
         with precision(device):
             return vae_loss(vae, x, scale, noise_from(rng, device)), {}
@@ -40,22 +55,44 @@ def train_vae(folder: Path, pictures: np.ndarray, settings: Settings, device: st
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     fit(Stage("autoencoder", folder / "vae.pt", vae, [optimizer], loss, settings.vae_steps, cosine, 10), deadline)
     with torch.no_grad():
-        z = vae.encode(crops(pictures, np.random.default_rng(0), count=64, size=64).to(device)).latent_dist.mean
-    vae.register_to_config(shift_factor=float(z.mean()), scaling_factor=float(1 / z.std()))
+        z = vae.encode(to_model(crops(samples, np.random.default_rng(0), count=64, side=side), device)).latent_dist.mean
+    vae.register_to_config(**_statistics(z))
     with replacing_folder(folder / "vae") as partial:
         vae.save_pretrained(partial)
     return vae
 
 
+def _statistics(z: Tensor) -> dict[str, Any]:
+    """Mean and deviation of latents, as AutoencoderKL (pictures) and AutoencoderKLWan (clips) keep them."""
+    if z.ndim == 4:
+        return {"shift_factor": float(z.mean()), "scaling_factor": float(1 / z.std())}
+    dims = (0, 2, 3, 4)
+    return {"latents_mean": z.mean(dims).tolist(), "latents_std": z.std(dims).tolist()}
+
+
+def normalised(z: Tensor, config: Any) -> Tensor:
+    """Latents as the pipelines' transformers see them."""
+    if z.ndim == 4:
+        return (z - config["shift_factor"]) * config["scaling_factor"]
+    mean, std = (torch.tensor(config[k], device=z.device)[:, None, None, None] for k in ("latents_mean", "latents_std"))
+    return (z - mean) / std
+
+
+def pool(x: Tensor, scale: int) -> Tensor:
+    """Means of ``scale`` x ``scale`` pixels of pictures or clips ``[..., H, W]``."""
+    return reduce(x, "... (h a) (w b) -> ... h w", "mean", a=scale, b=scale)
+
+
 def vae_loss(vae: Any, x: Tensor, scale: int, generator: torch.Generator) -> Tensor:
-    """Reconstruction of pictures ``[B, 3, H, W]`` and of their pooled latents, likeness of the two, a little KL."""
-    small = F.avg_pool2d(x, scale)
+    """Reconstruction of samples ``[B, 3, (F,) H, W]`` and of their pooled latents, likeness of the two, a little KL."""
+    small = pool(x, scale)
     posterior = vae.encode(x).latent_dist
     z = posterior.sample(generator)
-    pooled = F.avg_pool2d(z, scale)
-    alike = F.mse_loss(vae.encode(small).latent_dist.mean, pooled)
+    pooled = pool(z, scale)
+    alike = (vae.encode(small).latent_dist.mean - pooled).square().mean()
     whole = reconstruction(vae.decode(z).sample, x) + 0.1 * reconstruction(vae.decode(pooled).sample, small)
-    return whole + 0.05 * alike + 2e-4 * posterior.kl().mean() / z[0].numel()
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return whole + 0.05 * alike + 2e-4 * kl
 
 
 def reconstruction(output: Tensor, target: Tensor) -> Tensor:
@@ -65,29 +102,36 @@ def reconstruction(output: Tensor, target: Tensor) -> Tensor:
     return difference.abs().mean() + difference.square().mean() + 0.5 * edges
 
 
-def crops(pictures: np.ndarray, rng: np.random.Generator, *, count: int, size: int) -> Tensor:
-    """Random crops ``[count, 3, size, size]`` in [-1, 1]."""
-    height, width = pictures.shape[1:3]
-    out = np.empty((count, size, size, 3), np.uint8)
-    for i in range(count):
-        y, x = rng.integers(0, height - size + 1), rng.integers(0, width - size + 1)
-        out[i] = pictures[rng.integers(len(pictures)), y : y + size, x : x + size]
-    return to_model(out).contiguous(memory_format=torch.channels_last)
+def crops(
+    samples: np.ndarray, rng: np.random.Generator, *, count: int, side: int, spots: np.ndarray | None = None
+) -> np.ndarray:
+    """Crops ``[count, (F,) side, side, 3]``; half of them around ``spots`` where these are given."""
+    height, width = samples.shape[-3:-1]
+    rows = rng.integers(len(samples), size=count)
+    y, x = rng.integers(0, height - side + 1, count), rng.integers(0, width - side + 1, count)
+    if spots is not None:
+        near = rng.random(count) < 0.5
+        places = (spots[rows] - side / 2 + rng.uniform(-side / 4, side / 4, (count, 2))).round().astype(int)
+        x, y = (np.where(near, places[:, k].clip(0, most - side), o) for k, most, o in ((0, width, x), (1, height, y)))
+    return np.stack([samples[r, ..., j : j + side, i : i + side, :] for r, j, i in zip(rows, y, x, strict=True)])
 
 
 @torch.no_grad()
-def encode(folder: Path, vae: Any, pictures: np.ndarray, size: int, device: str) -> np.ndarray:
-    """Latents ``[N, tokens, 16]`` of the pictures at a size, normalised, packed as FLUX packs them, kept as float16."""
-    path = folder / f"latents-{size}-{len(pictures)}.npy"
+def encode(folder: Path, vae: Any, samples: np.ndarray, size: int, device: str) -> np.ndarray:
+    """Normalised latents of samples at a size, kept as float16.
+
+    Pictures ``[N, H, W, 3]`` are packed as FLUX packs them, ``[N, tokens, 4 C]``; clips are ``[N, C, F, h, w]``.
+    """
+    path = folder / f"latents-{size}-{len(samples)}.npy"
     if not path.exists():
         print(f"encoding at {size} pixels", flush=True)
-        shift, scaling, batches = vae.config["shift_factor"], vae.config["scaling_factor"], []
-        for start in range(0, len(pictures), 50):
-            x = F.avg_pool2d(to_model(pictures[start : start + 50], device), max(SIZES) // size)
-            x = x.contiguous(memory_format=torch.channels_last)
-            z = (vae.encode(x).latent_dist.mean - shift) * scaling
-            packed = rearrange(z, "b c (h dy) (w dx) -> b (h w) (c dy dx)", dy=2, dx=2)
-            batches.append(packed.half().cpu().numpy())
+        batches, many = [], 50 if samples.ndim == 4 else 8
+        for start in range(0, len(samples), many):
+            x = pool(to_model(samples[start : start + many], device), samples.shape[-2] // size)
+            z = normalised(vae.encode(x).latent_dist.mean, vae.config)
+            if z.ndim == 4:
+                z = rearrange(z, "b c (h y) (w x) -> b (h w) (c y x)", y=2, x=2)
+            batches.append(z.half().cpu().numpy())
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(batches))
     return np.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,14 +56,14 @@ def make_transformer() -> FluxTransformer2DModel:
     )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer over the grammar's vocabulary."""
-    vocab = {word: i for i, word in enumerate([*SPECIAL, *vocabulary()])}
+def make_tokenizer(words: Sequence[str] = (), length: int = TEXT_TOKENS) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer; by default over the vocabulary of pictures."""
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *(words or vocabulary())])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     marks = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=TEXT_TOKENS, **marks)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **marks)
 
 
 def make_text_encoders() -> tuple[CLIPTextModel, T5EncoderModel]:

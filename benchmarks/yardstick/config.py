@@ -7,43 +7,38 @@ from dataclasses import dataclass, field
 
 SIZES = (32, 64, 128)
 """Picture sizes in pixels the flow is trained at: 16, 64 and 256 image tokens."""
+CLIP_SIZES = (16, 32, 64)
+"""Clip sizes in pixels: 4, 16 and 64 tokens in each of 5 frames of latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All stages; the defaults are for two CPU cores, `gpu` has those for a GPU."""
+    """What both models are trained with; the defaults are for two CPU cores, `gpu` changes some for a GPU."""
 
-    pictures: int = 16_000
     vae_steps: int = 4_000
     text_steps: int = 1_000
     low_steps: int = 6_000
-    """Of the flow at 64 pixels (stage A)."""
+    """Of the flow at half the size (stage A)."""
     high_steps: int = 8_000
-    """Of the flow at 128 pixels (stage B)."""
-    distil_steps: int = 800
-    """Of the distillation of guidance (stage C)."""
+    """Of the flow at full size (stage B)."""
     low_seconds: float | None = None
     high_seconds: float | None = None
-    distil_seconds: float | None = None
     """These stages end after so long even if their steps are not done, the learning rate having fallen in time."""
-    judge_steps: int = 3_000
     batch: int = 16
-    """Pictures in a batch at 128 pixels; twice as many at 64, four times as many at 32."""
+    """Samples in a batch at full size; twice as many at half, four times as many at a quarter."""
     low_mix: tuple[float, ...] = (0.1, 0.9, 0.0)
-    """Share of the steps of stage A at each of `SIZES`."""
+    """Share of the steps of stage A at a quarter of the size, half of it, and full size."""
     high_mix: tuple[float, ...] = (0.05, 0.2, 0.75)
-    """The same for stages B and C."""
+    """The same for stage B, and for the distillation of guidance."""
     lr: float = 2.4e-3
     """Of Muon; AdamW has half of it."""
     noise_mean: float = 0.4
-    """Noise levels at 32 pixels are ``sigmoid(n)`` with ``n`` normal of this mean; at larger sizes it is raised."""
+    """Noise levels at a quarter of the size are ``sigmoid(n)``, ``n`` normal of this mean; at others it is raised."""
     noise_std: float = 1.3
     mask_weight: float = 2.0
     """Weight of the loss on what covers what beside the flow's."""
     unconditional: float = 0.1
     """Chance that a prompt is replaced by the empty one."""
-    guidance: tuple[float, float] = (1.0, 5.0)
-    """Range of the guidance that is distilled."""
     ema: float = 0.998
     seed: int = 0
     compile: bool = False
@@ -51,7 +46,47 @@ class Settings:
     """Processes that draw."""
 
 
-def gpu(**changes) -> Settings:
-    """Settings for a GPU: larger batches, more pictures, more steps."""
-    large = {"pictures": 60_000, "batch": 128, "low_steps": 15_000, "high_steps": 20_000, "distil_steps": 2_000}
-    return Settings(**{**large, "vae_steps": 12_000, "ema": 0.999, "compile": True, **changes})
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(Settings):
+    """Of the image model."""
+
+    pictures: int = 16_000
+    distil_steps: int = 800
+    """Of the distillation of guidance (stage C)."""
+    distil_seconds: float | None = None
+    guidance: tuple[float, float] = (1.0, 5.0)
+    """Range of the guidance that is distilled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings(Settings):
+    """Of the video model."""
+
+    clips: int = 6_000
+    text_steps: int = 600
+    batch: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """Of the judge of both."""
+
+    pictures: int = 16_000
+    clips: int = 2_000
+    steps: int = 3_000
+    batch: int = 48
+    """A quarter of it are frames of clips."""
+    seed: int = 0
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+GPU = {
+    ImageSettings: {"pictures": 60_000, "batch": 128, "vae_steps": 12_000, "distil_steps": 2_000},
+    VideoSettings: {"clips": 20_000, "batch": 48, "vae_steps": 8_000},
+}
+"""What is different on a GPU: larger batches, more to learn from, more steps."""
+
+
+def gpu(kind: type[Settings]) -> dict[str, object]:
+    """Changes of the defaults for a GPU."""
+    return {"low_steps": 15_000, "high_steps": 20_000, "ema": 0.999, "compile": True, **GPU[kind]}

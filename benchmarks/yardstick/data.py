@@ -1,18 +1,20 @@
-"""Drawings with their answers, made by several processes and kept in shards on disk."""
+"""Drawings and clips with their answers, made by several processes and kept in shards on disk."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from benchmarks.yardstick.clips import clips, film
 from benchmarks.yardstick.drawing import draw
 from benchmarks.yardstick.scenes import IMAGE_SIZE, MOST, Scene, Split, scenes
 from ddit.files import replacing
@@ -20,7 +22,7 @@ from ddit.files import replacing
 MASK_SIZE = 32
 """Height and width of the masks that are kept."""
 SHARD = 500
-"""Drawings in a file."""
+"""Drawings or clips in a file."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,68 @@ def drawings(seed: int, split: Split) -> Iterator[tuple[Scene, np.ndarray, np.nd
         yield scene, *draw(scene, rng)
 
 
+@dataclass(frozen=True)
+class Clips:
+    """N drawn clips in memory."""
+
+    prompts: list[str]
+    frames: np.ndarray
+    """``[N, 9, 64, 64, 3]`` uint8"""
+    masks: np.ndarray
+    """``[N, 5, 32, 32]`` uint8: what the object covers at the time of each frame of the latents"""
+    spots: np.ndarray
+    """``[N, 9, 3]`` (x, y, radius) in pixels of a canvas of 128"""
+
+
 def cached_drawings(folder: Path, count: int, seed: int, workers: int) -> Drawings:
     """The first ``count`` drawings of training prompts; shards already on disk are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"drawings-{seed}-{i:04d}.npz" for i in range(-(-count // SHARD))]
-    missing = [(path, seed * 1_000_003 + i) for i, path in enumerate(paths) if not path.exists()]
+    return Drawings(**_cached(folder / f"drawings-{seed}", _draw_shard, count, seed, workers))
+
+
+def cached_clips(folder: Path, count: int, seed: int, workers: int) -> Clips:
+    """The first ``count`` clips of training prompts; shards already on disk are kept."""
+    return Clips(**_cached(folder / f"clips-{seed}", _film_shard, count, seed, workers))
+
+
+def _cached(stem: Path, make: Callable[[Path, int, int], None], count: int, seed: int, workers: int) -> dict[str, Any]:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    shard = min(SHARD, count)
+    end = ".npz" if shard == SHARD else f"-{shard}.npz"
+    paths = [stem.with_name(f"{stem.name}-{i:04d}{end}") for i in range(-(-count // shard))]
+    missing = [(path, seed * 1_000_003 + i, shard) for i, path in enumerate(paths) if not path.exists()]
     if missing:
-        print(f"drawing {SHARD * len(missing)} pictures", flush=True)
+        print(f"drawing {shard * len(missing)} {stem.name.split('-')[0]}", flush=True)
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            pool.starmap(_make_shard, missing, chunksize=1)
+            pool.starmap(make, missing, chunksize=1)
     shards = [dict(np.load(path)) for path in paths]
     arrays = {key: np.concatenate([shard[key] for shard in shards])[:count] for key in shards[0]}
-    return Drawings(arrays["prompts"].tolist(), arrays["pictures"], arrays["masks"], arrays["spots"])
+    return {**arrays, "prompts": arrays["prompts"].tolist()}
 
 
-def _make_shard(path: Path, seed: int) -> None:
-    prompts, pictures = [], np.empty((SHARD, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    masks = np.empty((SHARD, MOST, MASK_SIZE, MASK_SIZE), np.uint8)
-    spots = np.zeros((SHARD, MOST, 3), np.float32)
+def _film_shard(path: Path, seed: int, count: int) -> None:
+    rng, prompts, made = np.random.default_rng([seed, 1]), [], []
+    for clip in islice(clips(seed, "train"), count):
+        frames, covers, spots = film(clip, rng)
+        prompts.append(clip.prompt)
+        made.append((frames, _at_latents(covers), spots.astype(np.float32)))
+    frames, masks, spots = map(np.stack, zip(*made, strict=True))
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, prompts=np.array(prompts), frames=frames, masks=masks, spots=spots)
+
+
+def _at_latents(covers: np.ndarray) -> np.ndarray:
+    """``[9, 64, 64]`` in [0, 1] -> ``[5, 32, 32]`` uint8: a frame of latents is the first frame, then two each."""
+    small = covers.reshape(len(covers), MASK_SIZE, 2, MASK_SIZE, 2).mean((2, 4))
+    joined = np.concatenate([small[:1], (small[1::2] + small[2::2]) / 2])
+    return (255 * joined).round().astype(np.uint8)
+
+
+def _draw_shard(path: Path, seed: int, count: int) -> None:
+    prompts, pictures = [], np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    masks = np.empty((count, MOST, MASK_SIZE, MASK_SIZE), np.uint8)
+    spots = np.zeros((count, MOST, 3), np.float32)
     pool = IMAGE_SIZE // MASK_SIZE
-    for i, (scene, picture, covers, where) in enumerate(islice(drawings(seed, "train"), SHARD)):
+    for i, (scene, picture, covers, where) in enumerate(islice(drawings(seed, "train"), count)):
         prompts.append(scene.prompt)
         pictures[i], spots[i, : len(where)] = picture, where
         pooled = covers.reshape(MOST, MASK_SIZE, pool, MASK_SIZE, pool).mean((2, 4))
@@ -72,8 +116,8 @@ def _make_shard(path: Path, seed: int) -> None:
 
 
 def to_model(pictures: np.ndarray, device: str = "cpu") -> Tensor:
-    """uint8 ``[N, H, W, 3]`` -> float ``[N, 3, H, W]`` in [-1, 1]."""
-    return rearrange(torch.from_numpy(pictures).to(device), "n h w c -> n c h w").float() / 127.5 - 1
+    """uint8 ``[N, (F,) H, W, 3]`` -> float ``[N, 3, (F,) H, W]`` in [-1, 1]."""
+    return rearrange(torch.from_numpy(pictures).to(device), "n ... c -> n c ...").float() / 127.5 - 1
 
 
 def sheet(pictures: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:

@@ -31,16 +31,21 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     count = int(rng.integers(6, 21))
     front = int(rng.binomial(count, 0.15))
     for _ in range(count - front):
-        _clutter(picture, sun, rng)
+        clutter(picture, sun, rng)
     for i in rng.permutation(len(scene.things)):
-        cover = _object(picture, scene.things[i], spots[i], sun, rng)
+        cover = stamp(picture, scene.things[i], spots[i], sun, rng)
         masks *= 1 - cover
         masks[i] = cover
     for _ in range(front):
-        _clutter(picture, sun, rng)
-    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) / 64 - 1
-    picture *= (1 - rng.uniform(0.02, 0.12) * (x * sun[0] + y * sun[1]))[..., None]
+        clutter(picture, sun, rng)
+    picture *= lit(sun, rng)
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8), masks, spots
+
+
+def lit(sun: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """How bright a picture is, brighter where the light comes from: ``[128, 128, 1]``."""
+    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) / 64 - 1
+    return (1 - rng.uniform(0.02, 0.12) * (x * sun[0] + y * sun[1]))[..., None]
 
 
 def _window(x: float, y: float, r: float):
@@ -51,8 +56,13 @@ def _window(x: float, y: float, r: float):
     return (slice(y0, y1), slice(x0, x1)), u + 0.5 - x, v + 0.5 - y
 
 
-def _object(picture: np.ndarray, thing: Thing, spot: np.ndarray, sun, rng: np.random.Generator) -> np.ndarray:
-    """Draw an object and its shadow into the picture; returns what it covers ``[128, 128]``."""
+def stamp(
+    picture: np.ndarray, thing: Thing, spot, sun: tuple[float, float], rng: np.random.Generator, grain: float = 1.0
+) -> np.ndarray:
+    """Draw an object and its shadow into the picture; returns what it covers ``[128, 128]``.
+
+    ``grain`` is how much coarser its texture is.
+    """
     x, y, r = map(float, spot)
     here, u, v = _window(x, y, 1.25 * r + 8)
     angle = rng.uniform(0, 2 * np.pi)
@@ -63,7 +73,7 @@ def _object(picture: np.ndarray, thing: Thing, spot: np.ndarray, sun, rng: np.ra
     a, b = rotate(u, v, angle)
     edge = distance(thing.shape, a, b, r)
     cover = np.clip(0.5 - edge, 0, 1)
-    surface = texture(thing.texture, ink, a, b, rng)
+    surface = texture(thing.texture, ink, a / grain, b / grain, rng)
     surface = surface * (1 + 0.16 * (u * sun[0] + v * sun[1]) / r)[..., None]
     rim = np.clip(edge + 2.2, 0, 1)
     surface = mix(surface, 0.45 * ink, 0.75 * rim)
@@ -96,7 +106,7 @@ def _stripes(t, period: float):
     return np.clip(0.5 + abs(t % period - period / 2) - period / 4, 0, 1)
 
 
-def _clutter(picture: np.ndarray, sun, rng: np.random.Generator) -> None:
+def clutter(picture: np.ndarray, sun: tuple[float, float], rng: np.random.Generator) -> None:
     """Draw a small thing of random kind, colour and place into the picture, with a faint shadow."""
     kind, r = str(rng.choice(CLUTTER)), rng.uniform(2.2, 6.5)
     x, y = rng.uniform(0, IMAGE_SIZE, 2)

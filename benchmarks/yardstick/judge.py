@@ -1,4 +1,7 @@
-"""A network that has only ever seen drawings finds objects in a picture, and tells what they are."""
+"""A network that has only ever seen drawings finds objects in a picture, and tells what they are.
+
+It judges pictures, and clips frame by frame (`clip_judge`).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.yardstick.config import Settings
-from benchmarks.yardstick.data import Drawings, to_model
+from benchmarks.yardstick.clips import parse_clip
+from benchmarks.yardstick.config import JudgeSettings
+from benchmarks.yardstick.data import Clips, Drawings, to_model
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit, noise_from
 from benchmarks.yardstick.scenes import (
     APART,
@@ -55,16 +59,30 @@ class Judge(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures ``[B, 3, 128, 128]`` in [-1, 1] -> map ``[B, 20, 32, 32]``, background ``[B, 6]``."""
-        stem = self.stem(pictures.contiguous(memory_format=torch.channels_last))
-        mid = self.mid(stem)
-        low = self.low(mid)
+        stem, mid, low = self.maps(pictures)
         mid = self.join_mid(mid + self.up_mid(F.interpolate(low, scale_factor=2)))
         fine = self.join_stem(stem + self.up_stem(F.interpolate(mid, scale_factor=2)))
         return self.out(fine), self.background(low.mean((2, 3)))
 
+    def maps(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at a quarter, an eighth and a sixteenth of the size."""
+        stem = self.stem(pictures.contiguous(memory_format=torch.channels_last))
+        mid = self.mid(stem)
+        return stem, mid, self.low(mid)
+
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures ``[B, 3, 128, 128]`` -> ``[B, 128]``: the mean of the coarsest map."""
-        return self.low(self.mid(self.stem(pictures.contiguous(memory_format=torch.channels_last)))).mean((2, 3))
+        return self.maps(pictures)[2].mean((2, 3))
+
+    def distance(self, one: Tensor, two: Tensor) -> Tensor:
+        """Perceptual distance of pictures ``[B, 3, 128, 128]`` each -> ``[B]``, 0 where they are alike.
+
+        Squared differences of features of unit length, averaged over places, added up over the three maps, as LPIPS
+        does with equal weights (arXiv 1801.03924).
+        """
+        pairs = zip(self.maps(one), self.maps(two), strict=True)
+        parts = [(F.normalize(a) - F.normalize(b)).square().sum(1).mean((1, 2)) for a, b in pairs]
+        return torch.stack(parts).sum(0)
 
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -75,30 +93,48 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 # Training
 
 
-def train_judge(folder: Path, drawn: Drawings, settings: Settings, device: str, deadline: Deadline) -> Judge:
-    """Train on the drawings, disturbed a little; the weights go to ``judge.safetensors``."""
+def train_judge(
+    folder: Path, drawn: Drawings, filmed: Clips, settings: JudgeSettings, device: str, deadline: Deadline
+) -> Judge:
+    """Train on drawings and frames of clips, disturbed a little; the weights go to ``judge.safetensors``."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed + 3)
     judge = Judge().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    answers, grounds = labels([parse(prompt) for prompt in drawn.prompts])
-    spots = torch.from_numpy(drawn.spots)
+    scenes = [parse(prompt) for prompt in drawn.prompts]
+    scenes += [Scene((clip.thing,), clip.background) for clip in map(parse_clip, filmed.prompts)]
+    answers, grounds = labels(scenes)
+    few = settings.batch // 4
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
-        rows = rng.integers(len(answers), size=48)
-        x = disturb(to_model(drawn.pictures[rows], device), noise_from(rng, device))
-        where, what, ground = (t[rows].to(device) for t in (spots, answers, grounds))
-        return judge_loss(*judge(x), where, what, ground), {}
+        rows, more = (
+            rng.integers(len(drawn.prompts), size=settings.batch - few),
+            rng.integers(len(filmed.prompts), size=few),
+        )
+        times = rng.integers(filmed.frames.shape[1], size=few)
+        x = torch.cat([to_model(drawn.pictures[rows], device), enlarged(to_model(filmed.frames[more, times], device))])
+        places = np.zeros((few, MOST, 3), np.float32)
+        places[:, 0] = filmed.spots[more, times]
+        where = torch.from_numpy(np.concatenate([drawn.spots[rows], places])).to(device)
+        both = np.concatenate([rows, len(drawn.prompts) + more])
+        found = judge(disturb(x, noise_from(rng, device)))
+        return judge_loss(*found, where, answers[both].to(device), grounds[both].to(device)), {}
 
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
-    fit(Stage("judge", folder / "judge.pt", judge, [optimizer], loss, settings.judge_steps, cosine, 30), deadline)
+    fit(Stage("judge", folder / "judge.pt", judge, [optimizer], loss, settings.steps, cosine, 30), deadline)
     save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, folder / "judge.safetensors")
     return judge
+
+
+def enlarged(frames: Tensor) -> Tensor:
+    """Frames ``[B, 3, h, w]`` of clips at the size of pictures."""
+    return F.interpolate(frames, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=False)
 
 
 def load_judge(folder: Path) -> Judge:
     """The one trained in a run's folder."""
     path = folder / "judge.safetensors"
     if not path.exists():
-        raise SystemExit(f"no {path}; make it with train-image --only judge")
+        raise SystemExit(f"no {path}; make it with train-judge")
     judge = Judge()
     judge.load_state_dict(load_file(path))
     return judge.eval()
@@ -211,25 +247,30 @@ def _right(scene: Scene, paired: list[Found | None]) -> dict[str, list[float]]:
     return right
 
 
-def adherence(judge: Judge, pictures: Tensor, asked: Sequence[Scene], batch: int = 50) -> dict[str, object]:
-    """Mean share of what is asked that is right, in percent, its 95 % bootstrap interval, and by attribute."""
+def verdicts(judge: Judge, pictures: Tensor, asked: Sequence[Scene], batch: int = 50) -> list[dict[str, float]]:
+    """`score` of each picture ``[N, 3, 128, 128]``."""
     seen = [pair for start in range(0, len(pictures), batch) for pair in find(judge, pictures[start : start + batch])]
-    rows = [score(scene, *pair) for scene, pair in zip(asked, seen, strict=True)]
+    return [score(scene, *pair) for scene, pair in zip(asked, seen, strict=True)]
+
+
+def adherence(rows: Sequence[dict[str, float]]) -> dict[str, object]:
+    """Mean share of what is asked that is right, in percent, its 95 % bootstrap interval, and by attribute."""
     each = np.array([np.mean(list(row.values())) for row in rows])
     draws = np.random.default_rng(0).integers(len(each), size=(2000, len(each)))
     low, high = np.quantile(each[draws].mean(1), [0.025, 0.975])
-    names = ("shape", "colour", "texture", "size", "layout", "count", "background")
-    by = {k: [row[k] for row in rows if k in row] for k in names}
+    by = {k: [row[k] for row in rows if k in row] for k in dict.fromkeys(k for row in rows for k in row)}
     mean = {k: round(100 * float(np.mean(v)), 2) for k, v in by.items() if v}
     return {"mean": round(100 * each.mean(), 2), "interval": [round(100 * low, 2), round(100 * high, 2)], **mean}
 
 
 @torch.no_grad()
-def frechet(judge: Judge, one: Tensor, two: Tensor, batch: int = 50) -> float:
-    """Fréchet distance between the judge's features of two sets of pictures ``[N, 3, 128, 128]``."""
-    sets = [
-        torch.cat([judge.features(part) for part in pictures.split(batch)]).double().cpu() for pictures in (one, two)
-    ]
-    (mean_a, cov_a), (mean_b, cov_b) = ((f.mean(0), torch.cov(f.T)) for f in sets)
+def features(judge: Judge, pictures: Tensor, batch: int = 50) -> Tensor:
+    """``[N, 128]`` of pictures ``[N, 3, 128, 128]``."""
+    return torch.cat([judge.features(part) for part in pictures.split(batch)])
+
+
+def frechet(one: Tensor, two: Tensor) -> float:
+    """Fréchet distance between the features ``[N, D]`` of two sets."""
+    (mean_a, cov_a), (mean_b, cov_b) = ((f.mean(0), torch.cov(f.T)) for f in (one.double().cpu(), two.double().cpu()))
     cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)

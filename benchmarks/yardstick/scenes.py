@@ -73,9 +73,13 @@ class Scene:
 
     @property
     def split(self) -> Split:
-        """Eight in ten prompts train, one tunes, one judges; decided by the words alone."""
-        digit = int(hashlib.sha256(self.prompt.encode()).hexdigest(), 16) % 10
-        return "judge" if digit == 0 else "tune" if digit == 1 else "train"
+        return split_of(self.prompt)
+
+
+def split_of(prompt: str) -> Split:
+    """Eight in ten prompts train, one tunes, one judges; decided by the words alone."""
+    digit = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
+    return "judge" if digit == 0 else "tune" if digit == 1 else "train"
 
 
 def parse(prompt: str) -> Scene:
@@ -92,13 +96,14 @@ def parse(prompt: str) -> Scene:
     for relation in RELATIONS:
         if f" {relation} " in text:
             layout, text = relation, text.replace(f" {relation} ", " and ")
-    scene = Scene(tuple(_parse_thing(part) for part in text.split(" and ")), background, layout)
+    scene = Scene(tuple(parse_thing(part) for part in text.split(" and ")), background, layout)
     if scene.prompt != prompt:
         raise ValueError(f"the grammar has no prompt {prompt!r}")
     return scene
 
 
-def _parse_thing(text: str) -> Thing:
+def parse_thing(text: str) -> Thing:
+    """The object of its words; a `ValueError` where the grammar has no such object."""
     _, *size, texture, colour, shape = text.split() if len(text.split()) in (4, 5) else [""] * 4
     known = shape in SHAPES and colour in COLOURS and texture in TEXTURES and all(s in SIZES for s in size)
     if not known:

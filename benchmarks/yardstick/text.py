@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.yardstick.components import TEXT_WIDTH, TextEncoders
-from benchmarks.yardstick.config import Settings
+from benchmarks.yardstick.config import ImageSettings
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit
 from benchmarks.yardstick.scenes import (
     BACKGROUNDS,
@@ -39,7 +39,7 @@ LAYOUTS = (*PLACES, *RELATIONS, None)
 CLASSES = sum(map(len, ATTRIBUTES.values()))
 
 
-def train_text(folder: Path, settings: Settings, device: str, deadline: Deadline) -> TextEncoders:
+def train_text(folder: Path, settings: ImageSettings, device: str, deadline: Deadline) -> TextEncoders:
     """Each shape word's vector must tell its object's attributes and rank, the pooled vector must tell all."""
     torch.manual_seed(settings.seed + 1)
     encoders = TextEncoders().to(device)
