@@ -50,6 +50,24 @@ def test_a_new_adapter_is_the_training_free_step(pipe, start: Start):
         assert torch.equal(tiny.sample(pipe), free)
 
 
+def test_large_patches_are_used_where_they_were_learnt(pipe):
+    adapter = adapter_for(pipe.transformer, min_sigma={2: 0.3, 4: 0.6})
+    with ddit.apply(pipe, adapter=adapter, patches=PatchSchedule(threshold=1e9)) as handle:
+        tiny.sample(pipe, steps=12)
+    chosen = [(step.sigma, step.scales[0]) for step in handle.report.steps[3:]]
+    assert chosen == [(sigma, 4 if sigma >= 0.6 else 2 if sigma >= 0.3 else 1) for sigma, _ in chosen]
+    assert {scale for _, scale in chosen} == {1, 2, 4}
+    with ddit.apply(pipe, adapter=adapter, patches=PatchSchedule(threshold=1e9, careful=False)) as handle:
+        with pytest.warns(
+            UserWarning, match=r"5 steps used large patches at noise levels .* \(2p from 0.3, 4p from 0.6\)"
+        ):
+            tiny.sample(pipe, steps=12)
+        assert handle.report.steps[-1].scales == (4,)
+    ddit.apply(pipe, adapter=adapter, patches=FixedSchedule(steps=(1, 2)))
+    with pytest.warns(UserWarning, match="let full steps come sooner"):
+        tiny.sample(pipe)
+
+
 def test_scale_one_is_bit_equal_and_removal_leaves_no_hooks(pipe):
     plain = tiny.sample(pipe)
     adapter = adapter_for(pipe.transformer)

@@ -16,6 +16,7 @@ from ddit.schedule import (
     channel_moments,
     choose_scale,
     difference,
+    noise_guard,
     patch_deviation,
     project,
     statistic,
@@ -211,18 +212,20 @@ def test_along_one_axis_less_noise_is_dropped():
 
 def test_where_nobody_has_measured_sound_all_of_it_counts_as_detail():
     flat, edge = [{2: 0.0}], 200**0.5 / (1 + 200**0.5)
-    rule = Rule(PatchSchedule(threshold=1.0), {}, axes=1)
+    rule = Rule(PatchSchedule(threshold=1.0), noise_guard({}, axes=1))
     assert [rule.choose(StepContext(5, None, flat, sigma=edge + off)) for off in (-1e-4, 1e-4)] == [[1], [2]]
-    assert Rule(PatchSchedule(threshold=1.0), {}).choose(StepContext(5, None, flat, sigma=edge - 1e-4)) == [2]
+    assert Rule(PatchSchedule(threshold=1.0), noise_guard({})).choose(
+        StepContext(5, None, flat, sigma=edge - 1e-4)
+    ) == [2]
 
 
 @pytest.mark.parametrize(("careful", "late"), [(True, 1), (False, 4)])
 def test_a_careful_rule_keeps_full_steps_once_detail_shows(careful, late):
-    rule = Rule(PatchSchedule(threshold=1.0, careful=careful), {2: 0.05, 4: 0.15})
+    rule = Rule(PatchSchedule(threshold=1.0, careful=careful), noise_guard({2: 0.05, 4: 0.15}))
     flat = [{2: 0.0, 4: 0.0}]
     assert rule.choose(StepContext(5, None, flat, sigma=0.95)) == [4]
     assert rule.choose(StepContext(5, None, flat, sigma=0.3)) == [late]
-    assert Rule(PatchSchedule(threshold=1.0)).choose(StepContext(5, None, flat, sigma=0.3)) == [4]  # with an adapter
+    assert Rule(PatchSchedule(threshold=1.0)).choose(StepContext(5, None, flat, sigma=0.3)) == [4]
 
 
 # --- latents below float32 ---

@@ -181,7 +181,12 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
     table = [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
     assert table == [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
     assert {d.record for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
-    assert {d.step for d in table} == set(range(8))
+    below = {scale: sum(sigma < low for sigma in samples.sigmas) for scale, low in config.lowest.items()}
+    assert config.lowest == {2: 0.3, 4: 0.6} and below[4] > below[2] > 0
+    for scale in (2, 4):
+        assert {d.step for d in table if d.scale == scale} == set(range(8 - below[scale]))
+    everywhere = settings(base, base, min_sigma=(0, 0))
+    assert {draw(everywhere, samples, 10, 0, number).step for number in range(100)} == set(range(8))
 
 
 def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
@@ -208,11 +213,13 @@ def test_it_learns(base, tmp_path, start):
     config = settings(base, tmp_path, start=start, **changes)
     train(config)
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    assert {(r["scale"], r["sigma"]) for r in rows} == {(s, x) for s in (2, 4) for x in (0.95, 0.8, 0.6, 0.4, 0.2)}
+    known = {2: (0.95, 0.8, 0.6, 0.4), 4: (0.95, 0.8, 0.6)}
+    assert {(r["scale"], r["sigma"]) for r in rows} == {(s, x) for s, levels in known.items() for x in levels}
     learnt, free = np.mean([r["error"] for r in rows]), np.mean([r["training_free"] for r in rows])
     assert learnt < 0.9 * free
     adapter = PatchAdapter.from_pretrained(tmp_path / "adapter")
     assert adapter.config["steps_trained"] == 60 and set(adapter.detail_variance) == {2, 4}
+    assert adapter.serves(4, 0.6) and not adapter.serves(4, 0.59) and adapter.serves(2, 0.3) and adapter.serves(1, 0)
     pipe = tiny.pipeline()
     with ddit.apply(pipe, adapter=adapter, patches=FixedSchedule(steps=(1, 2, 4))):
         assert torch.isfinite(tiny.sample(pipe)).all()
@@ -443,6 +450,8 @@ def test_a_damaged_checkpoint_is_named(base, tmp_path):
         ({"lr": -1.0}, "above 0"),
         ({"scales": (3,)}, "powers of two"),
         ({"rank": -1}, "rank is -1"),
+        ({"min_sigma": (0.3,)}, r"a number in \[0, 1\) for each of"),
+        ({"min_sigma": (0.3, 1.0)}, "min_sigma is"),
         ({"validation": 12}, "not more than validation"),
         ({"height": 33}, "multiples of"),
     ],

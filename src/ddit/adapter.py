@@ -136,6 +136,7 @@ class PatchAdapter(TrainedPart):
         axes: Axes of the latents that a patch spans, see `ddit.models.base.Architecture`.
         detail_variance: Scale -> variance per channel of what pooling loses, measured on the base's samples; used where
             `ddit.apply` gets none.
+        min_sigma: Scale -> lowest noise level that it learnt at; without an entry, it learnt at all of them.
         steps_trained: Number of optimiser steps so far.
         ddit_version: Version of ddit that made it.
     """
@@ -158,6 +159,7 @@ class PatchAdapter(TrainedPart):
         size_vector: bool = True,
         axes: int = 2,
         detail_variance: dict[str, list[float]] | None = None,
+        min_sigma: dict[str, float] | None = None,
         steps_trained: int = 0,
         ddit_version: str = "",
     ) -> None:
@@ -183,6 +185,7 @@ class PatchAdapter(TrainedPart):
         residual: bool = True,
         size_vector: bool = True,
         detail_variance: Mapping[int, Sequence[float]] | None = None,
+        min_sigma: Mapping[int, float] | None = None,
     ) -> PatchAdapter:
         """A new adapter for a transformer, which computes exactly what the model does without one.
 
@@ -213,6 +216,7 @@ class PatchAdapter(TrainedPart):
             size_vector=size_vector,
             axes=architecture.axes,
             detail_variance={str(s): list(v) for s, v in (detail_variance or {}).items()},
+            min_sigma={str(s): v for s, v in (min_sigma or {}).items()},
             ddit_version=__version__,
         )
 
@@ -228,6 +232,10 @@ class PatchAdapter(TrainedPart):
     @property
     def scales(self) -> tuple[int, ...]:
         return tuple(self.config["scales"])
+
+    def serves(self, scale: int, sigma: float) -> bool:
+        """Whether it has learnt a scale at a noise level."""
+        return sigma >= (self.config["min_sigma"] or {}).get(str(scale), 0.0)
 
     def attach(self, transformer: nn.Module) -> Attachment:
         """Hook the adapter into a transformer; it stays silent outside `at`.

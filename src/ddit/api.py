@@ -16,7 +16,7 @@ from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.plan import Plan
 from ddit.preset import Preset
-from ddit.schedule import Fixed, Policy, Rule
+from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
 from ddit.seat import MARK, parallel_config
 from ddit.tell import warn
 
@@ -127,7 +127,8 @@ def _settle(
     missing = sorted(scales - set(variance)) if variance else []
     if missing:
         raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
-    detail = {s: float(v.mean()) for s, v in variance.items()}
+    axes = architectures[0].axes
+    guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
     coarse = schedule.coarse if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule().coarse
     coarse = coarse if adapter is None else adapter.coarse
     if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
@@ -139,7 +140,7 @@ def _settle(
     return Plan(
         architectures=architectures,
         pipe=pipe,
-        policy=_policy(schedule, detail if adapter is None else None, architectures[0].axes),
+        policy=_policy(schedule, guard),
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
         coarse=coarse,
         variance=variance,
@@ -167,9 +168,9 @@ def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
     return Preset.load(preset, required=True)
 
 
-def _policy(schedule: Patches | Policy, detail: Mapping[int, float] | None, axes: int) -> Policy:
+def _policy(schedule: Patches | Policy, guard: Guard) -> Policy:
     if isinstance(schedule, PatchSchedule):
-        return Rule(schedule, detail, axes)
+        return Rule(schedule, guard)
     return Fixed(schedule) if isinstance(schedule, FixedSchedule) else schedule
 
 

@@ -129,9 +129,8 @@ class PatchSchedule(_Settings):
     warmup: int = 3
     """Number of full steps at the beginning; at least ``order``."""
     careful: bool = True
-    """Without an adapter, use large patches only while what they drop lies below the noise
-    (`ddit.schedule.below_noise`), whatever the rule says later. An adapter has learnt the rest, and needs no such care.
-    """
+    """Whatever the rule says, use large patches only while what they drop lies below the noise
+    (`ddit.schedule.below_noise`); with an adapter, only at the noise levels that it has learnt."""
     coarse: Coarse = Coarse()
     """How a coarse step is computed without an adapter."""
 

@@ -8,7 +8,7 @@ newest last in a list.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -115,6 +115,16 @@ USUAL_DETAIL = {2: {2: 0.1, 4: 0.25}}
 above what the embedded model has, for latents of unit variance. Where there is none, all of that counts as detail."""
 
 
+Guard = Callable[[int, float], bool]
+"""Whether a scale may be used at a noise level, whatever the latents say."""
+
+
+def noise_guard(detail: Mapping[int, float], axes: int = 2) -> Guard:
+    """`below_noise` with measured variances of the detail, scale -> variance; usual ones where there is none."""
+    known = {**USUAL_DETAIL.get(axes, {}), **detail}
+    return lambda scale, sigma: below_noise(sigma, known.get(scale, 1.0), scale, axes)
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What a policy knows when it decides on a step."""
@@ -162,17 +172,15 @@ class Rule:
 
     Args:
         schedule: Its settings.
-        detail: Scale -> variance of the detail, for the guard (`PatchSchedule.careful`); ``None`` for no guard.
-        axes: That a patch spans (`ddit.patches.spanned`).
+        guard: Where it may use large patches at all; a schedule that is not careful has none.
     """
 
     needs_statistics = True
 
-    def __init__(self, schedule: PatchSchedule, detail: Mapping[int, float] | None = None, axes: int = 2) -> None:
+    def __init__(self, schedule: PatchSchedule, guard: Guard | None = None) -> None:
         self.schedule = schedule
         self.scales = schedule.scales
-        self.detail = None if detail is None or not schedule.careful else {**USUAL_DETAIL.get(axes, {}), **detail}
-        self.axes = axes
+        self.guard = guard if schedule.careful else None
 
     def choose(self, context: StepContext) -> list[int]:
         if context.step < self.schedule.warmup:
@@ -184,7 +192,7 @@ class Rule:
         ]
 
     def _allowed(self, scale: int, sigma: float) -> bool:
-        return self.detail is None or below_noise(sigma, self.detail.get(scale, 1.0), scale, self.axes)
+        return self.guard is None or self.guard(scale, sigma)
 
     def remark(self, chosen: Sequence[Sequence[int]], stats: Sequence[Sequence[Mapping[int, float]]]) -> str | None:
         """What to do about a run in which the rule never used large patches, or did in all steps; else ``None``.

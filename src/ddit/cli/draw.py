@@ -78,7 +78,7 @@ RULE_HELP = {
     "order": "of the difference of the latents, 1 to 3",
     "scales": "to choose from, such as 1 2 4",
     "warmup": "full steps at the beginning",
-    "careful": "without an adapter, large patches only while what they drop lies below the noise",
+    "careful": "large patches only where the adapter has learnt them, or what they drop lies below the noise",
 }
 SKIP_HELP = {
     "speedup": "call the model so rarely that a run takes so many times less work",

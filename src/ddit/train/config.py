@@ -17,7 +17,7 @@ Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
 
-OF_PATCHES = ("scales", "rank", "start", "positions", "residual", "size_vector", "weighting")
+OF_PATCHES = ("scales", "rank", "start", "positions", "residual", "size_vector", "min_sigma", "weighting")
 """Fields that mean nothing to a corrector."""
 OF_CORRECTOR = ("speedups",)
 """Fields that mean nothing to an adapter for large patches."""
@@ -64,6 +64,9 @@ class TrainConfig:
 
     scales: tuple[int, ...] = (2, 4)
     """Scales above 1 to train."""
+    min_sigma: tuple[float, ...] | None = None
+    """Lowest noise level that each of ``scales`` is trained at, in their order: where schedules use it, as training a
+    size at all levels hurts it (PPFlow, arXiv 2506.23543). By default 0.3 for 2, 0.6 for 4, 0.9 for 8."""
     corrector: bool = False
     """Train a `ddit.ForecastCorrector`, which corrects forecasts of skipped steps, instead of an adapter for large
     patches."""
@@ -123,13 +126,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for name in ("scales", "speedups", "sample_steps"):
+        for name in ("scales", "min_sigma", "speedups", "sample_steps"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._refuse_idle()
         powers = all(s >= 2 and not s & (s - 1) for s in self.scales)
         if not self.scales or not powers or len(set(self.scales)) < len(self.scales):
             raise ValueError(f"scales are {self.scales}; they must be distinct powers of two above 1")
+        lowest = self.min_sigma
+        if lowest is not None and (len(lowest) != len(self.scales) or not all(0 <= x < 1 for x in lowest)):
+            raise ValueError(
+                f"min_sigma is {lowest}; it must have a number from 0 to below 1 for each of {self.scales}"
+            )
         if self.sample_steps is not None:
             self._check_sample_steps(self.sample_steps)
         for low, names in ((1, FROM_ONE), (0, FROM_ZERO)):
@@ -178,10 +186,16 @@ class TrainConfig:
         return self.lr or {"prodigy": 1.0, "adamw": 1e-4}[self.optimizer]
 
     @property
+    def lowest(self) -> dict[int, float]:
+        """Scale -> lowest noise level that it is trained at."""
+        usual = (min(0.3 * math.log2(scale), 0.9) for scale in self.scales)
+        return dict(zip(self.scales, self.min_sigma or usual, strict=True))
+
+    @property
     def adapter_settings(self) -> dict[str, Any]:
         """Arguments of `ddit.PatchAdapter.for_model`."""
         names = ("scales", "rank", "start", "positions", "residual", "size_vector")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "min_sigma": self.lowest}
 
     @property
     def samples_folders(self) -> dict[Path, int | None]:

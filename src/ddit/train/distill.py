@@ -39,7 +39,9 @@ def draw(config: TrainConfig, samples: Samples, records: int, step: int, number:
     """The same for the same seed, step and number within the step's global batch, on any number of processes."""
     rng = np.random.default_rng([config.seed, step, number])
     record, scale = int(rng.integers(records)), int(rng.choice(config.scales))
-    return Draw(record, scale, int(rng.integers(len(samples.sigmas))))
+    lowest = config.lowest[scale]
+    steps = sum(sigma >= lowest for sigma in samples.sigmas)  # levels fall
+    return Draw(record, scale, int(rng.integers(max(steps, 1))))
 
 
 @dataclass

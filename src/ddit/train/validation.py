@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ddit.train.trainer import Run
 
 SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
-"""Noise levels that are validated: of each run the step that is nearest."""
+"""Noise levels that are validated, but those a scale does not learn: of each run the step that is nearest."""
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def validate(run: Run) -> list[dict[str, Any]]:
     records = range(run.records, len(samples))
     places = range(len(samples.sigmas))
     for scale in run.config.scales:
-        for sigma in SIGMAS:
+        for sigma in (sigma for sigma in SIGMAS if sigma >= run.config.lowest[scale]):
             learnt, free = [], []
             nearest = min(places, key=lambda i, sigma=sigma: abs(samples.sigmas[i] - sigma))
             draws = [Draw(r, scale, nearest) for r in records]
