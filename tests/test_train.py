@@ -450,7 +450,7 @@ def test_a_damaged_checkpoint_is_named(base, tmp_path):
         ({"lr": -1.0}, "above 0"),
         ({"scales": (3,)}, "powers of two"),
         ({"rank": -1}, "rank is -1"),
-        ({"min_sigma": (0.3,)}, r"a number in \[0, 1\) for each of"),
+        ({"min_sigma": (0.3,)}, "from 0 to below 1 for each of"),
         ({"min_sigma": (0.3, 1.0)}, "min_sigma is"),
         ({"validation": 12}, "not more than validation"),
         ({"height": 33}, "multiples of"),
