@@ -50,7 +50,7 @@ class Settings:
 class ImageSettings(Settings):
     """Of the image model."""
 
-    pictures: int = 16_000
+    pictures: int = 12_000
     distil_steps: int = 800
     """Of the distillation of guidance (stage C)."""
     distil_seconds: float | None = None
@@ -71,7 +71,7 @@ class VideoSettings(Settings):
 class JudgeSettings:
     """Of the judge of both."""
 
-    pictures: int = 16_000
+    pictures: int = 12_000
     clips: int = 2_000
     steps: int = 3_000
     batch: int = 48

@@ -8,6 +8,8 @@ from benchmarks.yardstick.backdrops import backdrop
 from benchmarks.yardstick.outlines import distance, hsv, mix, rotate
 from benchmarks.yardstick.scenes import COLOURS, IMAGE_SIZE, MOST, Scene, Thing, arrange
 
+TILT = 0.45
+"""Most that an object is turned, in radians."""
 CLUTTER = ("leaf", "pebble", "dot", "ring", "bird", "bloom", "spark")
 """Small things no prompt names."""
 
@@ -28,7 +30,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     picture = backdrop(scene.background, rng)
     spots = arrange(scene, rng)
     masks = np.zeros((MOST, IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    count = int(rng.integers(6, 21))
+    count = int(rng.integers(4, 15))
     front = int(rng.binomial(count, 0.15))
     for _ in range(count - front):
         clutter(picture, sun, rng)
@@ -57,7 +59,7 @@ def _window(x: float, y: float, r: float):
 
 
 def stamp(
-    picture: np.ndarray, thing: Thing, spot, sun: tuple[float, float], rng: np.random.Generator, grain: float = 1.0
+    picture: np.ndarray, thing: Thing, spot, sun: tuple[float, float], rng: np.random.Generator, grain: float = 1.3
 ) -> np.ndarray:
     """Draw an object and its shadow into the picture; returns what it covers ``[128, 128]``.
 
@@ -65,7 +67,7 @@ def stamp(
     """
     x, y, r = map(float, spot)
     here, u, v = _window(x, y, 1.25 * r + 8)
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-TILT, TILT)
     ink = hsv(COLOURS[thing.colour] + rng.uniform(-6, 6), rng.uniform(0.72, 0.92), rng.uniform(0.82, 0.98))
     fall = rng.uniform(2.5, 5)
     shade = distance(thing.shape, *rotate(u + fall * sun[0], v + fall * sun[1], angle), r)
