@@ -47,6 +47,7 @@ GROUPS = (
         "ddit.memory",
         "ddit.extras",
         "ddit.kinds",
+        "ddit.profile",
         "ddit.tell",
     ),
 )
@@ -58,6 +59,7 @@ OUTSIDE = {
     "ddit.tables": set(),
     "ddit.extras": set(),
     "ddit.kinds": set(),
+    "ddit.profile": set(),
     "ddit.tell": set(),
     "ddit.memory": {"torch"},
 }

@@ -137,6 +137,7 @@ class PatchAdapter(TrainedPart):
         detail_variance: Scale -> variance per channel of what pooling loses, measured on the base's samples; used where
             `ddit.apply` gets none.
         min_sigma: Scale -> lowest noise level that it learnt at; without an entry, it learnt at all of them.
+        errors: Scale -> [noise level, root mean square error of its velocity] of the last validation.
         steps_trained: Number of optimiser steps so far.
         ddit_version: Version of ddit that made it.
     """
@@ -160,6 +161,7 @@ class PatchAdapter(TrainedPart):
         axes: int = 2,
         detail_variance: dict[str, list[float]] | None = None,
         min_sigma: dict[str, float] | None = None,
+        errors: dict[str, list[list[float]]] | None = None,
         steps_trained: int = 0,
         ddit_version: str = "",
     ) -> None:
@@ -228,6 +230,11 @@ class PatchAdapter(TrainedPart):
     @property
     def detail_variance(self) -> dict[int, list[float]]:
         return {int(s): v for s, v in (self.config["detail_variance"] or {}).items()}
+
+    @property
+    def errors(self) -> dict[int, dict[float, float]]:
+        """Scale -> noise level -> error of its velocity, as far as it was validated."""
+        return {int(s): {sigma: error for sigma, error in rows} for s, rows in (self.config["errors"] or {}).items()}
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.plan import Plan
 from ddit.preset import Preset
+from ddit.profile import ErrorProfile
 from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
 from ddit.seat import MARK, parallel_config
 from ddit.tell import warn
@@ -51,8 +52,10 @@ def apply(
         patches: A `PatchSchedule` (the paper's rule), a `FixedSchedule` (a list of scales), or a policy of your own
             (`ddit.schedule.Policy`). By default the preset's, or else ``PatchSchedule()``.
         skip: In which steps the model is not called at all. By default in none.
-        speedup: How many times less work a run shall take than a plain one: patches as above, and as many skipped steps
-            as are still needed. Short for ``skip=SkipSchedule(speedup=...)``.
+        speedup: How many times less work a run shall take than a plain one. Where the preset has a profile of errors
+            (`ddit calibrate` measures it) and ``patches`` is left out, a plan over both mechanisms: each step full,
+            with large patches, or skipped (`ddit.skip.joint`). Else patches as above, and as many skipped steps as are
+            still needed. Short for ``skip=SkipSchedule(speedup=...)``.
         quality: Likewise for ``skip=SkipSchedule(quality=...)``.
         adapter: A `PatchAdapter`, or the folder or hub id of one: what makes large patches as good as small ones. It
             brings its own form of a coarse step.
@@ -76,6 +79,7 @@ def apply(
         if skip is not None:
             raise ValueError("skip says already when to skip; leave out speedup and quality, or skip")
         skip = SkipSchedule(speedup=speedup, quality=quality)
+    joint = patches is None and corrector is None and skip is not None and skip.speedup is not None
     found = [model for model in (getattr(pipe_or_transformer, n, None) for n in _TRANSFORMERS) if model is not None]
     transformers = found or [pipe_or_transformer]
     plan = _settle(
@@ -83,6 +87,7 @@ def apply(
         pipe_or_transformer if found else None,
         patches=patches,
         skip=skip,
+        joint=joint,
         adapter=adapter,
         corrector=corrector,
         detail_variance=detail_variance,
@@ -106,6 +111,7 @@ def _settle(
     *,
     patches: Patches | Policy | None,
     skip: SkipSchedule | None,
+    joint: bool,
     adapter: PatchAdapter | str | Path | None,
     corrector: ForecastCorrector | str | Path | None,
     detail_variance: Mapping[int, Sequence[float]] | None,
@@ -136,11 +142,15 @@ def _settle(
             f"positions are {coarse.positions!r}, and a transformer compiled as a whole does not see them move; "
             "compile its blocks alone (compile_repeated_blocks), or take positions='grid'"
         )
+    policy = _policy(schedule, guard)
     make_skipper, corrector, speedup = _skipping(skip, corrector, architectures[0], pipe, known, scales)
+    if joint and known.profile is not None:
+        assert speedup is not None, "a plan is for a speedup"
+        policy, make_skipper = _jointly(speedup, schedule.scales, known.profile, adapter, guard)
     return Plan(
         architectures=architectures,
         pipe=pipe,
-        policy=_policy(schedule, guard),
+        policy=policy,
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
         coarse=coarse,
         variance=variance,
@@ -172,6 +182,19 @@ def _policy(schedule: Patches | Policy, guard: Guard) -> Policy:
     if isinstance(schedule, PatchSchedule):
         return Rule(schedule, guard)
     return Fixed(schedule) if isinstance(schedule, FixedSchedule) else schedule
+
+
+def _jointly(
+    speedup: float, scales: tuple[int, ...], profile: ErrorProfile, adapter: PatchAdapter | None, guard: Guard
+) -> tuple[Policy, Any]:
+    """The two halves of a plan over both mechanisms; see `ddit.skip.joint`."""
+    from ddit.skip.joint import JointPatches, JointPlan, JointSkips
+    from ddit.skip.skipper import Skipper
+
+    errors = profile if adapter is None else profile.learnt(adapter.errors)
+    scales = tuple(s for s in scales if s == 1 or s in errors.coarse)
+    plan = JointPlan(speedup, scales, errors, guard)
+    return JointPatches(plan), lambda correction: Skipper(JointSkips(plan))
 
 
 def _load_adapter(

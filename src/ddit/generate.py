@@ -251,7 +251,8 @@ def by_turns(
 def warm_up(pipe: Any, prompts: list[str], seeds: list[int], settings: dict[str, Any], method: Method | None) -> None:
     """Run a few steps at every scale of a method, so that the first use of each is not timed."""
     warm = {**settings, "num_inference_steps": min(settings.get("num_inference_steps", 4), 4)}
-    scales = method.patches.scales if method is not None and method.patches is not None else (1, 2, 4)
+    patches = None if method is None else method.patches or (method.preset or Preset()).patches
+    scales = (1, 2, 4) if patches is None else patches.scales
     steps = FixedSchedule(steps=(1, *sorted(scales, reverse=True)))
     run(pipe, prompts, seeds, warm, method=method and Method(patches=steps, adapter=method.adapter))
 

@@ -46,7 +46,14 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
     loaded = {"adapter": load_adapter, "corrector": load_corrector}
     parts = {kind: loaded[kind](name) if name not in (None, "none") else None for kind, name in names.items()}
     cache = make_cache(given["cache"], preset.teacache) if "cache" in given else None
-    return Method(patches=patches_of(given, preset), skip=skip_of(given), cache=cache, preset=preset, **parts)
+    patches = None if planned_jointly(given, preset) else patches_of(given, preset)
+    return Method(patches=patches, skip=skip_of(given), cache=cache, preset=preset, **parts)
+
+
+def planned_jointly(given: Mapping[str, Any], preset: Preset) -> bool:
+    """Whether a speedup is planned over patches and skipping: nothing is said of patches, and there is a profile."""
+    said = {"patches", "schedule", *RULE, *COARSE} & set(given)
+    return "speedup" in given and not said and preset.profile is not None and given.get("corrector", "none") == "none"
 
 
 def completed(values: Mapping[str, Any], model: str, preset: Preset) -> dict[str, Any]:

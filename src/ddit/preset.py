@@ -11,6 +11,7 @@ from typing import Any
 
 from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
 from ddit.files import write_json
+from ddit.profile import ErrorProfile
 from ddit.tell import warn
 
 FILE = "ddit.json"
@@ -85,6 +86,9 @@ class Preset:
     quality: QualityCurve | None = None
     """What skip thresholds make of the model's runs."""
 
+    profile: ErrorProfile | None = None
+    """How much each way to take a step errs: a speedup is planned over patches and skipping with it."""
+
     origin: str = ""
     """Where the values come from, if not from `ddit calibrate` on this model."""
 
@@ -120,7 +124,7 @@ class Preset:
             if "patches" in values:
                 kind = FixedSchedule if "steps" in values["patches"] else PatchSchedule
                 values["patches"] = kind.from_dict(values["patches"])
-            for name, kind in (("skip", SkipSchedule), ("quality", QualityCurve)):
+            for name, kind in (("skip", SkipSchedule), ("quality", QualityCurve), ("profile", ErrorProfile)):
                 if values.get(name) is not None:
                     values[name] = kind.from_dict(values[name])
             preset = cls(**values)

@@ -195,7 +195,8 @@ class RunState:
         self.broken = self.broken or any(math.isnan(value) for sample in stats for value in sample.values())
         self.levels = [*self.levels, sigma][-2:]
         self.velocities, self.passes, self.cached_in_step = [], 0, set()
-        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas, self._count(len(z)))
+        spent = self._count(len(z))
+        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas, spent, self.costs)
         chosen, allowed = self._choose(context), self.policy.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -141,6 +141,8 @@ class StepContext:
     """Noise levels of all steps of the run; empty where nobody knows."""
     spent: Sequence[float] = ()
     """Per sample, work of the run so far in full steps; empty where nobody counts."""
+    costs: Mapping[int, float] = field(default_factory=dict)
+    """Scale -> work of a step in full steps; empty where nobody counts."""
 
     @property
     def batch(self) -> int:

@@ -74,7 +74,7 @@ class Drawing:
             "model": self.args.model,
             "call": self.settings,
             "method": self.words,
-            "patches": patches.to_dict(),
+            "patches": "planned with what is skipped" if patches is None else patches.to_dict(),
             "skip": self.method.skip and self.method.skip.to_dict(),
         }
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ddit.config import FULL, SkipSchedule
 from ddit.eval.metrics import decibels
+from ddit.eval.step_errors import Errors, measured_errors, profile_of
 from ddit.files import write_json
 from ddit.generate import Method, recorded, run
 from ddit.models import architecture_for
@@ -47,6 +48,8 @@ class Plain:
     """From step to step of a guidance pass: by how much TeaCache's signal changed, and by how much the answer did."""
     detail: dict[int, list[float]]
     """Scale -> variance per channel of what pooling loses (`ddit.patches.detail_variance`)."""
+    errors: Errors
+    """What coarse steps and forecasts would have been off by."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,13 @@ class Figures:
     detail: dict[int, list[float]]
     likeness: list[list[float]]
     """PSNR to plain in dB of each prompt, for each of `THRESHOLDS`."""
+    errors: Errors
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Figures:
         """The inverse of `dataclasses.asdict`, through JSON."""
-        return cls(**{**values, "detail": {int(s): v for s, v in values["detail"].items()}})
+        detail = {int(s): v for s, v in values["detail"].items()}
+        return cls(**{**values, "detail": detail, "errors": Errors.from_dict(values["errors"])})
 
 
 def calibrate(
@@ -138,7 +143,7 @@ def measure(
             outcome = run(pipe, prompts, seeds, settings, method=method)
         likeness.append(decibels(outcome.pictures, plain.pictures))
         advance()
-    return Figures(len(prompts), plain.changes, plain.detail, likeness)
+    return Figures(len(prompts), plain.changes, plain.detail, likeness, plain.errors)
 
 
 @torch.no_grad()
@@ -172,7 +177,7 @@ def plain_runs(
     ]
     clean = architecture.read({**calls[-1][0], architecture.batched[0]: latents[-1]}).latents
     detail = {s: detail_variance(clean, s, architecture.patch_size).tolist() for s in scales}
-    return Plain(pictures, changes, detail)
+    return Plain(pictures, changes, detail, measured_errors(architecture, calls, scales))
 
 
 @contextmanager
@@ -205,6 +210,7 @@ def told(done: Sequence[Figures], preset: Preset) -> Preset:
         preset,
         detail_variance=detail,
         teacache=fit([pair for figures in done for pair in figures.changes]),
+        profile=profile_of([(figures.prompts, figures.errors) for figures in done]),
         quality=QualityCurve(thresholds=THRESHOLDS, psnr=tuple(statistics.median(each) for each in likeness)),
         origin="",
     )

@@ -36,7 +36,7 @@ from ddit.train.parts import make_optimizer, new_part, sum_over_processes
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_sets, read_prompts
-from ddit.train.validation import save_pictures, validate, validate_runs
+from ddit.train.validation import errors_of, save_pictures, validate, validate_runs
 
 
 def train(config: TrainConfig) -> Path:
@@ -277,8 +277,12 @@ class Run:
             kinds = ("scale", "sigma", "run_steps", "speedup")
             named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
             self.accelerator.log(named, step=self.step)
-        if disk.saved_step(disk.result_folder(self.config)) == self.step:
-            disk.write_card(disk.result_folder(self.config), self.config, self.part)
+        if not self.config.corrector:
+            self.part.register_to_config(errors=errors_of(rows))
+        result = disk.result_folder(self.config)
+        if disk.saved_step(result) == self.step:
+            self.part.save_config(result)
+            disk.write_card(result, self.config, self.part)
 
     def save(self) -> None:
         """A checkpoint beside the earlier ones, then the result; what is replaced is deleted last."""

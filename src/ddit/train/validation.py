@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +53,14 @@ def validate(run: Run) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def errors_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """Of `validate`: scale -> [noise level, root mean square error], as an adapter keeps them."""
+    errors: dict[str, list[list[float]]] = {}
+    for row in rows:
+        errors.setdefault(str(row["scale"]), []).append([row["sigma"], math.sqrt(row["error"])])
+    return errors
 
 
 @torch.no_grad()

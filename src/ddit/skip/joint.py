@@ -1,0 +1,228 @@
+"""A plan over both mechanisms: in each step of a run full, large patches, or skipped, so that a speedup costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from ddit.profile import ErrorProfile
+from ddit.schedule import Guard, StepContext
+from ddit.skip.forecast import amplified, half_log_snr
+from ddit.tell import warn
+
+SKIPPED = 0
+"""In a plan, in place of a scale."""
+HALVINGS = 24
+"""Of the search for the price of work."""
+
+
+@dataclass(frozen=True, eq=False)
+class JointPlan:
+    """Decides for patches and for skipping at once; plans that were made are kept.
+
+    Args:
+        speedup: Times less work than a plain run of as many steps.
+        scales: To choose from, 1 among them.
+        profile: How much each way to take a step errs.
+        guard: Where large patches may be used at all.
+    """
+
+    speedup: float
+    scales: tuple[int, ...]
+    profile: ErrorProfile
+    guard: Guard
+
+    def steps(self, context: StepContext) -> tuple[int, ...]:
+        """Scale of every step of the run, 0 where it is skipped."""
+        if not context.sigmas:
+            raise ValueError(
+                "a speedup needs the noise levels of the run, which only a pipeline knows; "
+                "apply ddit to the pipeline, or give skip a threshold"
+            )
+        key = (tuple(context.sigmas), tuple(context.costs.get(s, 1.0) for s in self.scales))
+        if key not in self._made:
+            costs = dict(zip(self.scales, key[1], strict=True))
+            self._made[key] = joint_steps(key[0], costs, self.speedup, self.profile, self.guard)
+        return self._made[key]
+
+    @cached_property
+    def _made(self) -> dict[tuple[tuple[float, ...], tuple[float, ...]], tuple[int, ...]]:
+        return {}
+
+
+class JointPatches:
+    """Its half for `ddit.apply`'s patches; in a skipped step, the scale of the last called one."""
+
+    def __init__(self, plan: JointPlan) -> None:
+        self.plan = plan
+        self.scales = plan.scales
+
+    def choose(self, context: StepContext) -> list[int]:
+        """See `ddit.schedule.Policy`."""
+        called = [scale for scale in self.plan.steps(context)[: context.step + 1] if scale != SKIPPED]
+        return [called[-1]] * context.batch
+
+
+class JointSkips:
+    """Its half for skipping."""
+
+    watches = False
+
+    def __init__(self, plan: JointPlan) -> None:
+        self.plan = plan
+
+    def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
+        """See `ddit.skip.policy.SkipPolicy`."""
+        return [self.plan.steps(context)[context.step] == SKIPPED] * context.batch
+
+
+def joint_steps(
+    sigmas: Sequence[float], costs: Mapping[int, float], speedup: float, profile: ErrorProfile, guard: Guard
+) -> tuple[int, ...]:
+    """The plan whose errors are expected to be least among those that cost no more than the speedup allows.
+
+    A called step and the skipped ones after it are a segment. Its errors add up, those of different segments know
+    nothing of each other and their squares add up (see `Segments`). With a price on work the best plan follows by
+    dynamic programming; the lowest price that keeps to the budget is searched by halving, and what the plan then leaves
+    of the budget pays for single dearer steps.
+
+    Args:
+        sigmas: Noise levels of all steps of a run, falling.
+        costs: Scale -> work of a step in full steps.
+        guard: Where large patches may be used at all.
+
+    Returns:
+        Scale of every step, 0 where it is skipped.
+    """
+    segments = Segments.of(sigmas, tuple(sorted(costs)), profile, guard)
+    budget = len(sigmas) / speedup
+    best = segments.cheapest(costs)
+    least = segments.work(best, costs)
+    if least > budget + 1e-9:
+        warn(
+            f"a speedup of {speedup:g} can't be reached with {len(sigmas)} steps: the most is "
+            f"{len(sigmas) / least:.2f}; take fewer steps instead"
+        )
+        return best
+    low, high = 0.0, 1.0
+    while segments.work(segments.best(costs, high), costs) > budget:
+        low, high = high, 4 * high
+    for _ in range(HALVINGS):
+        price = (low + high) / 2 if low else high / 4
+        found = segments.best(costs, price)
+        if segments.work(found, costs) > budget:
+            low = price
+        else:
+            high, best = price, found
+    return segments.improved(segments.best(costs, high), costs, budget)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What a called step and the skipped ones after it err."""
+
+    errors: dict[int, np.ndarray]
+    """Scale -> squared error ``[N, N + 1]`` of a step (row) and those before the next called one (column; N is none);
+    infinite where the scale may not be used."""
+
+    @classmethod
+    def of(cls, sigmas: Sequence[float], scales: Sequence[int], profile: ErrorProfile, guard: Guard) -> Segments:
+        """A forecast is off by the square of its distance in lambda (`ddit.skip.forecast`), and repeats what a coarse
+        step is off by. Both go into the latents with the step in sigma, and grow until the picture is done.
+        """
+        total = len(sigmas)
+        levels = np.array([half_log_snr(sigma) for sigma in sigmas])
+        ends = [*sigmas[1:], 0.0]
+        sizes, grown = np.subtract(sigmas, ends), np.array([amplified(end) for end in ends])
+        bend = np.array([profile.bend_at(sigma) for sigma in sigmas])
+        forecast = (np.triu((levels - levels[:, None]) ** 2, 1) * bend * sizes).cumsum(1)
+        errors = {}
+        for scale in scales:
+            own = np.array([profile.coarse_error(scale, sigma) for sigma in sigmas]) * sizes
+            coarse = np.triu(np.tile(own, (total, 1))).cumsum(1)
+            table = np.full((total, total + 1), np.inf)
+            table[:, 1:] = np.where(np.triu(np.ones((total, total))) > 0, grown**2 * (forecast**2 + coarse**2), np.inf)
+            if scale > 1:
+                table[[not guard(scale, sigma) for sigma in sigmas]] = np.inf
+            errors[scale] = table
+        return cls(errors)
+
+    @property
+    def total(self) -> int:
+        """Number of steps."""
+        return len(self.errors[1])
+
+    def best(self, costs: Mapping[int, float], price: float) -> tuple[int, ...]:
+        """Least error plus ``price`` times work.
+
+        Forecasts need two answers alike: after a change of patches a further call of the same kind comes first.
+        """
+        total, scales = self.total, tuple(self.errors)
+        # Of a called step that is the first of its kind (0), or a further one (1): least before it, and what led there.
+        least = np.full((2, len(scales), total), np.inf)
+        before = np.full((2, len(scales), total, 3), -1)
+        least[0, :, 0] = [price * costs[s] for s in scales]
+        tables = np.stack([self.errors[s] for s in scales])
+        for i in range(1, total):
+            # Whatever comes before ends in a segment up to this step; a gap needs two of a kind.
+            ended = least[:, :, :i] + tables[:, :i, i]
+            ended[0, :, : i - 1] = np.inf
+            for k, scale in enumerate(scales):
+                for row, others in ((0, [j for j in range(len(scales)) if j != k]), (1, [k])):
+                    if not others:
+                        continue
+                    part = ended[:, others]
+                    place = np.unravel_index(int(part.argmin()), part.shape)
+                    least[row, k, i] = part[place] + price * costs[scale]
+                    before[row, k, i] = place[0], others[int(place[1])], place[2]
+        ended = least + tables[:, :, total]
+        ended[0, :, : total - 1] = np.inf
+        place = np.unravel_index(int(ended.argmin()), ended.shape)
+        steps = [SKIPPED] * total
+        row, k, i = map(int, place)
+        while i >= 0:
+            steps[i] = scales[k]
+            row, k, i = map(int, before[row, k, i])
+        return tuple(steps)
+
+    def cheapest(self, costs: Mapping[int, float]) -> tuple[int, ...]:
+        """As little work as there can be."""
+        return self.best(costs, 1e12)
+
+    def work(self, steps: Sequence[int], costs: Mapping[int, float]) -> float:
+        """Of a plan, in full steps."""
+        return sum(costs[scale] for scale in steps if scale != SKIPPED)
+
+    def error(self, steps: Sequence[int]) -> float:
+        """Expected squared error of a plan; infinite for one that forecasts from fewer than two answers alike."""
+        called = [i for i, scale in enumerate(steps) if scale != SKIPPED]
+        error, count = 0.0, 0
+        for i, after in zip(called, [*called[1:], self.total], strict=True):
+            earlier = called[called.index(i) - 1] if i else None
+            count = count + 1 if earlier is not None and steps[earlier] == steps[i] else 1
+            if after > i + 1 and count < 2:
+                return float("inf")
+            error += float(self.errors[steps[i]][i, after])
+        return error
+
+    def improved(self, steps: tuple[int, ...], costs: Mapping[int, float], budget: float) -> tuple[int, ...]:
+        """With what is left of the budget spent on the single dearer steps that gain most for their work."""
+        while True:
+            left, error = budget - self.work(steps, costs), self.error(steps)
+            found, gained = None, 0.0
+            for i, now in enumerate(steps):
+                for scale, cost in costs.items():
+                    extra = cost - costs.get(now, 0.0)
+                    if not 0 < extra <= left + 1e-9:
+                        continue
+                    tried = (*steps[:i], scale, *steps[i + 1 :])
+                    gain = (error - self.error(tried)) / extra
+                    if gain > gained:
+                        found, gained = tried, gain
+            if found is None:
+                return steps
+            steps = found

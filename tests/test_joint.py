@@ -1,0 +1,141 @@
+"""Plans over patches and skipping, and the profile they are made with."""
+
+import json
+import math
+from dataclasses import asdict
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+import ddit
+import tiny
+from ddit import FixedSchedule, PatchAdapter, SkipSchedule
+from ddit.eval import calibrate
+from ddit.preset import Preset
+from ddit.profile import ErrorProfile
+from ddit.skip.joint import SKIPPED, Segments, joint_steps
+
+COSTS = {1: 1.0, 2: 0.3, 4: 0.1}
+PROFILE = ErrorProfile(sigmas=(0.2, 0.9), coarse={2: (0.5, 0.1), 4: (0.9, 0.3)}, bend=(0.4, 0.4))
+
+
+def anywhere(scale: int, sigma: float) -> bool:
+    return True
+
+
+def sigmas(total: int) -> list[float]:
+    return [math.exp(1.15) / (math.exp(1.15) + total / (total - i) - 1) for i in range(total)]
+
+
+def test_a_profile_is_read_between_its_levels_and_kept_in_json():
+    assert PROFILE.coarse_error(2, 0.55) == pytest.approx(0.3) and PROFILE.coarse_error(4, 0.1) == 0.9
+    assert PROFILE.coarse_error(1, 0.5) == 0 and PROFILE.coarse_error(8, 0.5) == math.inf
+    assert ErrorProfile.from_dict(json.loads(json.dumps(asdict(PROFILE)))) == PROFILE
+    better = PROFILE.learnt({2: {0.9: 0.05, 0.3: 0.2}})
+    assert better.coarse[2] == (0.2, 0.05) and better.coarse[4] == PROFILE.coarse[4]
+    with pytest.raises(ValueError, match="a number of each list"):
+        ErrorProfile(sigmas=(0.1, 0.2), coarse={2: (1.0,)}, bend=(1.0, 1.0))
+    with pytest.raises(ValueError, match="must rise"):
+        ErrorProfile(sigmas=(0.2, 0.1), coarse={}, bend=(1.0, 1.0))
+
+
+def test_a_plan_costs_no_more_than_asked_and_little_less():
+    levels = sigmas(50)
+    for speedup in (1.0, 1.3, 2.18, 3.0, 5.0, 8.0):
+        steps = joint_steps(levels, COSTS, speedup, PROFILE, anywhere)
+        work = sum(COSTS[s] for s in steps if s != SKIPPED)
+        assert 50 / speedup - 1 <= work <= 50 / speedup + 1e-6
+    assert joint_steps(levels, COSTS, 1.0, PROFILE, anywhere) == (1,) * 50
+
+
+def test_no_plan_errs_less_at_a_price():
+    """All plans of five steps, against dynamic programming."""
+    segments = Segments.of(sigmas(5), (1, 2), PROFILE, anywhere)
+    costs = {1: 1.0, 2: 0.3}
+    plans = [plan for plan in product((0, 1, 2), repeat=5) if plan[0]]
+
+    def total(plan, price):
+        return segments.error(plan) + price * segments.work(plan, costs)
+
+    for price in (1e-6, 1e-4, 1e-3, 1e-2, 1.0):
+        best = segments.best(costs, price)
+        assert total(best, price) == pytest.approx(min(total(plan, price) for plan in plans))
+
+
+def test_forecasts_come_after_two_answers_alike():
+    for speedup in (2.0, 4.0, 7.0):
+        steps = joint_steps(sigmas(40), COSTS, speedup, PROFILE, anywhere)
+        called = [s for s in steps if s]
+        seen = 0
+        for scale in steps:
+            if scale == SKIPPED:
+                assert seen >= 2 and called[seen - 1] == called[seen - 2]
+            else:
+                seen += 1
+
+
+def test_cheap_errors_are_taken():
+    """Where forecasts are bad, patches save the work; where large patches are, or may not be used, forecasts do."""
+    levels = sigmas(40)
+    wild = ErrorProfile(sigmas=(0.5,), coarse={2: (0.01,), 4: (9.0,)}, bend=(50.0,))
+    assert set(joint_steps(levels, COSTS, 2.0, wild, anywhere)) == {1, 2}
+    blurred = ErrorProfile(sigmas=(0.5,), coarse={2: (9.0,), 4: (9.0,)}, bend=(0.01,))
+    assert set(joint_steps(levels, COSTS, 2.0, blurred, anywhere)) == {0, 1}
+    early = joint_steps(levels, COSTS, 1.5, wild, lambda scale, sigma: sigma > 0.7)
+    assert all(sigma > 0.7 for step, sigma in zip(early, levels, strict=True) if step > 1) and 2 in early
+
+
+def test_a_speedup_out_of_reach_is_told():
+    with pytest.warns(UserWarning, match="a speedup of 99 can't be reached with 8 steps: the most is"):
+        joint_steps(sigmas(8), COSTS, 99.0, PROFILE, anywhere)
+
+
+@pytest.fixture
+def pipe():
+    return tiny.pipeline()
+
+
+WILD = ErrorProfile(sigmas=(0.5,), coarse={2: (0.01,), 4: (0.02,)}, bend=(0.5,))
+
+
+def test_a_speedup_is_planned_over_both_where_there_is_a_profile(pipe):
+    adapter = PatchAdapter.for_model(pipe.transformer, rank=0, min_sigma={2: 0.3, 4: 0.6})
+    plain = tiny.sample(pipe, steps=16)
+    with ddit.apply(pipe, speedup=3, preset=Preset(profile=WILD), adapter=adapter) as handle:
+        drawn = tiny.sample(pipe, steps=16)
+    scales = {step.scales[0] for step in handle.report.steps}
+    assert scales == {0, 1, 2, 4} and torch.isfinite(drawn).all() and not torch.equal(drawn, plain)
+    assert handle.report.flops_fraction == pytest.approx(1 / 3, abs=0.05) and handle.report.flops_fraction <= 1 / 3
+    assert all(adapter.serves(step.scales[0], step.sigma) for step in handle.report.steps)
+
+
+def test_without_a_profile_or_with_patches_given_the_rule_decides_on_patches(pipe):
+    for settings in ({"preset": Preset()}, {"patches": FixedSchedule(steps=(1,)), "preset": Preset(profile=WILD)}):
+        with ddit.apply(pipe, speedup=2, **settings) as handle:
+            tiny.sample(pipe, steps=16)
+        assert 0 in {step.scales[0] for step in handle.report.steps}
+        assert "Joint" not in type(handle.plan.policy).__name__
+    with ddit.apply(pipe, skip=SkipSchedule(speedup=2), preset=Preset(profile=WILD)) as handle:
+        assert type(handle.plan.policy).__name__ == "JointPatches"
+
+
+def test_an_adapters_own_errors_count(pipe):
+    adapter = PatchAdapter.for_model(pipe.transformer, rank=0)
+    adapter.register_to_config(errors={"2": [[0.9, 0.1], [0.3, 0.2]]})
+    with ddit.apply(pipe, speedup=2, preset=Preset(profile=WILD), adapter=adapter) as handle:
+        errors = handle.plan.policy.plan.profile
+    assert errors.coarse[2][0] == pytest.approx(0.2 - 0.1 * (0.5 - 0.3) / 0.6) and errors.coarse[4] == (0.02,)
+
+
+def test_calibrate_measures_the_profile(pipe):
+    settings = {"height": 64, "width": 64, "num_inference_steps": 12}
+    errors = calibrate.plain_runs(pipe, [tiny.PROMPT] * 2, [0, 1], settings, (2, 4)).errors
+    assert set(errors.coarse) == {2, 4} and errors.sigmas == sorted(errors.sigmas, reverse=True)
+    assert all(len(row) == len(errors.sigmas) >= 4 for row in (*errors.coarse.values(), errors.bend))
+    assert np.mean(errors.coarse[4]) > np.mean(errors.coarse[2]) > 0 and min(errors.bend) > 0
+    profile = calibrate.profile_of([(2, errors), (1, errors)])
+    assert profile is not None and profile.sigmas == tuple(errors.sigmas[::-1])
+    assert profile.coarse[2][-1] == pytest.approx(errors.coarse[2][0] ** 0.5)
+    assert type(errors).from_dict(json.loads(json.dumps(asdict(errors)))) == errors
