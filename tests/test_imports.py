@@ -72,6 +72,7 @@ ONLY = {
         "ddit.models.base",
         "ddit.pretrained",
         "ddit.patches",
+        "ddit.profile",
         "ddit.schedule",
         "ddit.config",
         "ddit.tell",
