@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ddit
@@ -30,9 +33,11 @@ from ddit.train.config import TrainConfig
 from ddit.train.disk import checkpoints, result_folder
 from ddit.train.distill import Draw, draw, make_batch
 from ddit.train.distill import weights as noise_weights
+from ddit.train.pictures import check_encodes, encoded
 from ddit.train.plan import plan
 from ddit.train.sampler import Sampler
-from ddit.train.samples import Samples, draw_samples, read_prompts, shard_path
+from ddit.train.samples import Samples, draw_samples, shard_path
+from ddit.train.sources import read_captions, read_prompts
 from ddit.train.trainer import train
 
 PROMPTS = [
@@ -174,6 +179,77 @@ def test_prompts_are_read(tmp_path):
 
 
 # Chance
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """A folder of pictures with captions in text files."""
+    folder = tmp_path / "shown"
+    folder.mkdir()
+    for i in range(5):
+        colours = np.random.default_rng(i).integers(0, 256, (3, 4, 3), np.uint8)
+        Image.fromarray(colours).resize((80, 60)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {'red' if i % 2 else 'blue'} circle\n")
+    return folder
+
+
+def test_pictures_are_noised_along_the_samplers_levels(shown, tmp_path):
+    pipe, found = tiny.pipeline(), read_captions(shown)
+    call = {**CALL, "negative_prompt": "", "true_cfg_scale": 2.0}
+    paths = list(found)
+    samples = draw_samples(tmp_path / "s", pipe, call, list(found.values()), batch=2, shard=3, seed=0, pictures=paths)
+    assert samples.passes == 2 and len(samples) == 10 and samples.prompt(3) == "a red circle"
+    assert "step" not in vars(pipe.scheduler)
+    architecture, levels = architecture_for(pipe.transformer), torch.tensor(samples.sigmas)
+    for record, path in ((2, paths[1]), (9, paths[4])):
+        clean = encoded(pipe.vae, [path], CALL["height"], CALL["width"])
+        torch.testing.assert_close(samples.clean(record), clean, rtol=1e-4, atol=1e-5)
+        latents, velocity, call = samples.load([record], [range(len(levels))])
+        noise = latents[0, 0]
+        assert 0.8 < noise.std() < 1.2 and levels[0] == 1
+        for step, sigma in enumerate(levels):
+            torch.testing.assert_close(latents[0, step], torch.lerp(clean[0], noise, sigma), rtol=1e-4, atol=1e-5)
+            inputs = architecture.renoised(call, latents[:, step], levels[step : step + 1])
+            answer = architecture.velocity(pipe.transformer(**inputs)[0], clean.shape[2:])
+            torch.testing.assert_close(answer, velocity[:, step], rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_learns_from_pictures(base, shown, tmp_path):
+    changes = {"prompts": None, "samples": None, "images": str(shown), "steps": 2}
+    train(settings(base, tmp_path / "run", **changes))
+    assert json.loads((tmp_path / "run" / "samples" / "samples.json").read_text())["pictures"] == [
+        f"{i}.png" for i in range(5)
+    ]
+    shutil.rmtree(shown)  # the samples are there
+    train(settings(base, tmp_path / "run", **{**changes, "steps": 3}))
+    assert PatchAdapter.from_pretrained(tmp_path / "run" / "adapter").config["steps_trained"] == 3
+
+
+def test_pictures_need_captions_and_a_known_autoencoder(base, shown, tmp_path):
+    table = shown / "metadata.jsonl"
+    table.write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": "two"}\n')
+    assert read_captions(shown) == {shown / "1.png": "one", shown / "0.png": "two"}
+    with pytest.raises(ValueError, match="holds 2 pictures, 3 were asked for"):
+        read_captions(shown, 3)
+    table.write_text('{"file_name": "9.png", "text": "one"}\n')
+    with pytest.raises(ValueError, match=r"1 pictures .* have no caption, 9.png first"):
+        read_captions(shown)
+    table.write_text("1.png one\n")
+    with pytest.raises(ValueError, match="can't be read"):
+        read_captions(shown)
+    table.unlink()
+    (shown / "3.txt").unlink()
+    with pytest.raises(ValueError, match=r"3\.png first"):
+        read_captions(shown)
+    with pytest.raises(ValueError, match="no folder"):
+        read_captions(tmp_path / "none")
+    (shown / "2.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"2\.png can't be read as a picture"):
+        encoded(tiny.pipeline().vae, [shown / "2.png"], 64, 64)
+    with pytest.raises(ValueError, match="leave prompts"):
+        settings(base, tmp_path, images=str(shown))
+    with pytest.raises(ValueError, match="give prompts instead"):
+        check_encodes(SimpleNamespace(vae=torch.nn.Linear(1, 1)))
 
 
 def test_draws_depend_on_seed_step_and_number_alone(base):

@@ -97,7 +97,7 @@ def _prepare(args: argparse.Namespace) -> None:
     from ddit.cli.drawing import Drawing
     from ddit.progress import progress
     from ddit.sounds import refuse_sound
-    from ddit.train.samples import read_prompts
+    from ddit.train.sources import read_prompts
 
     prompts = read_prompts(args.prompts)
     for prompt in prompts:

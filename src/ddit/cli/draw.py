@@ -185,7 +185,7 @@ def _draw_many(args: argparse.Namespace) -> None:
     from ddit import loading
     from ddit.cli.drawing import Drawing
     from ddit.progress import progress
-    from ddit.train.samples import read_prompts
+    from ddit.train.sources import read_prompts
 
     if args.json is not None or args.plot is not None:
         raise ValueError("with --prompts each output has its report beside it; leave --json and --plot out")

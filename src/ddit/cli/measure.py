@@ -196,7 +196,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from ddit.eval.suites import subject_of
     from ddit.preset import FILE
     from ddit.sounds import refuse_sound
-    from ddit.train.samples import read_prompts
+    from ddit.train.sources import read_prompts
 
     if args.prompts is None and args.model not in loading.EMBEDDED:
         raise ValueError("name a file with prompts: --prompts FILE, one per line")

@@ -17,7 +17,7 @@ Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
 
-OF_PATCHES = ("scales", "rank", "start", "positions", "residual", "size_vector", "min_sigma", "weighting")
+OF_PATCHES = ("images", "scales", "rank", "start", "positions", "residual", "size_vector", "min_sigma", "weighting")
 """Fields that mean nothing to a corrector."""
 OF_CORRECTOR = ("speedups",)
 """Fields that mean nothing to an adapter for large patches."""
@@ -46,10 +46,13 @@ class TrainConfig:
     prompts: str | None = None
     """Text file with a prompt per line, or ``dataset:NAME:COLUMN`` (split ``train``, needs the package datasets).
     Not needed once the samples are there."""
+    images: str | None = None
+    """Folder of pictures to learn from in place of the base's own samples, each with a caption: in ``metadata.jsonl``
+    (``file_name``, ``text``), or in a text file of the same name. They are noised."""
     samples: str | None = None
     """Folder of the samples; by default ``samples`` in ``out``. Runs may share one."""
     count: int | None = None
-    """Number of prompts taken from the file; by default all."""
+    """Number of prompts or pictures taken; by default all."""
     sample_steps: tuple[int, ...] | None = None
     """Denoising steps of a sample; by default the model's own. A corrector may learn from several: each prompt is drawn
     with each, and drawn anew as often as it has steps."""
@@ -149,6 +152,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a number from 0 to {high:g}")
         if not 1 < self.speedups[0] <= self.speedups[1] < math.inf:
             raise ValueError(f"speedups are {self.speedups}; they must be two numbers above 1, the lower one first")
+        if self.images is not None and self.prompts is not None:
+            raise ValueError("pictures bring prompts of their own; leave prompts (--prompts) or images (--images) out")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr!r}; it must be a number above 0")
 

@@ -1,7 +1,7 @@
 """What an adapter is distilled on: runs of the base, and what the base says at each of their steps.
 
-Plain runs: the latents of every step, and what the base answered there, so that training asks no teacher. A corrector
-runs anew from them in training (`ddit.train.sampler`). Sharded safetensors, resumable.
+Plain runs, or noised pictures of the user's: the latents of every step, and what the base answered there, so that
+training asks no teacher. A corrector runs anew from plain runs (`ddit.train.sampler`). Sharded safetensors, resumable.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from ddit.preset import Preset, for_batch
 from ddit.pretrained import config_hash
 from ddit.progress import progress
 from ddit.train.config import TrainConfig
+from ddit.train.pictures import noised
+from ddit.train.sources import Source
 
 MANIFEST = "samples.json"
 VERSION = 5
@@ -118,30 +121,6 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"samples-{number:05d}.safetensors"
 
 
-def read_prompts(source: str, count: int | None = None) -> list[str]:
-    """Prompts from a text file, one per line, or from ``dataset:NAME:COLUMN``.
-
-    Raises:
-        ValueError: When there are none, or fewer than ``count``.
-    """
-    if source.startswith("dataset:"):
-        _, name, column = [*source.split(":"), ""][:3]
-        try:
-            from datasets import load_dataset  # type: ignore[import-not-found]
-        except ModuleNotFoundError:
-            raise ValueError("prompts from a dataset need the package datasets: pip install datasets") from None
-        prompts = [str(text) for text in load_dataset(name, split="train")[column]]
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"there is no file {source!r} with prompts; write one prompt per line")
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [text for text in prompts if text][:count]
-    if not prompts or (count and len(prompts) < count):
-        raise ValueError(f"{source} holds {len(prompts)} prompts, {count or 'at least 1'} were asked for")
-    return prompts
-
-
 def draw_samples(
     folder: Path,
     pipe: Any,
@@ -151,6 +130,7 @@ def draw_samples(
     batch: int,
     shard: int,
     seed: int,
+    pictures: Sequence[Path] = (),
     rank: int = 0,
     processes: int = 1,
     wait: Any = lambda: None,
@@ -160,6 +140,7 @@ def draw_samples(
     Args:
         settings: Arguments of the pipeline's call.
         prompts: ``None`` takes those of the samples already begun in the folder.
+        pictures: One for each prompt, to be noised; none for the base's own runs.
         wait: Returns when all processes have called it.
 
     Raises:
@@ -169,6 +150,8 @@ def draw_samples(
     asked = {"settings": settings, "seed": seed, "shard": shard, "version": VERSION}
     for name, part in (("base", pipe.transformer), ("sampler", pipe.scheduler)):
         asked |= {name: type(part).__name__, f"{name}_hash": config_hash(part)}
+    if pictures:
+        asked["pictures"] = [file.name for file in pictures]
     prompts = _prompts(path, asked, prompts)
     shards = range(-(-len(prompts) // shard))
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +162,8 @@ def draw_samples(
     with progress("samples", total, hidden=rank > 0) as advance:
         for number, part in parts.items():
             seeds = [_seed(seed, i) for i in part]
-            tensors, facts = runs.draw([prompts[i] for i in part], seeds, advance)
+            shown = [pictures[i] for i in part] if pictures else []
+            tensors, facts = runs.draw([prompts[i] for i in part], seeds, shown, advance)
             if not path.exists() and rank == 0:
                 write_json(path, {**asked, **facts, "prompts": prompts})
             _save_shard(tensors, shard_path(folder, number))
@@ -203,7 +187,7 @@ def _prompts(path: Path, asked: dict[str, Any], prompts: list[str] | None) -> li
 
 
 def draw_sets(
-    config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, prompts: list[str] | None
+    config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, source: Source
 ) -> list[Samples]:
     """The samples of each number of steps, drawn where they are missing, each process its share."""
     sets = []
@@ -214,10 +198,11 @@ def draw_sets(
             folder,
             pipe,
             settings,
-            prompts,
+            source.prompts,
             batch=config.sample_batch,
             shard=config.shard,
             seed=config.seed,
+            pictures=source.pictures,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
             wait=accelerator.wait_for_everyone,
@@ -236,7 +221,7 @@ class _Runs:
 
     @torch.no_grad()
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], advance: Callable[[], Any]
+        self, prompts: Sequence[str], seeds: Sequence[int], pictures: Sequence[Path], advance: Callable[[], Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of one shard, and the facts that all shards share."""
         parts: dict[str, list[Any]] = {}
@@ -244,7 +229,7 @@ class _Runs:
         facts: dict[str, Any] = {}
         for begin in range(0, len(prompts), self.batch):
             chosen = slice(begin, begin + self.batch)
-            rows, others, facts = self._draw_batch(prompts[chosen], seeds[chosen])
+            rows, others, facts = self._draw_batch(prompts[chosen], seeds[chosen], pictures[chosen])
             for name, value in rows.items():
                 parts.setdefault(name, []).append(value)
             shared.update(others)
@@ -253,12 +238,12 @@ class _Runs:
         return {name: t.cpu().contiguous() for name, t in tensors.items()}, facts
 
     def _draw_batch(
-        self, prompts: Sequence[str], seeds: Sequence[int]
+        self, prompts: Sequence[str], seeds: Sequence[int], pictures: Sequence[Path]
     ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
         """Tensors with an axis of samples or lists with one of each, tensors without, and facts."""
         pipe = self.pipe
         architecture = architecture_for(pipe.transformer)
-        with recorded(pipe) as calls:
+        with recorded(pipe) as calls, noised(pipe, calls, pictures) if pictures else nullcontext():
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(pipe, self.settings, len(seeds))
             drawn = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]

@@ -33,9 +33,11 @@ from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
 from ddit.train.parts import make_optimizer, new_part, sum_over_processes
+from ddit.train.pictures import check_encodes
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
-from ddit.train.samples import Samples, draw_sets, read_prompts
+from ddit.train.samples import Samples, draw_sets
+from ddit.train.sources import Source, read_source
 from ddit.train.validation import errors_of, save_pictures, validate, validate_runs
 
 
@@ -47,7 +49,7 @@ def train(config: TrainConfig) -> Path:
         FloatingPointError: When the loss is no longer finite; the last checkpoint stays.
     """
     out = Path(config.out)
-    prompts = _prepare(config, out)
+    source = _prepare(config, out)
     accelerator = Accelerator(
         cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.tracker, project_dir=str(out)
     )
@@ -57,7 +59,9 @@ def train(config: TrainConfig) -> Path:
             f"{config.model} is a modular pipeline, whose latents do not come as the transformer gets them; "
             "train on an ordinary pipeline with the same transformer"
         )
-    run = Run.begin(config, accelerator, pipe, preset, prompts)
+    if config.images is not None:
+        check_encodes(pipe)
+    run = Run.begin(config, accelerator, pipe, preset, source)
     if config.tracker:
         accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list)})
     if run.step >= config.steps:
@@ -76,19 +80,15 @@ def train(config: TrainConfig) -> Path:
     return disk.result_folder(config)
 
 
-def _prepare(config: TrainConfig, out: Path) -> list[str] | None:
-    """Check the run's settings against those it began with; returns the prompts where the samples need them."""
+def _prepare(config: TrainConfig, out: Path) -> Source:
+    """Check the run's settings against those it began with; returns what its samples are made of."""
     if config.optimizer == "prodigy":
         require("prodigyopt", "the optimizer Prodigy")
     disk.check_settings(config, out / "train.json")
-    begun = all((folder / "samples.json").exists() for folder in config.samples_folders)
-    if config.prompts is None and not begun:
-        raise ValueError("name a file with prompts (--prompts); the base draws its own samples for them")
-    vanished = begun and config.prompts is not None and not Path(config.prompts).is_file()
-    prompts = None if config.prompts is None or vanished else read_prompts(config.prompts, config.count)
+    source = read_source(config)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "train.json", config.to_dict())
-    return prompts
+    return source
 
 
 @dataclass
@@ -115,12 +115,10 @@ class Run:
     step: int = 0
 
     @classmethod
-    def begin(
-        cls, config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, prompts: list[str] | None
-    ) -> Run:
+    def begin(cls, config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, source: Source) -> Run:
         """A run as the last checkpoint left it, or a new one."""
         transformer = pipe.transformer.requires_grad_(False).eval()
-        sets = draw_sets(config, accelerator, pipe, preset, prompts)
+        sets = draw_sets(config, accelerator, pipe, preset, source)
         samples = sets[0]
         samplers = [Sampler(pipe.scheduler, drawn) for drawn in sets] if config.corrector else []
         if trained_records(config, samples) <= 0:
