@@ -199,9 +199,13 @@ def generate(asked: list[Scene] | list[Clip], args: argparse.Namespace) -> np.nd
     own = CALLS["video" if args.video else "image"]
     chosen = {"height": args.size, "width": args.size, "guidance_scale": args.guidance}
     settings = {**own, **{k: v for k, v in chosen.items() if v is not None}, "num_inference_steps": args.steps}
+    undistilled = args.checkpoint and not args.video and "guided" not in Path(args.checkpoint).name
     batches = []
     for start in range(0, len(asked), 16):
         prompts = [scene.prompt for scene in asked[start : start + 16]]
+        if undistilled:  # it knows guidance 1 alone, and is asked twice
+            twice = {"true_cfg_scale": args.guidance or own["guidance_scale"], "negative_prompt": [""] * len(prompts)}
+            settings = {**settings, **twice, "guidance_scale": 1.0}
         generator = torch.Generator().manual_seed(args.seed + start)
         made = pipe(prompts, generator=generator, output_type="np", return_dict=False, **settings)[0]
         batches.append((np.asarray(made) * 255).round().astype(np.uint8))
