@@ -90,6 +90,21 @@ def test_quality_suite(model, tmp_path, capsys):
     assert "| plain:run_steps=2 | 2 |" in out.with_suffix(".md").read_text()
 
 
+def test_work_is_told_at_the_costs_of_a_large_model(model, tmp_path, capsys):
+    out = tmp_path / "race"
+    flags = ["--model", model, "--methods", "plain", "ddit", "plain:run_steps=2", "--prompts", "2", "--batch", "2"]
+    assert main(["evaluate", *flags, "--costs", "wan2.1-1.3b", "--out", str(out)]) == 0
+    written = json.loads(out.with_suffix(".json").read_text())
+    scales, (_, dynamic, fewer) = written["costs"]["scales"], written["methods"]
+    assert written["costs"]["model"] == "wan2.1-1.3b"
+    assert dynamic["flops_fraction"] == pytest.approx((3 + 2 * scales["4"]) / 5)
+    assert dynamic["times_less_work"] == pytest.approx(1 / dynamic["flops_fraction"])
+    assert fewer["times_less_work"] == pytest.approx(2.5)
+    assert "Work is that of wan2.1-1.3b" in out.with_suffix(".md").read_text()
+    assert main(["evaluate", *flags, "--costs", "flux.9", "--out", str(out)]) == 2
+    assert "flux.9" in capsys.readouterr().err
+
+
 def test_a_quality_shows_prompts_of_few_and_of_many_steps(model, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "race"
     shutil.copytree(model, folder)

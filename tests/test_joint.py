@@ -2,8 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import ddit
 import tiny
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.eval import calibrate
+from ddit.known import cost_ratios
 from ddit.preset import Preset
 from ddit.profile import ErrorProfile
 from ddit.skip.joint import SKIPPED, Segments, joint_steps
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 COSTS = {1: 1.0, 2: 0.3, 4: 0.1}
 PROFILE = ErrorProfile(sigmas=(0.2, 0.9), coarse={2: (0.5, 0.1), 4: (0.9, 0.3)}, bend=(0.4, 0.4))
 
@@ -139,3 +142,31 @@ def test_calibrate_measures_the_profile(pipe):
     assert profile is not None and profile.sigmas == tuple(errors.sigmas[::-1])
     assert profile.coarse[2][-1] == pytest.approx(errors.coarse[2][0] ** 0.5)
     assert type(errors).from_dict(json.loads(json.dumps(asdict(errors)))) == errors
+
+
+def test_plans_and_reports_reckon_with_the_costs_of_a_large_model(pipe):
+    """On a small model patches save less than on a large one, whose costs a plan may be told."""
+    costs = {1: 1.0, 2: 0.119, 4: 0.024}
+    expensive = ErrorProfile(sigmas=(0.5,), coarse={2: (0.05,), 4: (0.06,)}, bend=(50.0,))
+    own, wan = ({"profile": expensive, "costs": c} for c in ({}, costs))
+    counts = []
+    for preset in (own, wan):
+        with ddit.apply(pipe, speedup=3, preset=Preset(**preset)) as handle:
+            handle.plan.policy.plan = replace(handle.plan.policy.plan, guard=anywhere)
+            tiny.sample(pipe, steps=16)
+        counts.append(handle.report.counts.get(1, 0))
+    assert counts[1] > counts[0]
+    report = handle.report.priced(costs)
+    expected = sum(costs[s] * n for s, n in report.counts.items() if s) / 16
+    assert report.flops_fraction == pytest.approx(expected) and report.flops_fraction <= 1 / 3
+    assert handle.report.flops_fraction > report.flops_fraction
+
+
+def test_cost_ratios_are_those_of_the_published_tables():
+    for name, table in (("flux.1-dev", "flops-pictures"), ("wan2.1-1.3b", "flops-video")):
+        rows = json.loads((RESULTS / f"{table}.json").read_text())["counts"]
+        row = next(row for row in rows if row["model"] == name and row["height"] in (1024, 480))
+        told = {int(s): 1 / v["ratio"] for s, v in row["scales"].items()}
+        assert cost_ratios(name) == pytest.approx(told, rel=1e-6)
+    with pytest.raises(ValueError, match="makes sound"):
+        cost_ratios("ace-step-1.5")

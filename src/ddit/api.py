@@ -159,6 +159,7 @@ def _settle(
         corrector=corrector,
         speedup=speedup,
         cache=make_cache(cache, known.teacache) if isinstance(cache, str) else cache,
+        costs=known.costs,
         settings={**asked, "patches": schedule},
     )
 

@@ -299,7 +299,7 @@ class Handle:
             correction = plan.corrector.count_flops(noisy.latents)
         if plan.make_skipper is not None:
             flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-            costs = {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}}
+            costs = {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **plan.costs}
             skipper = plan.make_skipper(correction / flops[1])
         state = RunState(plan.policy, plan.measure, skipper, deterministic, total, sigmas, costs)
         state.examples, state.correction_flops = examples, correction

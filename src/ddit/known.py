@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from ddit.adapter import PatchAdapter
+from ddit.coarse import call_at
+from ddit.config import Coarse
 from ddit.loading import check_device, model_folder, model_source
-from ddit.models import REGISTRY, architecture_class, unsupported
+from ddit.models import REGISTRY, architecture_class, architecture_for, unsupported
 from ddit.models.base import Architecture, Inputs
 from ddit.preset import Preset
 
@@ -134,6 +136,27 @@ def example(architecture: Architecture, model: str, height: int, width: int, fra
     if frames % group != 1:
         raise ValueError(f"frames is {frames}; it must be one more than a multiple of {group}")
     return architecture.example((frames - 1) // group + 1, height // pixels, width // pixels, text)
+
+
+PICTURE, CLIP = (1024, 1024, 1), (480, 832, 81)
+"""Height, width and frames that costs are told for."""
+
+
+def cost_ratios(model: str, scales: Sequence[int] = (1, 2, 4)) -> dict[int, float]:
+    """Scale -> work of a step of a model at its usual size, in full steps; counted from its configuration.
+
+    Raises:
+        ValueError: When there is no configuration of an image or video model.
+    """
+    architecture = architecture_for(meta_transformer(model))
+    if architecture.axes == 1:
+        raise ValueError(f"{model} makes sound; name an image or video model, such as flux.1-dev or wan2.1-1.3b")
+    call = example(architecture, model, *PICTURE)
+    if architecture.read(call).latents.ndim == 5:
+        call = example(architecture, model, *CLIP)
+    at = {s: call_at(architecture, call, s, Coarse()) for s in scales}
+    flops = {s: architecture.count_flops(inputs, s) for s, inputs in at.items()}
+    return {s: n / flops[1] for s, n in flops.items()}
 
 
 def _configuration(model: str, blocks: Sequence[int]) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,5 +36,7 @@ class Plan:
     speedup: float | None = None
     """What skipping was asked for."""
     cache: Config | None = None
+    costs: Mapping[int, float] = field(default_factory=dict)
+    """Scale -> work of a step in full steps, in place of the model's own."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What was asked for in words, for `Handle.__repr__`."""

@@ -89,6 +89,10 @@ class Preset:
     profile: ErrorProfile | None = None
     """How much each way to take a step errs: a speedup is planned over patches and skipping with it."""
 
+    costs: Mapping[int, float] = field(default_factory=dict)
+    """Scale -> work of a step in full steps, where a plan shall reckon with other costs than this model's own: those of
+    a large model, when a small one stands for it."""
+
     origin: str = ""
     """Where the values come from, if not from `ddit calibrate` on this model."""
 
@@ -121,6 +125,7 @@ class Preset:
             raise ValueError(f"{path} has version {version}, this ddit reads version {VERSION}; run 'ddit calibrate'")
         try:
             values["detail_variance"] = {int(s): list(v) for s, v in values["detail_variance"].items()}
+            values["costs"] = {int(s): float(v) for s, v in values.get("costs", {}).items()}
             if "patches" in values:
                 kind = FixedSchedule if "steps" in values["patches"] else PatchSchedule
                 values["patches"] = kind.from_dict(values["patches"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Report:
     steps: tuple[Step, ...]
     tokens: Mapping[int, int]
     """Picture tokens of one sample at each scale that ran, and at scale 1."""
-    flops: Mapping[int, int]
+    flops: Mapping[int, float]
     """Floating-point operations of one forward of one sample at each of these scales."""
     forced: str | None = None
     """Why some steps had to stay at scale 1, or ``None``."""
@@ -49,7 +49,7 @@ class Report:
     """What a call costs in which a cache answers, as a fraction of the whole call."""
     asked: float | None = None
     """The speedup that was asked for; what was got is ``1 / flops_fraction``."""
-    correction_flops: int = 0
+    correction_flops: float = 0
     """Floating-point operations of a corrector, for one sample and all forecasts of a gap."""
 
     @property
@@ -82,7 +82,9 @@ class Report:
         """Host time inside the transformer's calls."""
         return sum(step.seconds for step in self.steps)
 
-    def _fraction(self, costs: Mapping[int, int], samples: Sequence[int] | None = None, correction: int = 0) -> float:
+    def _fraction(
+        self, costs: Mapping[int, float], samples: Sequence[int] | None = None, correction: float = 0
+    ) -> float:
         chosen = range(len(self.steps[0].scales)) if samples is None else samples
         spent = [
             {0: 0, **costs}[step.scales[i]] * step.share(i) * (self.reused_share if i in step.reused else 1)
@@ -91,6 +93,11 @@ class Report:
             for i in chosen
         ]
         return sum(spent) / (len(spent) * costs[1])
+
+    def priced(self, costs: Mapping[int, float]) -> Report:
+        """The same run with the costs of another model: scale -> work of a step in full steps."""
+        flops = {scale: costs[scale] for scale in self.flops}
+        return replace(self, flops=flops, correction_flops=self.correction_flops / self.flops[1])
 
     def strip(self, sample: int = 0) -> str:
         """The schedule of one sample on a line, such as ``1 1 1 4 (4) 2 - 1``.

@@ -106,6 +106,8 @@ def _judging_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt-file", metavar="FILE", help=text)
     command.add_argument("--prompt-column", metavar="NAME", help="where prompts are in it (default: the usual names)")
     command.add_argument("--split", choices=("judge", "tune"), default="judge")
+    text = "plan and tell work at the costs of this model, such as flux.1-dev or wan2.1-1.3b (see ddit info)"
+    command.add_argument("--costs", metavar="NAME", help=text)
     command.add_argument("--batch", type=positive, default=8)
     command.add_argument("--seed", type=int, default=0)
 
@@ -147,7 +149,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError(
             "--at chooses among the default methods; with --methods give each its steps: plain:run_steps=25"
         )
-    same = ("model", "adapter", "split", "batch", "seed", "device", "dtype", "out", "preset")
+    same = ("model", "adapter", "split", "batch", "seed", "device", "dtype", "out", "preset", "costs")
     config = SuiteConfig(
         **{name: getattr(args, name) for name in same},
         prompts=args.prompts or PROMPTS,

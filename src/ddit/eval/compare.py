@@ -84,15 +84,16 @@ def measures(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return ("frechet", "adherence", "psnr") if "frechet" in rows[0] else ("psnr",)
 
 
-def winners(rows: Sequence[dict[str, Any]], measure: str) -> dict[float, list[dict[str, Any]]]:
+def winners(rows: Sequence[dict[str, Any]], measure: str, by: str = "speedup") -> dict[float, list[dict[str, Any]]]:
     """Speed -> the best method of each family among those at least as fast, best first.
 
     Args:
         measure: ``adherence`` or ``psnr``, of which more is better, or ``frechet``, of which less is.
+        by: What speed is: ``speedup`` on the clock, or ``times_less_work``.
     """
     best = {}
     for speed in SPEEDS:
-        fast = [row for row in rows if row["speedup"] >= speed]
+        fast = [row for row in rows if row[by] >= speed]
         of_family = {name: [row for row in fast if family(row["method"]) == name] for name in FAMILIES}
         sign = 1 if measure == "frechet" else -1
         chosen = [min(group, key=lambda row: sign * row[measure]) for group in of_family.values() if group]
@@ -100,22 +101,23 @@ def winners(rows: Sequence[dict[str, Any]], measure: str) -> dict[float, list[di
     return best
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]], by: str = "speedup") -> str:
     """For each speed the best of each family by the first of `measures`."""
     measure, *others = measures(rows)
     told = ["Fréchet", "change", "adherence, points"] if others else []
     sections = []
-    for speed, best in winners(rows, measure).items():
-        head = ["family", "method", "speed", *told, "PSNR dB"]
+    for speed, best in winners(rows, measure, by).items():
+        head = ["family", "method", NAMES[by], *told, "PSNR dB"]
         cells = (
             [
-                *(family(row["method"]), row["method"], f"{row['speedup']:.2f}x"),
+                *(family(row["method"]), row["method"], f"{row[by]:.2f}x"),
                 *(_judgement(row) if told else ()),
                 f"{row['psnr']:.1f}",
             ]
             for row in best
         )
-        sections.append(f"### {speed:g}x or faster\n\n" + (table(head, cells) if best else "No method was.\n"))
+        at_least = "or faster" if by == "speedup" else "less work"
+        sections.append(f"### {speed:g}x {at_least}\n\n" + (table(head, cells) if best else "No method was.\n"))
     return "\n".join(sections)
 
 
@@ -124,6 +126,7 @@ def _judgement(row: dict[str, Any]) -> tuple[str, str, str]:
     return f"{row['frechet']:.2f}", f"{low:+.2f} to {high:+.2f}", adherence_change(row)
 
 
+NAMES = {"speedup": "speed", "times_less_work": "times less work"}
 LABELS = {
     "frechet": "Fréchet distance to drawings (less is better)",
     "adherence": "adherence (more is better)",
@@ -131,7 +134,7 @@ LABELS = {
 }
 
 
-def plot(stem: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
+def plot(stem: Path, rows: Sequence[dict[str, Any]], by: str = "speedup") -> list[Path]:
     """PNG and SVG: each of `measures` against speed, a colour per family, what is best joined."""
     from matplotlib.figure import Figure
 
@@ -141,7 +144,7 @@ def plot(stem: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
     for axis, measure in zip(axes, shown, strict=True):
         sign = 1 if measure == "frechet" else -1
         for name in FAMILIES:
-            points = [(r["speedup"], r[measure]) for r in rows if family(r["method"]) == name]
+            points = [(r[by], r[measure]) for r in rows if family(r["method"]) == name]
             group = sorted(point for point in points if math.isfinite(point[1]))
             if not group:
                 continue
@@ -150,7 +153,7 @@ def plot(stem: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
             axis.plot(*zip(*front, strict=True), color=drawn.get_color(), linewidth=1)
         if math.isfinite(rows[0][measure]):
             axis.axhline(rows[0][measure], color="black", linestyle=":", linewidth=1)
-        axis.set(xlabel="speed, relative to plain", xscale="log", ylabel=LABELS[measure])
+        axis.set(xlabel=f"{NAMES[by]}, relative to plain", xscale="log", ylabel=LABELS[measure])
         ticks = [1, 1.5, 2, 3, 4, 5, 7, 10]
         axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
         axis.minorticks_off()

@@ -110,12 +110,14 @@ def draw_all(
     batch: int,
     seed: int,
     parts: Parts | None = None,
+    costs: Mapping[int, float] | None = None,
 ) -> list[Results]:
     """Run every method on every prompt; for each batch of prompts the methods take turns in rotating order.
 
     Args:
         asked: Each has a ``prompt``.
         parts: Finished batches are taken from here, and kept here.
+        costs: See `Part.of`.
     """
     results: list[Results] = [[] for _ in methods]
     prompts = [scene.prompt for scene in asked]
@@ -125,7 +127,7 @@ def draw_all(
     def call(entry: Entry, part: slice, steps: int) -> Part:
         chosen = {**settings, "num_inference_steps": steps}
         asked = (pipe, prompts[part], seeds[part], chosen)
-        return Part.of(*with_peak(partial(run, *asked, method=entry.method), device))
+        return Part.of(*with_peak(partial(run, *asked, method=entry.method), device), costs=costs)
 
     warm = False
     starts = range(0, len(prompts), batch)
@@ -192,6 +194,7 @@ def summarise(
             "tokens_fraction": float(np.average([part.work[0] for part in result], weights=sizes)),
             "flops_fraction": float(np.average([part.work[1] for part in result], weights=sizes)),
         }
+        row["times_less_work"] = methods[0].run_steps / (method.run_steps * row["flops_fraction"])
         scales = [sample.tolist() for part in result for sample in part.scales]
         skip = method.method.skip if method.method is not None else None
         if skip is not None and skip.speedup is not None:
@@ -288,8 +291,8 @@ def _full_steps(samples: Sequence[Sequence[int]], asked: Sequence[Any], subject:
     }
 
 
-def markdown(rows: Sequence[dict[str, Any]], prompts: int) -> str:
-    """The rows as a table."""
+def markdown(rows: Sequence[dict[str, Any]], prompts: int, costs: str | None = None) -> str:
+    """The rows as a table; ``costs`` is the model at whose costs work is told."""
     judged = ["adherence (95 %)", "change, points", "Fréchet (change)"] if "adherence" in rows[0] else []
     cells = []
     for row in rows:
@@ -303,9 +306,12 @@ def markdown(rows: Sequence[dict[str, Any]], prompts: int) -> str:
         )
     text = (
         f"{prompts} prompts. Speed is wall-clock, relative to the first row, in the same run; memory is what a call "
-        "takes beyond what lay there before.\n\n"
+        "takes beyond what lay there before."
     )
-    return text + table(["method", "steps", "speed", "FLOPs", *judged, "PSNR dB", "SSIM", "memory, MB"], cells)
+    text += f" Work is that of {costs} in as many steps of each kind.\n\n" if costs else "\n\n"
+    return text + table(
+        ["method", "steps", "speed", "work" if costs else "FLOPs", *judged, "PSNR dB", "SSIM", "memory, MB"], cells
+    )
 
 
 def adherence_change(row: Mapping[str, Any]) -> str:

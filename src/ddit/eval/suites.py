@@ -21,6 +21,7 @@ from ddit.eval.parts import Parts, digest
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.files import write_json, write_text
 from ddit.generate import Method, call_settings, check_call, draws_video
+from ddit.known import cost_ratios
 from ddit.loading import load_adapter, load_corrector, load_pipeline
 from ddit.methods import make_method
 from ddit.models import architecture_for
@@ -63,6 +64,8 @@ class SuiteConfig:
     """Of the comparison: numbers of steps at which the methods run, the first one also for plain."""
     texts: tuple[str, ...] = ()
     """Prompts of the user's own in place of the model's grammar; but for the paper's suite only likeness is judged."""
+    costs: str | None = None
+    """Name of a model (`ddit.known.names`) at whose costs work is planned and told, instead of this model's own."""
     judges: tuple[str, ...] = ()
     """Of the paper's suite, as the next two; see `ddit.eval.paper.jury`."""
     weights: dict[str, str] = field(default_factory=dict)
@@ -158,14 +161,17 @@ def _race(config: SuiteConfig, pipe: Any, preset: Preset) -> Drawn:
     _check_size(subject, settings)
     asked = subject.prompts(config.split, config.prompts, config.seed)
     parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
-    results = quality.draw_all(pipe, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts)
+    results = quality.draw_all(
+        pipe, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts, costs=preset.costs
+    )
     rows = quality.summarise(methods, results, asked, subject, config.split)
-    _show(config, quality.markdown(rows, len(asked)))
+    _show(config, quality.markdown(rows, len(asked), config.costs))
     figures = {
         "prompts": len(asked),
         "split": "own" if config.texts else config.split,
         "batch": config.batch,
         "seed": config.seed,
+        "costs": {"model": config.costs, "scales": preset.costs} if config.costs else None,
         "methods": rows,
     }
     return Drawn(figures, asked, methods, results)
@@ -182,13 +188,14 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
     drawn = _race(config, pipe, preset)
     rows = drawn.figures["methods"]
-    table = compare.markdown(rows)
+    by = "speedup" if config.costs is None else "times_less_work"
+    table = compare.markdown(rows, by)
     with config.out.with_suffix(".md").open("a") as file:
         file.write("\n" + table)
-    compare.plot(config.out, rows)
+    compare.plot(config.out, rows, by)
     print(table)
     measures = compare.measures(rows)
-    best = {m: {f"{k:g}": [r["method"] for r in v] for k, v in compare.winners(rows, m).items()} for m in measures}
+    best = {m: {f"{k:g}": [r["method"] for r in v] for k, v in compare.winners(rows, m, by).items()} for m in measures}
     places = {row["method"]: i for i, row in enumerate(rows)}
     for speed, names in best[measures[0]].items():
         shown = [0, *(places[name] for name in names)]
@@ -261,7 +268,7 @@ def _load(config: SuiteConfig) -> tuple[Any, Preset]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
     refuse_sound(pipe)
     check_call(pipe, call_settings(preset, **config.settings))
-    return pipe, preset
+    return pipe, preset if config.costs is None else replace(preset, costs=cost_ratios(config.costs))
 
 
 def _show(config: SuiteConfig, table: str) -> None:
