@@ -17,9 +17,9 @@ class Settings:
 
     vae_steps: int = 4_000
     text_steps: int = 1_000
-    low_steps: int = 6_000
+    low_steps: int = 1_400
     """Of the flow at half the size (stage A)."""
-    high_steps: int = 8_000
+    high_steps: int = 6_000
     """Of the flow at full size (stage B)."""
     low_seconds: float | None = None
     high_seconds: float | None = None
@@ -32,7 +32,7 @@ class Settings:
     """The same for stage B, and for the distillation of guidance."""
     lr: float = 2.4e-3
     """Of Muon; AdamW has half of it."""
-    noise_mean: float = 0.4
+    noise_mean: float = -0.4
     """Noise levels at a quarter of the size are ``sigmoid(n)``, ``n`` normal of this mean; at others it is raised."""
     noise_std: float = 1.3
     mask_weight: float = 2.0
@@ -51,7 +51,7 @@ class ImageSettings(Settings):
     """Of the image model."""
 
     pictures: int = 12_000
-    distil_steps: int = 800
+    distil_steps: int = 500
     """Of the distillation of guidance (stage C)."""
     distil_seconds: float | None = None
     guidance: tuple[float, float] = (1.0, 5.0)
