@@ -33,7 +33,7 @@ from ddit.patches import (
     scatter_rows,
     shrink,
 )
-from ddit.schedule import Fixed, Rule, StepContext, difference, statistics
+from ddit.schedule import Fixed, Rule, StepContext, difference, noise_guard, statistics
 from ddit.skip.policy import SkipPlan, SkipRule
 from ddit.skip.skipper import Skipper
 
@@ -176,7 +176,7 @@ class Run:
 
 def _policy(patches: PatchSchedule | FirstSteps, total: int) -> Rule | Fixed:
     if isinstance(patches, PatchSchedule):
-        return Rule(patches, {})
+        return Rule(patches, noise_guard({}))
     coarse = round(patches.share * total)
     return Fixed(FixedSchedule(steps=(patches.scale,) * coarse + (1,) * (total - coarse + 1)))
 
