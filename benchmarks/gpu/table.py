@@ -136,8 +136,8 @@ def _runs(values: dict[str, Any]) -> list[str]:
 
 def _training(name: str, stage: dict[str, Any]) -> str:
     lines = [f"### `{name}`", "", "| stage | step | steps/s | loss |", "|---" * 4 + "|"]
-    for name, log in stage["values"].get("progress", {}).items():
-        lines.append(f"| {name} | {log['step']} | {log.get('steps_per_s', 0):.1f} | {log['loss']:.4f} |")
+    for part, log in stage["values"].get("progress", {}).items():
+        lines.append(f"| {part} | {log['step']} | {log.get('steps_per_s', 0):.1f} | {log['loss']:.4f} |")
     return "\n".join(lines)
 
 

@@ -244,6 +244,23 @@ class PatchAdapter(TrainedPart):
         """Whether it has learnt a scale at a noise level."""
         return sigma >= (self.config["min_sigma"] or {}).get(str(scale), 0.0)
 
+    def remark(self, levels: Sequence[float], chosen: Sequence[Sequence[int]]) -> str | None:
+        """What to do about a run that used patches where they were not learnt; else ``None``.
+
+        Args:
+            levels: Noise level of every step.
+            chosen: Scale of each sample, for every step; 0 where it was skipped.
+        """
+        steps = zip(levels, chosen, strict=True)
+        unlearnt = sum(any(s > 1 and not self.serves(s, sigma) for s in scales) for sigma, scales in steps)
+        if not unlearnt:
+            return None
+        learnt = ", ".join(f"{s}p from {sigma:g}" for s, sigma in self.config["min_sigma"].items())
+        return (
+            f"{unlearnt} steps used large patches at noise levels that the adapter has not learnt ({learnt}): "
+            "let full steps come sooner, or train with a lower min_sigma"
+        )
+
     def attach(self, transformer: nn.Module) -> Attachment:
         """Hook the adapter into a transformer; it stays silent outside `at`.
 

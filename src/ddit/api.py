@@ -79,7 +79,6 @@ def apply(
         if skip is not None:
             raise ValueError("skip says already when to skip; leave out speedup and quality, or skip")
         skip = SkipSchedule(speedup=speedup, quality=quality)
-    joint = patches is None and corrector is None and skip is not None and skip.speedup is not None
     found = [model for model in (getattr(pipe_or_transformer, n, None) for n in _TRANSFORMERS) if model is not None]
     transformers = found or [pipe_or_transformer]
     plan = _settle(
@@ -87,7 +86,6 @@ def apply(
         pipe_or_transformer if found else None,
         patches=patches,
         skip=skip,
-        joint=joint,
         adapter=adapter,
         corrector=corrector,
         detail_variance=detail_variance,
@@ -111,7 +109,6 @@ def _settle(
     *,
     patches: Patches | Policy | None,
     skip: SkipSchedule | None,
-    joint: bool,
     adapter: PatchAdapter | str | Path | None,
     corrector: ForecastCorrector | str | Path | None,
     detail_variance: Mapping[int, Sequence[float]] | None,
@@ -144,8 +141,7 @@ def _settle(
         )
     policy = _policy(schedule, guard)
     make_skipper, corrector, speedup = _skipping(skip, corrector, architectures[0], pipe, known, scales)
-    if joint and known.profile is not None:
-        assert speedup is not None, "a plan is for a speedup"
+    if patches is None and corrector is None and speedup is not None and known.profile is not None:
         policy, make_skipper = _jointly(speedup, schedule.scales, known.profile, adapter, guard)
     return Plan(
         architectures=architectures,

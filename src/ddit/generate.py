@@ -81,6 +81,11 @@ def _said(pipe: Any, names: Sequence[str]) -> int | None:
     return next((getattr(pipe, name) for name in names if hasattr(pipe, name)), None)
 
 
+def pixels_per_latent(pipe: Any) -> int:
+    """Of an edge."""
+    return _said(pipe, _SPATIAL) or 8
+
+
 def check_call(pipe: Any, settings: dict[str, Any]) -> None:
     """Refuse arguments that a pipeline does not take, and a height, width or number of frames that it would round.
 
@@ -88,7 +93,7 @@ def check_call(pipe: Any, settings: dict[str, Any]) -> None:
         ValueError: Also for a pipeline of an unsupported model.
     """
     architecture = architecture_for(getattr(pipe, "transformer", pipe))
-    multiple = (_said(pipe, _SPATIAL) or 8) * architecture.patch_size * architecture.grid_multiple
+    multiple = pixels_per_latent(pipe) * architecture.patch_size * architecture.grid_multiple
     for name in ("height", "width"):
         size = settings.get(name)
         if size is not None and size % multiple:

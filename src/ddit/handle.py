@@ -339,20 +339,11 @@ class Handle:
             seat.cache.start_over(threading.get_ident())
 
     def _remark(self, run: RunState) -> None:
-        """Say once when a whole run was not what a dynamic schedule or an adapter is for."""
+        """Say once when a whole run was not what an adapter or a dynamic schedule is for."""
+        chosen, said = [step.scales for step in run.steps], None
         if self.adapter is not None:
-            self._remark_unlearnt(run, self.adapter)
-        if not isinstance(run.policy, Rule) or run.forced or not run.deterministic:
-            return
-        said = run.policy.remark([step.scales for step in run.steps], [step.statistics for step in run.steps])
+            said = self.adapter.remark([step.sigma for step in run.steps], chosen)
+        if said is None and isinstance(run.policy, Rule) and not run.forced and run.deterministic:
+            said = run.policy.remark(chosen, [step.statistics for step in run.steps])
         if said is not None and not self._warned:
             self._warn(said)
-
-    def _remark_unlearnt(self, run: RunState, adapter: PatchAdapter) -> None:
-        unlearnt = [step for step in run.steps if any(s > 1 and not adapter.serves(s, step.sigma) for s in step.scales)]
-        if unlearnt and not self._warned:
-            learnt = ", ".join(f"{s}p from {sigma:g}" for s, sigma in adapter.config["min_sigma"].items())
-            self._warn(
-                f"{len(unlearnt)} steps used large patches at noise levels that the adapter has not learnt "
-                f"({learnt}): let full steps come sooner, or train with a lower min_sigma"
-            )

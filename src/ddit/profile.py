@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 
@@ -60,9 +61,7 @@ class ErrorProfile:
 
 def interpolated(places: tuple[float, ...], values: tuple[float, ...], at: float) -> float:
     """Between neighbours on a line; outside of all, the nearest value."""
-    for (low, one), (high, two) in zip(
-        zip(places, values, strict=True), zip(places[1:], values[1:], strict=True), strict=False
-    ):
+    for (low, one), (high, two) in pairwise(zip(places, values, strict=True)):
         if at < high:
             return one + (two - one) * max(at - low, 0.0) / (high - low)
     return values[-1]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -12,10 +11,13 @@ from torch import Tensor
 from ddit.profile import ErrorProfile
 from ddit.schedule import Guard, StepContext
 from ddit.skip.forecast import amplified, half_log_snr
+from ddit.skip.policy import known_levels
 from ddit.tell import warn
 
 SKIPPED = 0
 """In a plan, in place of a scale."""
+CHEAPEST = 1e12
+"""A price on work beside which no error counts."""
 HALVINGS = 24
 """Of the search for the price of work."""
 
@@ -35,23 +37,16 @@ class JointPlan:
     scales: tuple[int, ...]
     profile: ErrorProfile
     guard: Guard
+    _made: dict[tuple[tuple[float, ...], tuple[float, ...]], tuple[int, ...]] = field(default_factory=dict, init=False)
+    """Noise levels and costs -> plan."""
 
     def steps(self, context: StepContext) -> tuple[int, ...]:
         """Scale of every step of the run, 0 where it is skipped."""
-        if not context.sigmas:
-            raise ValueError(
-                "a speedup needs the noise levels of the run, which only a pipeline knows; "
-                "apply ddit to the pipeline, or give skip a threshold"
-            )
-        key = (tuple(context.sigmas), tuple(context.costs.get(s, 1.0) for s in self.scales))
+        key = (tuple(known_levels(context)), tuple(context.costs.get(s, 1.0) for s in self.scales))
         if key not in self._made:
             costs = dict(zip(self.scales, key[1], strict=True))
             self._made[key] = joint_steps(key[0], costs, self.speedup, self.profile, self.guard)
         return self._made[key]
-
-    @cached_property
-    def _made(self) -> dict[tuple[tuple[float, ...], tuple[float, ...]], tuple[int, ...]]:
-        return {}
 
 
 class JointPatches:
@@ -100,16 +95,16 @@ def joint_steps(
     """
     segments = Segments.of(sigmas, tuple(sorted(costs)), profile, guard)
     budget = len(sigmas) / speedup
-    best = segments.cheapest(costs)
-    least = segments.work(best, costs)
+    cheapest = segments.best(costs, CHEAPEST)
+    least = segments.work(cheapest, costs)
     if least > budget + 1e-9:
         warn(
             f"a speedup of {speedup:g} can't be reached with {len(sigmas)} steps: the most is "
             f"{len(sigmas) / least:.2f}; take fewer steps instead"
         )
-        return best
+        return cheapest
     low, high = 0.0, 1.0
-    while segments.work(segments.best(costs, high), costs) > budget:
+    while segments.work(best := segments.best(costs, high), costs) > budget:
         low, high = high, 4 * high
     for _ in range(HALVINGS):
         price = (low + high) / 2 if low else high / 4
@@ -118,7 +113,7 @@ def joint_steps(
             low = price
         else:
             high, best = price, found
-    return segments.improved(segments.best(costs, high), costs, budget)
+    return segments.improved(best, costs, budget)
 
 
 @dataclass(frozen=True)
@@ -189,10 +184,6 @@ class Segments:
             row, k, i = map(int, before[row, k, i])
         return tuple(steps)
 
-    def cheapest(self, costs: Mapping[int, float]) -> tuple[int, ...]:
-        """As little work as there can be."""
-        return self.best(costs, 1e12)
-
     def work(self, steps: Sequence[int], costs: Mapping[int, float]) -> float:
         """Of a plan, in full steps."""
         return sum(costs[scale] for scale in steps if scale != SKIPPED)
@@ -200,10 +191,9 @@ class Segments:
     def error(self, steps: Sequence[int]) -> float:
         """Expected squared error of a plan; infinite for one that forecasts from fewer than two answers alike."""
         called = [i for i, scale in enumerate(steps) if scale != SKIPPED]
-        error, count = 0.0, 0
+        error, count, before = 0.0, 0, SKIPPED
         for i, after in zip(called, [*called[1:], self.total], strict=True):
-            earlier = called[called.index(i) - 1] if i else None
-            count = count + 1 if earlier is not None and steps[earlier] == steps[i] else 1
+            count, before = count + 1 if steps[i] == before else 1, steps[i]
             if after > i + 1 and count < 2:
                 return float("inf")
             error += float(self.errors[steps[i]][i, after])

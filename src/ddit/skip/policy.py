@@ -38,6 +38,20 @@ class SkipPolicy(Protocol):
         ...
 
 
+def known_levels(context: StepContext) -> Sequence[float]:
+    """Noise levels of the whole run, which a plan needs.
+
+    Raises:
+        ValueError: Where nobody knows them.
+    """
+    if not context.sigmas:
+        raise ValueError(
+            "a speedup needs the noise levels of the run, which only a pipeline knows; "
+            "apply ddit to the pipeline, or give skip a threshold"
+        )
+    return context.sigmas
+
+
 class SkipRule:
     """Skip while the forecasts since the last call are expected to have changed the picture by less than a threshold.
 
@@ -126,13 +140,9 @@ class SkipPlan:
         """Per sample, the last called step."""
 
     def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
-        if not context.sigmas:
-            raise ValueError(
-                "a speedup needs the noise levels of the run, which only a pipeline knows; "
-                "apply ddit to the pipeline, or give skip a threshold"
-            )
+        sigmas = known_levels(context)
         if context.step == 0:
-            self._plans, self._expected = [self.plan(context.sigmas)] * context.batch, [0.0] * context.batch
+            self._plans, self._expected = [self.plan(sigmas)] * context.batch, [0.0] * context.batch
             self._last = [0] * context.batch
         for i, now in enumerate(called):
             self._last[i] = context.step - 1 if now else self._last[i]

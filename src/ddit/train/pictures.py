@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ddit.generate import pixels_per_latent
 from ddit.models import architecture_for
 from ddit.models.base import Inputs
 
@@ -79,7 +80,7 @@ def noised(pipe: Any, calls: Sequence[tuple[Inputs, Tensor]], paths: Sequence[Pa
         inputs = calls[-1][0]
         noisy = architecture.read(inputs)
         many, size = len(noisy.latents), noisy.latents.shape[2:]
-        factor = 2 ** (len(pipe.vae.config["block_out_channels"]) - 1)
+        factor = pixels_per_latent(pipe)
         clean = encoded(pipe.vae, paths, *(factor * side for side in size)).to(noisy.latents)
         whole = architecture.renoised(inputs, clean.repeat(many // len(clean), 1, 1, 1), noisy.sigma)
         packed = whole[architecture.batched[0]][: len(sample)]
