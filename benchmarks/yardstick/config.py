@@ -17,7 +17,7 @@ class Settings:
 
     vae_steps: int = 4_000
     text_steps: int = 1_000
-    low_steps: int = 1_400
+    low_steps: int = 3_000
     """Of the flow at half the size (stage A)."""
     high_steps: int = 6_000
     """Of the flow at full size (stage B)."""
@@ -25,7 +25,7 @@ class Settings:
     high_seconds: float | None = None
     """These stages end after so long even if their steps are not done, the learning rate having fallen in time."""
     batch: int = 16
-    """Samples in a batch at full size; twice as many at half, four times as many at a quarter."""
+    """Samples in a batch at full size; as many times more at smaller ones as a sample is smaller."""
     low_mix: tuple[float, ...] = (0.1, 0.9, 0.0)
     """Share of the steps of stage A at a quarter of the size, half of it, and full size."""
     high_mix: tuple[float, ...] = (0.05, 0.2, 0.75)

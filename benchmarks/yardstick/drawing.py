@@ -8,8 +8,10 @@ from benchmarks.yardstick.backdrops import backdrop
 from benchmarks.yardstick.outlines import distance, hsv, mix, rotate
 from benchmarks.yardstick.scenes import COLOURS, IMAGE_SIZE, MOST, Scene, Thing, arrange
 
-TILT = 0.45
+TILT = 0.15
 """Most that an object is turned, in radians."""
+PERIOD = 16.0
+"""Of textures, along both axes: of two tokens of the image model."""
 CLUTTER = ("leaf", "pebble", "dot", "ring", "bird", "bloom", "spark")
 """Small things no prompt names."""
 
@@ -30,7 +32,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     picture = backdrop(scene.background, rng)
     spots = arrange(scene, rng)
     masks = np.zeros((MOST, IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    count = int(rng.integers(4, 15))
+    count = int(rng.integers(3, 10))
     front = int(rng.binomial(count, 0.15))
     for _ in range(count - front):
         clutter(picture, sun, rng)
@@ -59,11 +61,17 @@ def _window(x: float, y: float, r: float):
 
 
 def stamp(
-    picture: np.ndarray, thing: Thing, spot, sun: tuple[float, float], rng: np.random.Generator, grain: float = 1.3
+    picture: np.ndarray,
+    thing: Thing,
+    spot,
+    sun: tuple[float, float],
+    rng: np.random.Generator,
+    grain: float | None = None,
 ) -> np.ndarray:
     """Draw an object and its shadow into the picture; returns what it covers ``[128, 128]``.
 
-    ``grain`` is how much coarser its texture is.
+    Its texture shows through it from the canvas, which small models learn soonest; with ``grain`` it moves with the
+    object, and is so much coarser.
     """
     x, y, r = map(float, spot)
     here, u, v = _window(x, y, 1.25 * r + 8)
@@ -75,7 +83,7 @@ def stamp(
     a, b = rotate(u, v, angle)
     edge = distance(thing.shape, a, b, r)
     cover = np.clip(0.5 - edge, 0, 1)
-    surface = texture(thing.texture, ink, a / grain, b / grain, rng)
+    surface = texture(thing.texture, ink, *((a / grain, b / grain) if grain else (u + x, v + y)), rng)
     surface = surface * (1 + 0.16 * (u * sun[0] + v * sun[1]) / r)[..., None]
     rim = np.clip(edge + 2.2, 0, 1)
     surface = mix(surface, 0.45 * ink, 0.75 * rim)
@@ -86,26 +94,25 @@ def stamp(
 
 
 def texture(name: str, ink: np.ndarray, u, v, rng: np.random.Generator) -> np.ndarray:
-    """Colour inside an object, ``[H, W, 3]``; ``u, v`` are its own axes, the texture lies at an angle of its own."""
-    u, v = rotate(u, v, rng.uniform(0, 2 * np.pi))
-    pu, pv = rng.uniform(0, 40, 2)
+    """Colour inside an object, ``[H, W, 3]``, at places in pixels; each texture lies in one of two ways."""
     pale, deep = 0.25 * ink + 0.75, 0.42 * ink
+    other = rng.integers(2)
+    half = PERIOD / 2
     if name == "plain":
         return np.broadcast_to(ink, (*u.shape, 3))
     if name == "striped":
-        return mix(ink, deep, _stripes(u + pu, rng.uniform(8.5, 11)))
+        return mix(ink, deep, _stripes(u + v if other else u - v, np.sqrt(2)))
     if name == "dotted":
-        period = rng.uniform(8.5, 10.5)
-        a, b = ((w + p) % period - period / 2 for w, p in ((u, pu), (v, pv)))
-        return mix(ink, pale, np.clip(0.5 + 0.27 * period - np.hypot(a, b), 0, 1))
-    period = rng.uniform(11, 14)
-    a, b = _stripes(u + pu, period), _stripes(v + pv, period)
+        u = u + half * other
+        rows = [np.hypot((u + p + half) % PERIOD - half, (v + p + half) % PERIOD - half) for p in (0, half)]
+        return mix(ink, pale, np.clip(0.5 + 0.23 * PERIOD - np.minimum(*rows), 0, 1))
+    a, b = _stripes(u + half * other), _stripes(v)
     return mix(ink, pale, a + b - 2 * a * b)
 
 
-def _stripes(t, period: float):
-    """Stripes of equal width with edges one pixel wide, in [0, 1]."""
-    return np.clip(0.5 + abs(t % period - period / 2) - period / 4, 0, 1)
+def _stripes(t, stretch: float = 1.0):
+    """Stripes of equal width with edges one pixel wide, in [0, 1]; ``t`` in pixels times ``stretch``."""
+    return np.clip(0.5 + (abs(t % PERIOD - PERIOD / 2) - PERIOD / 4) / stretch, 0, 1)
 
 
 def clutter(picture: np.ndarray, sun: tuple[float, float], rng: np.random.Generator) -> None:

@@ -127,7 +127,7 @@ class Source:
         """
         settings, device, sizes = self.settings, self.device, tuple(self.latents)
         size = int(rng.choice(sizes, p=mix))
-        count = settings.batch * max(sizes) // size
+        count = settings.batch * (max(sizes) // size) ** 2
         generator = noise_from(rng, device)
         rows = torch.randint(len(self.masks), (count,), generator=generator, device=device)
         x, covers = self.latents[size][rows].float(), self.masks[rows].float() / 255

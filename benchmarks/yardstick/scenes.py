@@ -23,8 +23,8 @@ COLOURS: dict[str, float] = {"red": 0.0, "orange": 27.0, "yellow": 56.0, "green"
 """Colour -> hue in degrees."""
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 BACKGROUNDS = ("meadow", "desert", "sea", "sky", "night", "brick")
-SIZES: dict[str, tuple[float, float]] = {"small": (19.0, 24.0), "large": (31.0, 38.0)}
-"""Size -> range of the radius in pixels; 19 to 38 where none is named."""
+SIZES: dict[str, tuple[float, float]] = {"small": (22.0, 27.0), "large": (33.0, 40.0)}
+"""Size -> range of the radius in pixels; 22 to 40 where none is named."""
 PLACES: dict[str, tuple[str, tuple[float, float]]] = {
     "left": ("on the left", (-1, 0)),
     "right": ("on the right", (1, 0)),
@@ -123,7 +123,7 @@ def random_scene(rng: np.random.Generator, *, told: float = 0.15) -> Scene:
     def pick(options) -> str:
         return str(rng.choice(list(options)))
 
-    count = int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.4, 0.1]))
     shapes = rng.permutation(SHAPES)[:count]
     things = tuple(Thing(str(shape), pick(COLOURS), pick(TEXTURES)) for shape in shapes)
     if rng.random() < told:
@@ -150,7 +150,7 @@ def arrange(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     shrink = 1.0
     while True:
         for _ in range(40):
-            radii = [rng.uniform(*SIZES[t.size]) if t.size else 19 + 19 * shrink * rng.random() for t in scene.things]
+            radii = [rng.uniform(*SIZES[t.size]) if t.size else 22 + 18 * shrink * rng.random() for t in scene.things]
             spots = np.array([[*rng.uniform(r + 1, IMAGE_SIZE - r - 1, 2), r] for r in radii])
             if _apart(spots, 0.85 * shrink) and _as_told(scene, spots):
                 return spots
