@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from comfy.model_sampling import CONST
-from comfy_api.latest import ComfyExtension, io
+from comfy.model_sampling import CONST  # pyright: ignore[reportMissingImports]
+from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
 
 from ddit.config import PatchSchedule, SkipSchedule
 

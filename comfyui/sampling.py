@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from ddit.config import FULL, FixedSchedule, PatchSchedule, SkipSchedule
