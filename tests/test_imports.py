@@ -45,6 +45,7 @@ GROUPS = (
         "ddit.files",
         "ddit.tables",
         "ddit.memory",
+        "ddit.low_rank",
         "ddit.extras",
         "ddit.kinds",
         "ddit.profile",

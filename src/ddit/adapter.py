@@ -19,22 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddit.config import Coarse, Positions, Start
+from ddit.low_rank import CurrentScale, LayerParts, LowRank, has_parts, key, put_on, take_off
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, channels_first
 from ddit.pretrained import TrainedPart, config_hash
-
-
-class LowRank(nn.Module):
-    """LoRA (arXiv 2106.09685): ``x -> up(down(x))``, zero at first."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(inputs, rank, bias=False)
-        self.up = nn.Linear(rank, outputs, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
 
 
 class ScaleParts(nn.Module):
@@ -61,7 +49,7 @@ class ScaleParts(nn.Module):
         self.head = nn.Linear(width, features)
         self.residual = nn.Linear(features, features, bias=False) if residual else None
         self.size = nn.Parameter(torch.zeros(width)) if size_vector else None
-        self.lora = nn.ModuleDict({_key(name): LowRank(i, o, rank) for name, (i, o) in layers.items() if rank})
+        self.lora = nn.ModuleDict({key(name): LowRank(i, o, rank) for name, (i, o) in layers.items() if rank})
         for layer in (self.embed, self.head, self.residual):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
@@ -79,22 +67,6 @@ class AdapterCall:
 
 
 @dataclass
-class AdapterState:
-    """The scale whose LoRA takes part; 1 is none."""
-
-    scale: int = 1
-
-
-@dataclass
-class LayerParts:
-    """What a layer of the base knows of an adapter on it."""
-
-    state: AdapterState
-    scales: dict[int, Any]
-    """Scale -> `LowRank`."""
-
-
-@dataclass
 class Attachment:
     """An adapter's hooks on a transformer."""
 
@@ -106,7 +78,7 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         for layer in self.layers:
-            vars(layer).pop(_LOW_RANK, None)
+            take_off(layer)
 
     def __enter__(self) -> Attachment:
         return self
@@ -171,7 +143,7 @@ class PatchAdapter(TrainedPart):
         self.parts = nn.ModuleDict(
             {str(s): ScaleParts(n, width, layers, rank, **parts) for s, n in self.inputs.items()}
         )
-        self._state = AdapterState()
+        self._state = CurrentScale()
         self._call: AdapterCall | None = None
         self._own = Architecture.own
 
@@ -274,14 +246,13 @@ class PatchAdapter(TrainedPart):
         self._own = architecture.own
         head = architecture.layer(architecture.head)
         layers = architecture.feed_forward() if self.config["rank"] else []
-        if any(_LOW_RANK in vars(layer) for _, layer in layers):
+        if any(has_parts(layer) for _, layer in layers):
             raise ValueError("there is an adapter on this transformer; remove it first")
         embedding = architecture.layer(architecture.embedding)
         handles = [embedding.register_forward_hook(self._embed), head.register_forward_hook(self._head)]
         for name, layer in layers:
-            # Past nn.Module's setattr: no submodule of the base, no weights in its state_dict.
-            vars(layer)[_LOW_RANK] = LayerParts(self._state, {s: self._parts(s).lora[_key(name)] for s in self.scales})
-            handles.append(layer.register_forward_hook(_low_rank))
+            lora = {s: self._parts(s).lora[key(name)] for s in self.scales}
+            handles.append(put_on(layer, LayerParts(self._state, lora)))
         if any(getattr(m, "_compiled_call_impl", None) is not None for m in transformer.modules()):
             # Compiled code does not look for hooks that came later (torch._dynamo.config.skip_nnmodule_hook_guards).
             torch._dynamo.reset()
@@ -342,24 +313,3 @@ class PatchAdapter(TrainedPart):
         if parts.residual is not None:
             correction = correction + parts.residual(self._call.patches)
         self._call.correction = correction
-
-
-def _low_rank(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Adds LoRA to a layer's output.
-
-    One function for all layers, which finds its weights through the layer: compiled code of one block then serves
-    all blocks of its class, where a closure per layer would be compiled anew for each.
-    """
-    parts: LayerParts = vars(layer)[_LOW_RANK]
-    if parts.state.scale == 1:
-        return None
-    low_rank = parts.scales[parts.state.scale]
-    return output + low_rank(args[0].to(low_rank.down.weight.dtype)).to(output.dtype)
-
-
-_LOW_RANK = "_ddit_low_rank"
-
-
-def _key(name: str) -> str:
-    """Names of modules hold no dots."""
-    return name.replace(".", "/")

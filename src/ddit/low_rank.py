@@ -1,0 +1,76 @@
+"""LoRA on single layers of a frozen model, one for each scale, of which the current scale's takes part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class LowRank(nn.Module):
+    """LoRA (arXiv 2106.09685): ``x -> up(down(x))``, zero at first."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+@dataclass
+class CurrentScale:
+    """The scale whose LoRA takes part; 1 is none."""
+
+    scale: int = 1
+
+
+@dataclass
+class LayerParts:
+    """What a layer of the base knows of an adapter on it."""
+
+    state: CurrentScale
+    scales: dict[int, Any]
+    """Scale -> `LowRank`."""
+
+
+def put_on(layer: nn.Module, parts: LayerParts) -> RemovableHandle:
+    """Let a layer add what belongs to the current scale."""
+    # Past nn.Module's setattr: no submodule of the base, no weights in its state_dict.
+    vars(layer)[_PARTS] = parts
+    return layer.register_forward_hook(_add)
+
+
+def take_off(layer: nn.Module) -> None:
+    """The inverse of `put_on`, beside the hook's own ``remove``."""
+    vars(layer).pop(_PARTS, None)
+
+
+def has_parts(layer: nn.Module) -> bool:
+    """Whether an adapter is on a layer."""
+    return _PARTS in vars(layer)
+
+
+def key(name: str) -> str:
+    """A layer's name as one of a module, which holds no dots."""
+    return name.replace(".", "/")
+
+
+def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Adds LoRA to a layer's output.
+
+    One function for all layers, which finds its weights through the layer: compiled code of one block then serves
+    all blocks of its class, where a closure per layer would be compiled anew for each.
+    """
+    parts: LayerParts = vars(layer)[_PARTS]
+    if parts.state.scale == 1:
+        return None
+    low_rank = parts.scales[parts.state.scale]
+    return output + low_rank(args[0].to(low_rank.down.weight.dtype)).to(output.dtype)
+
+
+_PARTS = "_ddit_low_rank"
