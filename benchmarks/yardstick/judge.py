@@ -40,7 +40,7 @@ WIDTHS = [1, 1, *map(len, ANSWERS.values())]
 """Channels of the map: is a centre here, radius, answers."""
 CELL = 4
 """Side in pixels of a cell of the map."""
-RADIUS = 27.5
+RADIUS = (SIZES["small"][1] + SIZES["large"][0]) / 2
 """Radius in pixels between small and large."""
 
 
