@@ -7,6 +7,8 @@ import math
 import pytest
 
 from ddit.config import FULL, PAPER, Coarse, FixedSchedule, PatchSchedule, SkipSchedule
+from ddit.methods import make_method
+from ddit.preset import Preset
 
 NAN, INF = math.nan, math.inf
 
@@ -126,3 +128,20 @@ def test_frozen_hashable_and_by_name_only(record):
 def test_unknown_settings_are_refused_and_the_known_ones_listed():
     with pytest.raises(ValueError, match=r"\['tau'\].*threshold"):
         PatchSchedule.from_dict({"tau": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("words", "loaded"),
+    [
+        ({}, "its own"),
+        ({"threshold": 0.1, "speedup": 2}, "its own"),
+        ({"adapter": "another"}, "another"),
+        ({"adapter": "none"}, None),
+        ({"patches": "full"}, None),
+        ({"patches": "paper"}, None),
+        ({"start": "bilinear"}, None),
+    ],
+)
+def test_a_presets_adapter_is_used_where_it_suits_and_nothing_else_is_said(words, loaded):
+    method = make_method(words, Preset(adapter="its own"), load_adapter=str, load_corrector=str)
+    assert method.adapter == loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import torch
 import tiny
 from ddit.cli import main
 from ddit.config import FixedSchedule, PatchSchedule, SkipSchedule
-from ddit.eval import quality, suites
+from ddit.eval import quality
 from ddit.eval.grid import fewest_and_most
 from ddit.eval.parts import Part, Parts
 from ddit.eval.quality import parse_entry
@@ -21,6 +21,7 @@ from ddit.eval.subjects import Pictures, Prompted
 from ddit.generate import recorded, run
 from ddit.methods import make_method
 from ddit.preset import Preset, QualityCurve
+from ddit.profile import ErrorProfile
 
 PRESET = Preset(patches=PatchSchedule(threshold=0.5))
 
@@ -108,7 +109,9 @@ def test_work_is_told_at_the_costs_of_a_large_model(model, tmp_path, capsys):
 def test_a_quality_shows_prompts_of_few_and_of_many_steps(model, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "race"
     shutil.copytree(model, folder)
-    replace(Preset.load(model), quality=QualityCurve(thresholds=(1e-9, 1e6), psnr=(60, 20))).save(folder)
+    profile = ErrorProfile(sigmas=(0.5,), coarse={2: (0.1,), 4: (0.2,)}, bend=(0.5,))
+    quality = QualityCurve(errors=(1e-9, 1e6), psnr=(60, 20))
+    replace(Preset.load(model), profile=profile, quality=quality).save(folder)
     flags = ["--model", str(folder), "--methods", "plain", "ddit:quality=30", "--prompts", "3", "--batch", "2"]
     assert main(["evaluate", *flags, "--out", str(out)]) == 0
     assert (tmp_path / "race-30dB.png").stat().st_size > 1000
@@ -152,44 +155,6 @@ def test_a_killed_evaluation_continues(model, tmp_path, monkeypatch, capsys):
     Parts(folder, {"seed": 1}).save(0, [Part(*np.zeros((6, 1)))])
     assert Parts(folder, {"seed": 1}).load(0) is not None
     assert Parts(folder, {"seed": 2}).load(0) is None
-
-
-def test_the_threshold_chosen_goes_into_the_preset(model, tmp_path, capsys):
-    folder, out = tmp_path / "model", tmp_path / "threshold"
-    shutil.copytree(model, folder)
-    flags = ["--model", str(folder), "--prompts", "2", "--batch", "2", "--thresholds", "1e-9", "1e6", "--out", str(out)]
-    assert main(["embedded", "threshold", *flags, "--margin", "1"]) == 0
-    result = json.loads(out.with_suffix(".json").read_text())
-    assert result["split"] == "tune" and result["chosen"] == Preset.load(folder).skip.threshold
-    assert [r["method"] for r in result["methods"]] == [
-        "plain",
-        *(f"ddit:skip_threshold={t:g},patches=full" for t in (1e-9, 1e6)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("changes", "chosen"),
-    [
-        ([(0.0, 2.0, 0.8), (-0.005, 2.0, 0.5), (-0.02, 1.9, 0.3)], 0.002),  # the third costs two points
-        ([(0.0, 2.0, 0.8), (0.01, 2.1, 0.5), (0.02, 2.2, 0.3)], 0.001),  # the others are less like drawings
-        ([(-0.02, 2.0, 0.8), (0.0, 2.1, 0.5), (-0.02, 1.9, 0.3)], 0.0),  # none is good enough
-    ],
-)
-def test_the_threshold_chosen_saves_most_at_no_loss(monkeypatch, tmp_path, changes, chosen):
-    rows = [{"method": "plain", "adherence_change": 0.0, "frechet": 2.0, "flops_fraction": 1.0}]
-    for threshold, (adherence, frechet, flops) in zip((0.001, 0.002, 0.003), changes, strict=True):
-        row = {"adherence_change": adherence, "frechet": frechet, "flops_fraction": flops}
-        rows.append({"method": f"ddit:skip_threshold={threshold:g},patches=full", **row})
-    monkeypatch.setattr(suites, "_quality", lambda config: {"methods": rows})
-    values = {f.name: None for f in fields(suites.SuiteConfig)}
-    config = suites.SuiteConfig(**{**values, "out": tmp_path / "t"})
-    assert suites.choose_threshold(config, (0.001, 0.002, 0.003), 0.01, {})["chosen"] == chosen
-
-
-def test_bad_threshold_choices_are_refused(model, capsys):
-    for flags in (["--thresholds", "-1"], ["--margin", "2"], ["--margin", "nan"]):
-        assert main(["embedded", "threshold", "--model", model, *flags]) == 2
-    assert Preset.load(model).skip is None
 
 
 def test_one_negative_prompt_serves_a_batch():

@@ -230,8 +230,8 @@ CORE = (
         ("ddit.train.trainer", "from ddit.train.config import TrainConfig\nfrom .samples import Samples", 0),
         ("ddit.train.trainer", "from ddit.eval.metrics import psnr", 1),
         ("ddit.eval.suites", "from ddit.embedded import MODEL_FOLDER\nfrom ddit import apply", 0),
-        ("ddit.embedded.flow", "from ddit.embedded.scenes import vocabulary", 0),
-        ("ddit.embedded.flow", "from ddit.train.trainer import train", 1),
+        ("ddit.embedded.judge", "from ddit.embedded.scenes import parse", 0),
+        ("ddit.embedded.judge", "from ddit.train.trainer import train", 1),
         ("ddit.train.trainer", "from ddit.cli import main", 1),
         # skipping, which knows little of the core, and of which the core knows nothing
         ("ddit.skip.policy", "from ddit.schedule import StepContext\nfrom .forecast import growth", 0),
@@ -242,7 +242,7 @@ CORE = (
         ("ddit.api", "from ddit.skip.skipper import Skipper", 0),
         ("ddit.generate", "from ddit.skip.corrector import ForecastCorrector", 0),
         ("ddit.methods", "from ddit.skip.corrector import ForecastCorrector", 1),
-        ("ddit.embedded.install", "from ddit.skip.corrector import ForecastCorrector", 0),
+        ("ddit.loading", "from ddit.skip.corrector import ForecastCorrector", 0),
         ("ddit.known", "from ddit.skip.corrector import ForecastCorrector", 1),
         *((f"ddit.{module}", "from ddit.skip.forecast import Reference", 1) for module in CORE),
         # models

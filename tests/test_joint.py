@@ -15,9 +15,9 @@ import tiny
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.eval import calibrate
 from ddit.known import cost_ratios
-from ddit.preset import Preset
+from ddit.preset import Preset, QualityCurve
 from ddit.profile import ErrorProfile
-from ddit.skip.joint import SKIPPED, Segments, joint_steps
+from ddit.skip.joint import SKIPPED, Segments, cheapest_steps, expected_error, nearest_steps
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 COSTS = {1: 1.0, 2: 0.3, 4: 0.1}
@@ -26,6 +26,10 @@ PROFILE = ErrorProfile(sigmas=(0.2, 0.9), coarse={2: (0.5, 0.1), 4: (0.9, 0.3)},
 
 def anywhere(scale: int, sigma: float) -> bool:
     return True
+
+
+def joint_steps(levels, costs, speedup, profile, guard):
+    return nearest_steps(Segments.of(levels, tuple(costs), profile, guard), costs, speedup)
 
 
 def sigmas(total: int) -> list[float]:
@@ -95,6 +99,21 @@ def test_a_speedup_out_of_reach_is_told():
         joint_steps(sigmas(8), COSTS, 99.0, PROFILE, anywhere)
 
 
+def test_a_quality_takes_the_least_work_that_keeps_to_its_error():
+    """Each plan for a speedup is as near as it can be: none that costs less may err less."""
+    levels = sigmas(30)
+    segments = Segments.of(levels, tuple(COSTS), PROFILE, anywhere)
+    for speedup in (1.5, 2.5, 5.0):
+        near = nearest_steps(segments, COSTS, speedup)
+        error = expected_error(levels, near, PROFILE)
+        assert error == pytest.approx(segments.error(near))
+        cheap = cheapest_steps(segments, COSTS, error)
+        assert segments.error(cheap) <= error * (1 + 1e-9)
+        assert segments.work(cheap, COSTS) <= segments.work(near, COSTS) + 1
+    assert cheapest_steps(segments, COSTS, 0.0) == (1,) * 30
+    assert cheapest_steps(segments, COSTS, math.inf) == segments.best(COSTS, 1e12)
+
+
 @pytest.fixture
 def pipe():
     return tiny.pipeline()
@@ -122,6 +141,40 @@ def test_without_a_profile_or_with_patches_given_the_rule_decides_on_patches(pip
         assert "Joint" not in type(handle.plan.policy).__name__
     with ddit.apply(pipe, skip=SkipSchedule(speedup=2), preset=Preset(profile=WILD)) as handle:
         assert type(handle.plan.policy).__name__ == "JointPatches"
+
+
+CURVE = QualityCurve(errors=(1e-5, 1e-3), psnr=(50, 30))
+
+
+def test_a_quality_is_an_error_between_those_measured_and_beyond():
+    assert CURVE.error_of(40) == pytest.approx(1e-4)
+    assert CURVE.error_of(20) == pytest.approx(1e-2) and CURVE.error_of(60) == pytest.approx(1e-6)
+    for wrong in ({"errors": (1.0,)}, {"errors": (2.0, 1.0)}, {"errors": (0.0, 1.0)}):
+        with pytest.raises(ValueError, match="a quality curve"):
+            QualityCurve(**{"errors": (1.0, 2.0), "psnr": (2.0, 1.0), **wrong})
+
+
+def test_a_quality_is_planned_over_both(pipe):
+    known = Preset(profile=WILD, quality=CURVE)
+    adapter = PatchAdapter.for_model(pipe.transformer, rank=0)
+    work = []
+    for quality in (45, 20):
+        with ddit.apply(pipe, quality=quality, preset=known, adapter=adapter) as handle:
+            tiny.sample(pipe, steps=16)
+        steps = handle.report.steps
+        error = expected_error([s.sigma for s in steps], [s.scales[0] for s in steps], WILD)
+        assert error <= CURVE.error_of(quality) * (1 + 1e-9)
+        work.append(handle.report.flops_fraction)
+    assert work[0] > work[1] and handle.report.asked is None
+    with ddit.apply(pipe, quality=20, preset=known, patches=FixedSchedule(steps=(1,))) as handle:
+        tiny.sample(pipe, steps=16)
+    assert {step.scales[0] for step in handle.report.steps} == {0, 1}
+    for settings, said in (
+        ({"preset": Preset(profile=WILD)}, "ddit calibrate"),
+        ({"preset": known, "patches": FixedSchedule(steps=(2,))}, "leave out patches"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ddit.apply(pipe, quality=30, **settings)
 
 
 def test_an_adapters_own_errors_count(pipe):

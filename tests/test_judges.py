@@ -14,8 +14,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 import tiny
+from benchmarks.yardstick.components import make_tokenizer
 from ddit.cli import main
-from ddit.embedded.components import make_tokenizer
 from ddit.eval import drawings, judges, paper, prompts
 from ddit.eval.imagereward import ImageReward
 from ddit.eval.metrics import FrechetTo

@@ -18,7 +18,7 @@ from ddit import SkipSchedule
 from ddit.cli import main
 from ddit.config import FULL
 from ddit.patches import detail, shrink
-from ddit.preset import Preset, QualityCurve
+from ddit.preset import Preset
 from ddit.schedule import StepContext, channel_moments, difference, statistic
 from ddit.skip.forecast import (
     BEND,
@@ -32,7 +32,6 @@ from ddit.skip.forecast import (
 from ddit.skip.policy import SkipPlan, SkipRule, places
 from ddit.skip.skipper import Skipper
 
-CURVE = QualityCurve(thresholds=(0.001, 0.002, 0.004), psnr=(50.0, 40.0, 30.0))
 SIGMAS = [1 - i / 12 for i in range(12)]
 
 
@@ -227,30 +226,6 @@ def called_steps(speedup: float, sigmas: list[float]) -> list[int]:
     return [i for i, (skip, _) in enumerate(wished) if not skip]
 
 
-def test_thresholds_lie_on_the_curve():
-    assert [CURVE.threshold_of(db) for db in (50, 45, 30)] == pytest.approx([0.001, 0.001 * 2**0.5, 0.004])
-
-
-@pytest.mark.parametrize(("asked", "threshold", "told"), [(60, 0.0, "above 50.0"), (10, 0.004, "below 30.0")])
-def test_a_quality_outside_of_what_was_measured_is_remarked(asked, threshold, told):
-    with pytest.warns(UserWarning, match=told):
-        assert CURVE.threshold_of(asked) == pytest.approx(threshold)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"thresholds": (0.002, 0.001, 0.004)}, "must rise"),
-        ({"thresholds": (0.0, 0.001, 0.004)}, "must rise"),
-        ({"psnr": (1.0,)}, "as many"),
-    ],
-)
-def test_curves_that_make_no_sense(changes, told):
-    values = {k: getattr(CURVE, k) for k in ("thresholds", "psnr")}
-    with pytest.raises(ValueError, match=told):
-        QualityCurve(**{**values, **changes})
-
-
 @pytest.mark.parametrize("total", [12, 25, 50, 100])
 @pytest.mark.parametrize("speedup", [1.0, 1.25, 1.5, 2.0, 3.0])
 def test_the_budget_is_met(speedup, total):
@@ -369,27 +344,13 @@ def test_without_skipping_nothing_is_asked():
         assert run.report.asked is None and 0 not in run.report.scales[0]
 
 
-def threshold_in_use(handle):
-    return handle.plan.make_skipper(0.0).policy.threshold
-
-
-def test_a_quality_is_a_threshold_of_the_preset(tmp_path):
-    pipe, skip = tiny.pipeline(), SkipSchedule(quality=40.0)
-    with pytest.raises(ValueError, match="ddit calibrate"):
-        ddit.apply(pipe, skip=skip)
-    Preset(quality=CURVE).save(tmp_path)
-    assert Preset.load(tmp_path).quality == CURVE
-    for preset in (Preset(quality=CURVE), tmp_path):
-        assert threshold_in_use(ddit.apply(pipe, skip=skip, preset=preset)) == pytest.approx(0.002)
-    with pytest.raises(ValueError, match=r"holds no ddit\.json"):
-        ddit.apply(pipe, preset=tmp_path / "none")
-
-
 def test_a_pipeline_finds_the_preset_of_its_folder(tmp_path):
     tiny.pipeline().save_pretrained(tmp_path)
-    Preset(quality=CURVE).save(tmp_path)
+    Preset(patches=ddit.PatchSchedule(threshold=0.5)).save(tmp_path)
     pipe = type(tiny.pipeline()).from_pretrained(tmp_path)
-    assert threshold_in_use(ddit.apply(pipe, skip=SkipSchedule(quality=40.0))) == pytest.approx(0.002)
+    assert ddit.apply(pipe).plan.measure.threshold == 0.5
+    with pytest.raises(ValueError, match=r"holds no ddit\.json"):
+        ddit.apply(pipe, preset=tmp_path / "none")
 
 
 def test_the_paper_has_a_preset_that_says_it_is_not_calibrated():
@@ -411,7 +372,7 @@ def test_a_schedule_that_is_not_given_is_the_presets(tmp_path):
 
 def test_a_preset_of_another_version_says_what_to_do(tmp_path):
     (tmp_path / "ddit.json").write_text(json.dumps({"version": 2, "schedule": {"threshold": 0.1}}))
-    with pytest.raises(ValueError, match=r"has version 2, this ddit reads version 3.*calibrate"):
+    with pytest.raises(ValueError, match=r"has version 2, this ddit reads version 4.*calibrate"):
         Preset.load(tmp_path)
 
 
@@ -424,7 +385,7 @@ def test_on_the_command_line(tmp_path, capsys):
     prompts.write_text("a red circle\na blue star\n")
     assert main(["calibrate", "--model", str(model), "--prompts", str(prompts), "--count", "2", "--batch", "2"]) == 0
     curve = Preset.load(model).quality
-    assert curve is not None and len(curve.psnr) == len(curve.thresholds)
+    assert curve is not None and len(curve.psnr) == len(curve.errors)
     flags = ["generate", "a red circle", "--model", str(model), "--out", str(tmp_path / "a.png")]
     speedup = [*flags, "--patches", "full", "--speedup", "2", "--json", str(tmp_path / "a.json")]
     assert main(speedup) == 0

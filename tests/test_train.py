@@ -41,7 +41,7 @@ from ddit.train.sources import read_captions, read_prompts
 from ddit.train.trainer import train
 
 PROMPTS = [
-    f"a {size} {colour} {shape} on the left on a smooth background"
+    f"a {size} {colour} {shape} on the left on a sea background"
     for size in ("small", "large")
     for colour in ("red", "blue", "green")
     for shape in ("circle", "square")
@@ -558,7 +558,7 @@ def test_command_line(base, tmp_path, capsys):
 
 
 def test_prompts_of_the_grammar(tmp_path):
-    assert main(["embedded", "prompts", "--count", "20", "--out", str(tmp_path / "p.txt")]) == 0
+    assert main(["prompts", "--count", "20", "--out", str(tmp_path / "p.txt")]) == 0
     assert len(read_prompts(str(tmp_path / "p.txt"))) == 20
 
 

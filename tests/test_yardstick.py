@@ -1,5 +1,6 @@
 """The training of the yardstick, in miniature."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 
@@ -7,19 +8,25 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
-from benchmarks.yardstick import clip_judge, components, wan
+from benchmarks.yardstick import __main__ as yardstick
+from benchmarks.yardstick import components, wan
 from benchmarks.yardstick.autoencoder import crops, train_vae
-from benchmarks.yardstick.clips import FRAMES, MOTIONS, clips, film, parse_clip, track
 from benchmarks.yardstick.components import LATENTS, WIDTH
 from benchmarks.yardstick.config import ImageSettings, JudgeSettings, VideoSettings
-from benchmarks.yardstick.data import Clips, Drawings, drawings
-from benchmarks.yardstick.drawing import draw
+from benchmarks.yardstick.data import Drawn
 from benchmarks.yardstick.fit import Deadline, OutOfTime, Stage, cosine, fit
-from benchmarks.yardstick.image import train_image
-from benchmarks.yardstick.judge import CELL, Found, features, frechet, load_judge, score, train_judge
-from benchmarks.yardstick.scenes import Scene, Thing, arrange, parse, random_scene, reach, scenes
-from benchmarks.yardstick.video import train_video
+from benchmarks.yardstick.image import ImageKind
+from benchmarks.yardstick.kind import train
+from benchmarks.yardstick.train_judge import train_judge
+from benchmarks.yardstick.video import VideoKind
+from ddit.embedded import clip_judge
+from ddit.embedded.clips import FRAMES, MOTIONS, clips, film, parse_clip, track
+from ddit.embedded.drawing import draw, drawings
+from ddit.embedded.judge import CELL, Found, distances, features, load_judge, score
+from ddit.embedded.scenes import SIZES, Scene, Thing, arrange, parse, random_scene, reach, scenes
+from ddit.eval.metrics import FrechetTo
 
 
 def test_prompts_are_parsed_back_and_fit_the_tokenizer():
@@ -46,7 +53,7 @@ def test_what_a_prompt_names_holds_in_its_drawing():
     rng = np.random.default_rng(0)
     things = (Thing("star", "red", "plain", "large"), Thing("heart", "blue", "dotted", "small"))
     spots = arrange(Scene(things, "sea", "left of"), rng)
-    assert reach("left of", spots) > 0 and spots[0, 2] >= 31 and spots[1, 2] < 24
+    assert reach("left of", spots) > 0 and spots[0, 2] >= SIZES["large"][0] and spots[1, 2] <= SIZES["small"][1]
 
 
 def test_drawings_follow_from_the_seed():
@@ -163,8 +170,8 @@ def test_all_stages_of_the_image_model_and_a_pipeline_that_draws(tmp_path):
     settings = ImageSettings(**TINY, pictures=4, distil_steps=1, high_mix=(0.0, 1.0, 0.0))
     prompts = [scene.prompt for scene in islice(scenes(0, "train"), 4)]
     pictures = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
-    drawn = Drawings(prompts, pictures, np.zeros((4, 3, 32, 32), np.uint8), np.zeros((4, 3, 3)))
-    train_image(tmp_path, drawn, settings, "cpu", Deadline()).save_pretrained(tmp_path / "model")
+    drawn = Drawn(prompts, pictures, np.zeros((4, 3, 32, 32), np.uint8), np.zeros((4, 3, 3)))
+    train(ImageKind(), tmp_path, settings, "cpu", Deadline(), drawn).save_pretrained(tmp_path / "model")
     assert (tmp_path / "flow-guided.pt").exists()
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -175,12 +182,12 @@ def test_all_stages_of_the_image_model_and_a_pipeline_that_draws(tmp_path):
 def filmed(count):
     prompts = [clip.prompt for clip in islice(clips(0, "train"), count)]
     frames = np.random.default_rng(0).integers(0, 256, (count, FRAMES, 64, 64, 3), np.uint8)
-    return Clips(prompts, frames, np.zeros((count, 5, 32, 32), np.uint8), np.full((count, FRAMES, 3), 30.0, np.float32))
+    return Drawn(prompts, frames, np.zeros((count, 5, 32, 32), np.uint8), np.full((count, FRAMES, 3), 30.0, np.float32))
 
 
 def test_all_stages_of_the_video_model_and_a_pipeline_that_films(tmp_path):
     settings = VideoSettings(**TINY, clips=2)
-    train_video(tmp_path, filmed(2), settings, "cpu", Deadline()).save_pretrained(tmp_path / "model")
+    train(VideoKind(), tmp_path, settings, "cpu", Deadline(), filmed(2)).save_pretrained(tmp_path / "model")
     again = train_vae(tmp_path, wan.make_vae, np.empty(0), settings, "cpu", Deadline(), side=32)
     assert len(again.config.latents_std) == wan.CHANNELS and set(again.config.latents_std) != {1.0}
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -212,15 +219,43 @@ def test_the_judge_learns_from_drawings_and_measures_distances(tmp_path):
     drawn, picture, _, spots = next(drawings(1, "train"))
     rows = np.zeros((1, 3, 3), np.float32)
     rows[0, : len(spots)] = spots
-    drawings_ = Drawings([drawn.prompt], picture[None], np.empty(0), rows)
-    judge = train_judge(tmp_path, drawings_, filmed(2), JudgeSettings(steps=1, batch=4), "cpu", Deadline())
-    again = load_judge(tmp_path)
+    pictures_ = Drawn([drawn.prompt], picture[None], np.empty(0), rows)
+    judge = train_judge(tmp_path, pictures_, filmed(2), JudgeSettings(steps=1, batch=4), "cpu", Deadline())
+    again = load_judge(tmp_path / "judge.safetensors")
     pictures = torch.rand(12, 3, 128, 128)
     assert torch.equal(judge.eval().features(pictures), again.features(pictures))
     one, two = features(judge, pictures), features(judge, -pictures)
-    assert frechet(one, one) < 1e-3 * (1 + frechet(one, two))
-    near, far = judge.distance(pictures, 0.9 * pictures), judge.distance(pictures, -pictures)
-    assert (judge.distance(pictures, pictures) < 1e-6).all() and (near < far).all()
-    row = clip_judge.verdict(judge, filmed(1).frames[0], parse_clip(filmed(1).prompts[0]))
+    assert FrechetTo(one)(one) < 1e-3 * (1 + FrechetTo(one)(two))
+    near, far = distances(judge, pictures, 0.9 * pictures, batch=5), distances(judge, pictures, -pictures)
+    assert (distances(judge, pictures, pictures) < 1e-6).all() and (near < far).all() and near.shape == (12,)
+    clip = filmed(2).samples
+    assert (clip_judge.clip_distances(judge, clip, clip) < 1e-6).all()
+    (tmp_path / "judge.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="can't be read"):
+        load_judge(tmp_path / "judge.safetensors")
+    row = clip_judge.verdict(judge, filmed(1).samples[0], parse_clip(filmed(1).prompts[0]))
     assert set(row) >= {"shape", "colour", "texture", "motion", "background", *clip_judge.BESIDE}
-    assert clip_judge.clip_features(judge, list(filmed(2).frames)).shape == (2, 131)
+    assert clip_judge.clip_features(judge, list(filmed(2).samples)).shape == (2, 131)
+
+
+def run(*args, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["yardstick", *map(str, args)])
+    yardstick.main()
+
+
+def test_drawings_are_shown_and_ununderstood_settings_refused(tmp_path, monkeypatch, capsys):
+    run("draw", "--out", tmp_path, "--count", 2, monkeypatch=monkeypatch)
+    run("check-judge", "--count", 5, "--json", tmp_path / "judge.json", monkeypatch=monkeypatch)
+    judged = json.loads((tmp_path / "judge.json").read_text())
+    assert judged["video"]["drawings"] == 1 and min(judged["image"][key] for key in ("shape", "background")) > 0.9
+    run("draw", "--out", tmp_path / "clips", "--count", 1, "--video", monkeypatch=monkeypatch)
+    assert Image.open(tmp_path / "sheet.png").width > 256
+    assert len((tmp_path / "sheet.txt").read_text().splitlines()) == 2
+    for args, said in (
+        (("train-image", "--set", "foo=1"), "no setting 'foo'"),
+        (("train-video", "--set", "compile=True"), "'compile=True'"),
+        (("sample", "--out", tmp_path), "train-image"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(*args, monkeypatch=monkeypatch)
+        assert said in capsys.readouterr().err

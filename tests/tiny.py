@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -19,14 +20,26 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ddit.embedded import components
+from benchmarks.yardstick import components
 
-PROMPT = "a small striped red circle on the left on a smooth background"
+PROMPT = "a small striped red circle on the left on a sea background"
 
 
 def embeds(seed: int, tokens: int = 6) -> Tensor:
     """A prompt as told to a pipeline without text encoders ``[1, tokens, 16]``."""
     return torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX.1-dev's, unchanged."""
+    return FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
 
 
 def transformer(seed: int = 0, **overrides) -> FluxTransformer2DModel:
@@ -69,7 +82,7 @@ def parts(seed: int = 0, **overrides) -> dict:
     clip, t5 = components.make_text_encoders(width=32)
     tokenizer = components.make_tokenizer()
     return dict(
-        scheduler=components.make_scheduler(),
+        scheduler=scheduler(),
         vae=vae(seed),
         text_encoder=clip.eval(),
         tokenizer=tokenizer,
@@ -173,7 +186,7 @@ def qwen_pipeline():
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
     ).eval()
-    parts: Any = dict(scheduler=components.make_scheduler(), vae=None, text_encoder=None, tokenizer=None)
+    parts: Any = dict(scheduler=scheduler(), vae=None, text_encoder=None, tokenizer=None)
     pipe = QwenImagePipeline(transformer=transformer, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

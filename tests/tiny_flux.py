@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny
-from ddit.embedded import components
 
 SIZE = dict(height=32, width=48)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8))
@@ -113,7 +112,7 @@ def flux2(cls: type = Flux2Pipeline, **overrides: Any):
         guidance_embeds=cls is Flux2Pipeline,
     )
     transformer = Flux2Transformer2DModel(**{**settings, **overrides}).eval()
-    parts: Any = dict(scheduler=components.make_scheduler(), vae=Means(), text_encoder=None, tokenizer=None)
+    parts: Any = dict(scheduler=tiny.scheduler(), vae=Means(), text_encoder=None, tokenizer=None)
     pipe = cls(transformer=transformer, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny
-from ddit.embedded import components
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
 SQUARE = PICTURE.resize((64, 64))
@@ -72,7 +71,7 @@ class Layered(QwenImageLayeredPipeline):
 def made(cls: type, factor: int, transformer: Any = None, **parts: Any):
     """A pipeline that takes ``factor`` pixels for one of its latents: some choose their own, large sizes."""
     transformer = transformer or tiny.qwen_pipeline().transformer
-    given = dict(scheduler=components.make_scheduler(), vae=Means(factor), text_encoder=None, tokenizer=None)
+    given = dict(scheduler=tiny.scheduler(), vae=Means(factor), text_encoder=None, tokenizer=None)
     pipe = cls(transformer=transformer, **{**given, **parts})
     pipe.vae_scale_factor = factor
     pipe.set_progress_bar_config(disable=True)
@@ -118,7 +117,7 @@ def version21(**overrides: Any):
         axes_dims_rope=(4, 6, 6),
         **overrides,
     ).eval()
-    parts: Any = dict(scheduler=components.make_scheduler(), vae=Means(16), text_encoder=None, processor=Spoken())
+    parts: Any = dict(scheduler=tiny.scheduler(), vae=Means(16), text_encoder=None, processor=Spoken())
     pipe = Seen(transformer=transformer, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

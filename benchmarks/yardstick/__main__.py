@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import shutil
+import sys
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,22 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from benchmarks.yardstick.clip_judge import clip_features, verdict
-from benchmarks.yardstick.clips import FRAMES, Clip, clips, film
-from benchmarks.yardstick.config import ImageSettings, JudgeSettings, Settings, VideoSettings, gpu
-from benchmarks.yardstick.data import cached_clips, cached_drawings, drawings, sheet, to_model
+from benchmarks.yardstick.config import JudgeSettings, Settings, gpu
+from benchmarks.yardstick.data import cached_clips, cached_drawings, sheet
 from benchmarks.yardstick.fit import Deadline, OutOfTime
-from benchmarks.yardstick.flow import Flow
-from benchmarks.yardstick.image import FluxFlow, train_image
-from benchmarks.yardstick.judge import adherence, features, frechet, load_judge, train_judge, verdicts
-from benchmarks.yardstick.scenes import Scene, Split, scenes
-from benchmarks.yardstick.video import WanFlow, train_video
+from benchmarks.yardstick.image import ImageKind
+from benchmarks.yardstick.kind import Kind, train, unfinished
+from benchmarks.yardstick.train_judge import train_judge
+from benchmarks.yardstick.video import VideoKind
+from ddit.embedded import MODEL_FOLDER, VIDEO_MODEL_FOLDER
+from ddit.embedded.judge import JUDGE
+from ddit.eval.subjects import Clips, Pictures
 from ddit.files import replacing_folder, write_json
+from ddit.preset import Preset
 
-FLOWS: dict[str, type[Flow]] = {"image": FluxFlow, "video": WanFlow}
-CALLS: dict[str, dict[str, Any]] = {
-    "image": {"height": 128, "width": 128, "guidance_scale": 3.0, "max_sequence_length": 24},
-    "video": {
-        "height": 64,
-        "width": 64,
-        "num_frames": FRAMES,
-        "guidance_scale": 4.0,
-        "max_sequence_length": 16,
-    },
-}
-"""How each model wants to be called."""
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())}
 
 
 def main() -> None:
@@ -51,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.yardstick", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], **defaults: Any) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, **defaults: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run, **defaults)
         command.add_argument("--out", type=Path, default=Path("runs/yardstick"), help="folder of everything")
@@ -60,80 +52,78 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0)
         return command
 
-    for name, run in {"train-image": _train_image, "train-video": _train_video, "train-judge": _train_judge}.items():
-        train = add(name, run)
-        train.add_argument("--seconds", type=float, help="stop after so long; the same command goes on")
-        train.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="change settings")
-        if name != "train-judge":
-            train.add_argument("--only", choices=("vae", "text"), help="end after this stage")
-    for name, run, count in (("draw", draw, 16), ("sample", sample, 16), ("judge", judge, 200)):
-        show = add(name, run)
-        show.add_argument("--video", action="store_true", help="of the video model")
-        show.add_argument("--count", type=int, default=count, help="number of pictures or clips")
-        if name != "draw":
-            show.add_argument("--size", type=int, help="height and width (default: what it was trained for)")
-            show.add_argument("--steps", type=int, default=50)
-            show.add_argument("--guidance", type=float)
-            show.add_argument("--checkpoint", help="take the averages in this checkpoint of the flow")
+    def add_training(name: str, run: Any, settings: type[Any], **defaults: Any) -> argparse.ArgumentParser:
+        command = add(name, run, **defaults)
+        command.add_argument("--seconds", type=float, help="stop after so long; the same command goes on")
+        names = ", ".join(field.name for field in fields(settings))
+        change = {"nargs": "*", "default": [], "type": lambda pair: _change(pair, settings), "metavar": "NAME=VALUE"}
+        command.add_argument("--set", help=f"change settings: {names}", **change)
+        return command
+
+    for kind in KINDS.values():
+        command = add_training(f"train-{kind.name}", _train, kind.settings, kind=kind)
+        command.add_argument("--only", choices=("vae", "text"), help="end after this stage")
+    add_training("train-judge", _train_judge, JudgeSettings)
+    for name, run in (("draw", draw), ("sample", sample)):
+        show = add(name, run, kind=KINDS["image"])
+        show.add_argument("--video", action="store_const", dest="kind", const=KINDS["video"], help="of the video model")
+        show.add_argument("--count", type=int, default=16, help="number of pictures or clips")
+    show.add_argument("--size", type=int, help="height and width (default: what it was trained for)")
+    show.add_argument("--steps", type=int, default=50)
+    show.add_argument("--checkpoint", help="take the averages in this checkpoint of the flow")
+    check = add("check-judge", check_judge)
+    check.add_argument("--count", type=int, default=1000, help="number of pictures; a fifth as many clips")
+    check.add_argument("--json", type=Path, default=Path("docs/results/judge.json"))
+    add("ship", ship)
     return parser
+
+
+def _change(pair: str, kind: type[Any]) -> tuple[str, Any]:
+    """``NAME=VALUE`` of ``--set``, the value in JSON."""
+    name, _, value = pair.partition("=")
+    if name not in {field.name for field in fields(kind)}:
+        raise argparse.ArgumentTypeError(f"there is no setting {name!r}; see --help")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{pair!r}: the value is no number, true, false or [list]") from None
+
+
+def _settings(args: argparse.Namespace, kind: type[Any]) -> Any:
+    fast = gpu(kind) if args.device != "cpu" and issubclass(kind, Settings) else {}
+    return kind(**{**fast, "seed": args.seed, **dict(args.set)})
 
 
 def draw(args: argparse.Namespace) -> None:
     """Draw a contact sheet of what is learnt from, sheet.png."""
-    drawn = list(islice(_drawn(args.video, args.seed, "tune"), args.count))
-    _write_sheet(args.out / "sheet.png", [asked for asked, _ in drawn], np.stack([made for _, made in drawn]))
+    rng = np.random.default_rng([args.seed, 1])
+    asked = list(islice(args.kind.asked(args.seed, "tune"), args.count))
+    _write_sheet(args.out / "sheet.png", asked, np.stack([args.kind.draw(one, rng) for one in asked]))
 
 
-def _drawn(video: bool, seed: int, split: Split) -> Iterator[tuple[Any, np.ndarray]]:
-    """Endless prompts with their drawings."""
-    if not video:
-        yield from ((scene, picture) for scene, picture, *_ in drawings(seed, split))
-    rng = np.random.default_rng([seed, 1])
-    for clip in clips(seed, split):
-        yield clip, film(clip, rng)[0]
-
-
-def _train_image(args: argparse.Namespace) -> None:
-    """Train the image model, and write the pipeline."""
-    settings = _settings(args, ImageSettings)
-    drawn = cached_drawings(args.out / "drawings", settings.pictures, settings.seed, settings.workers)
-    _train(args, settings, lambda *rest: train_image(args.out / "image", drawn, settings, args.device, *rest))
-
-
-def _train_video(args: argparse.Namespace) -> None:
-    """Train the video model, and write the pipeline."""
-    settings = _settings(args, VideoSettings)
-    drawn = cached_clips(args.out / "drawings", settings.clips, settings.seed, settings.workers)
-    _train(args, settings, lambda *rest: train_video(args.out / "video", drawn, settings, args.device, *rest))
-
-
-def _settings(args: argparse.Namespace, kind: type[Any]) -> Any:
-    changes = {name: json.loads(value) for name, value in (pair.split("=") for pair in args.set)}
-    fast = gpu(kind) if args.device != "cpu" and issubclass(kind, Settings) else {}
-    return kind(**{**fast, "seed": args.seed, **changes})
-
-
-def _train(args: argparse.Namespace, settings: Settings, train: Callable[..., Any]) -> None:
-    folder = args.out / ("video" if isinstance(settings, VideoSettings) else "image")
+def _train(args: argparse.Namespace) -> None:
+    """Train the model, and write the pipeline."""
+    kind: Kind = args.kind
+    settings, folder = _settings(args, kind.settings), args.out / kind.name
+    drawn = kind.drawn(args.out / "drawings", settings)
     write_json(folder / "settings.json", asdict(settings))
     try:
-        pipe = train(Deadline(args.seconds), args.only)
+        pipe = train(kind, folder, settings, args.device, Deadline(args.seconds), drawn, args.only)
     except OutOfTime as stop:
         print(f"{stop}; the same command goes on from there")
         return
     if pipe is not None:
         with replacing_folder(folder / "model") as partial:
             pipe.to(dtype=torch.float16).save_pretrained(partial)
+            Preset(call={**kind.call, "num_inference_steps": 50}).save(partial)
 
 
 def _train_judge(args: argparse.Namespace) -> None:
     """Train the judge of pictures and clips, judge.safetensors."""
     settings = _settings(args, JudgeSettings)
     folder, seed, workers = args.out / "drawings", settings.seed, settings.workers
-    drawn, filmed = (
-        cached_drawings(folder, settings.pictures, seed, workers),
-        cached_clips(folder, settings.clips, seed, workers),
-    )
+    drawn = cached_drawings(folder, settings.pictures, seed, workers)
+    filmed = cached_clips(folder, settings.clips, seed, workers)
     try:
         train_judge(args.out / "judge", drawn, filmed, settings, args.device, Deadline(args.seconds))
     except OutOfTime as stop:
@@ -142,72 +132,65 @@ def _train_judge(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Draw a grid of pictures or clips with a model, sample.png."""
-    asked = list(islice((clips if args.video else scenes)(args.seed, "tune"), args.count))
-    _write_sheet(args.out / "sample.png", asked, generate(asked, args))
+    asked = list(islice(args.kind.asked(args.seed, "tune"), args.count))
+    _write_sheet(args.out / "sample.png", asked, generate([one.prompt for one in asked], args))
 
 
-def judge(args: argparse.Namespace) -> None:
-    """Judge pictures or clips of held-out prompts, judged.json or judged-video.json."""
-    asked: list[Any] = list(islice((clips if args.video else scenes)(args.seed, "judge"), args.count))
-    network = load_judge(args.out / "judge")
-    reference = list(islice(_drawn(args.video, args.seed + 1, "judge"), 200 if args.video else 500))
+def check_judge(args: argparse.Namespace) -> None:
+    """Write how much the shipped judge gets right of drawings it never saw: what no model can surpass."""
+    told: dict[str, Any] = {"command": f"python -m benchmarks.yardstick check-judge --count {args.count}"}
+    for name, subject, count in (("image", Pictures(), args.count), ("video", Clips(), args.count // 5)):
+        rng = np.random.default_rng([args.seed, 2])
+        asked = subject.prompts("judge", count, 50 + args.seed)
+        verdicts = subject.verdicts(np.stack([KINDS[name].draw(one, rng) for one in asked]), asked)
+        attributes = dict.fromkeys(key for verdict in verdicts for key in verdict)
+        told[name] = {
+            "drawings": count,
+            **{key: float(np.mean([v[key] for v in verdicts if key in v])) for key in attributes},
+        }
+    write_json(args.json, told)
+    print(json.dumps(told, indent=1))
 
-    def look(made: np.ndarray, scenes: list[Any]) -> tuple[dict[str, object], torch.Tensor]:
-        if args.video:
-            rows = [verdict(network, frames, clip) for frames, clip in zip(made, scenes, strict=True)]
-            return adherence(rows), clip_features(network, list(made))
-        return adherence(verdicts(network, to_model(made), scenes)), features(network, to_model(made))
 
-    of_model, own = look(generate(asked, args), asked)
-    of_drawings, drawn = look(np.stack([made for _, made in reference]), [scene for scene, _ in reference])
-    figures = {"adherence": of_model, "frechet": frechet(own, drawn), "drawings": of_drawings}
-    write_json(args.out / ("judged-video.json" if args.video else "judged.json"), figures)
-    print(json.dumps(figures, indent=1))
+def ship(args: argparse.Namespace) -> None:
+    """Put the models and the judge that are finished into the package."""
+    for kind, to in {"image": MODEL_FOLDER, "video": VIDEO_MODEL_FOLDER}.items():
+        made = args.out / kind / "model"
+        if made.exists():
+            with replacing_folder(to) as partial:
+                shutil.copytree(made, partial, dirs_exist_ok=True)
+            print(f"wrote {to}; 'ddit calibrate' measures its preset")
+    judge = args.out / "judge" / "judge.safetensors"
+    if judge.exists():
+        JUDGE.parent.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(judge).items()}
+        save_file(weights, JUDGE)
+        print(f"wrote {JUDGE}")
 
 
 def load(args: argparse.Namespace) -> Any:
     """The finished pipeline, or one with the averages of a checkpoint of the flow."""
-    kind = "video" if args.video else "image"
-    folder = args.out / kind
+    folder = args.out / args.kind.name
     if args.checkpoint:
-        pipe: Any = _unfinished(folder, kind, args.checkpoint)
+        pipe = unfinished(args.kind, folder, args.checkpoint)
     elif (folder / "model").exists():
         pipe = DiffusionPipeline.from_pretrained(folder / "model", dtype=torch.float32)
     else:
-        raise SystemExit(f"no model in {folder}; make one with train-{kind}, or name a --checkpoint")
+        print(f"no model in {folder}; make one with train-{args.kind.name}, or name a --checkpoint", file=sys.stderr)
+        raise SystemExit(2)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(args.device)
 
 
-def _unfinished(folder: Path, kind: str, checkpoint: str) -> Any:
-    from benchmarks.yardstick import components, image, video, wan
-    from benchmarks.yardstick.autoencoder import train_vae
-
-    flow = FLOWS[kind]()
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    flow.load_state_dict(state["average"], strict=False)
-    settings: Any = ImageSettings() if kind == "image" else VideoSettings()
-    parts: Any = components if kind == "image" else wan
-    vae = train_vae(folder, parts.make_vae, np.empty(0), settings, "cpu", Deadline(), side=0)
-    text = (image if kind == "image" else video).train_text(folder, settings, "cpu", Deadline())
-    return parts.make_pipeline(vae, text, flow.transformer.eval())
-
-
-def generate(asked: list[Scene] | list[Clip], args: argparse.Namespace) -> np.ndarray:
+def generate(prompts: list[str], args: argparse.Namespace) -> np.ndarray:
     """Pictures ``[N, H, W, 3]`` or clips ``[N, F, H, W, 3]``, uint8, 16 at a time."""
-    pipe = load(args)
-    own = CALLS["video" if args.video else "image"]
-    chosen = {"height": args.size, "width": args.size, "guidance_scale": args.guidance}
-    settings = {**own, **{k: v for k, v in chosen.items() if v is not None}, "num_inference_steps": args.steps}
-    undistilled = args.checkpoint and not args.video and "guided" not in Path(args.checkpoint).name
-    batches = []
-    for start in range(0, len(asked), 16):
-        prompts = [scene.prompt for scene in asked[start : start + 16]]
-        if undistilled:  # it knows guidance 1 alone, and is asked twice
-            twice = {"true_cfg_scale": args.guidance or own["guidance_scale"], "negative_prompt": [""] * len(prompts)}
-            settings = {**settings, **twice, "guidance_scale": 1.0}
+    pipe, batches = load(args), []
+    size = {"height": args.size, "width": args.size} if args.size else {}
+    for start in range(0, len(prompts), 16):
+        part = prompts[start : start + 16]
+        settings = {**args.kind.call_of(args.checkpoint, len(part)), **size, "num_inference_steps": args.steps}
         generator = torch.Generator().manual_seed(args.seed + start)
-        made = pipe(prompts, generator=generator, output_type="np", return_dict=False, **settings)[0]
+        made = pipe(part, generator=generator, output_type="np", return_dict=False, **settings)[0]
         batches.append((np.asarray(made) * 255).round().astype(np.uint8))
     return np.concatenate(batches)
 

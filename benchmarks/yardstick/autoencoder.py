@@ -12,8 +12,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from benchmarks.yardstick.config import Settings
-from benchmarks.yardstick.data import to_model
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit, noise_from, precision
+from ddit.embedded.judge import to_model
 from ddit.files import replacing, replacing_folder
 
 
@@ -125,7 +125,7 @@ def encode(folder: Path, vae: Any, samples: np.ndarray, size: int, device: str) 
     path = folder / f"latents-{size}-{len(samples)}.npy"
     if not path.exists():
         print(f"encoding at {size} pixels", flush=True)
-        batches, many = [], 50 if samples.ndim == 4 else 8
+        batches, many = [], (50 if samples.ndim == 4 else 8) * (1 if device == "cpu" else 10)
         for start in range(0, len(samples), many):
             x = pool(to_model(samples[start : start + many], device), samples.shape[-2] // size)
             z = normalised(vae.encode(x).latent_dist.mean, vae.config)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from benchmarks.yardstick.scenes import vocabulary
+from ddit.embedded.scenes import vocabulary
 
 TEXT_TOKENS = 24
 """Length that prompts are padded to; the longest of the grammar has 21 words and an end mark."""
@@ -66,26 +66,26 @@ def make_tokenizer(words: Sequence[str] = (), length: int = TEXT_TOKENS) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **marks)
 
 
-def make_text_encoders() -> tuple[CLIPTextModel, T5EncoderModel]:
+def make_text_encoders(width: int = TEXT_WIDTH) -> tuple[CLIPTextModel, T5EncoderModel]:
     """A CLIP text model for the pooled vector and a T5 encoder for the token vectors."""
     words = len(SPECIAL) + len(vocabulary())
     clip = CLIPTextConfig(
         vocab_size=words,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=TEXT_TOKENS,
-        projection_dim=TEXT_WIDTH,
+        projection_dim=width,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
     )
     t5 = T5Config(
         vocab_size=words,
-        d_model=TEXT_WIDTH,
+        d_model=width,
         d_kv=32,
-        d_ff=2 * TEXT_WIDTH,
+        d_ff=2 * width,
         num_layers=3,
         num_heads=4,
         relative_attention_num_buckets=16,

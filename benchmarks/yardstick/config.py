@@ -30,13 +30,17 @@ class Settings:
     """Share of the steps of stage A at a quarter of the size, half of it, and full size."""
     high_mix: tuple[float, ...] = (0.05, 0.2, 0.75)
     """The same for stage B, and for the distillation of guidance."""
-    lr: float = 2.4e-3
+    lr: float = 6e-3
     """Of Muon; AdamW has half of it."""
-    noise_mean: float = -0.4
-    """Noise levels at a quarter of the size are ``sigmoid(n)``, ``n`` normal of this mean; at others it is raised."""
-    noise_std: float = 1.3
+    low_noise: tuple[float, float] = (0.1, 1.1)
+    """Noise levels of stage A at a quarter of the size are ``sigmoid(n)``, ``n`` normal of this mean and deviation; at
+    others the mean is raised. Outlines are decided at high ones."""
+    high_noise: tuple[float, float] = (-0.4, 1.3)
+    """The same for stage B, and for the distillation of guidance."""
     mask_weight: float = 2.0
     """Weight of the loss on what covers what beside the flow's."""
+    place_weight: float = 0.5
+    """Weight of the loss on where objects are."""
     unconditional: float = 0.1
     """Chance that a prompt is replaced by the empty one."""
     ema: float = 0.998

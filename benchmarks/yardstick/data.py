@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from einops import rearrange
-from torch import Tensor
 
-from benchmarks.yardstick.clips import clips, film
-from benchmarks.yardstick.drawing import draw
-from benchmarks.yardstick.scenes import IMAGE_SIZE, MOST, Scene, Split, scenes
+from ddit.embedded.clips import clips, film
+from ddit.embedded.drawing import drawings
+from ddit.embedded.scenes import IMAGE_SIZE, MOST
 from ddit.files import replacing
 
 MASK_SIZE = 32
@@ -26,49 +23,30 @@ SHARD = 500
 
 
 @dataclass(frozen=True)
-class Drawings:
-    """N drawings in memory."""
+class Drawn:
+    """N drawings or clips in memory."""
 
     prompts: list[str]
-    pictures: np.ndarray
-    """``[N, 128, 128, 3]`` uint8"""
+    samples: np.ndarray
+    """Pictures ``[N, 128, 128, 3]`` or clips ``[N, 9, 64, 64, 3]``, uint8"""
     masks: np.ndarray
-    """``[N, 3, 32, 32]`` uint8: what each object covers, in the prompt's order"""
+    """``[N, K, 32, 32]`` uint8: what each of 3 objects covers, in the prompt's order; of clips, what the one object
+    covers at the time of each of 5 frames of the latents"""
     spots: np.ndarray
-    """``[N, 3, 3]`` (x, y, radius) in pixels, 0 where there is no object"""
+    """``[N, 3, 3]`` (x, y, radius) in pixels, 0 where there is no object; of clips ``[N, 9, 3]`` on a canvas of 128"""
 
 
-def drawings(seed: int, split: Split) -> Iterator[tuple[Scene, np.ndarray, np.ndarray, np.ndarray]]:
-    """Endless (scene, picture, masks, spots) as `draw` gives them, the same for the same seed."""
-    rng = np.random.default_rng([seed, 1])
-    for scene in scenes(seed, split):
-        yield scene, *draw(scene, rng)
-
-
-@dataclass(frozen=True)
-class Clips:
-    """N drawn clips in memory."""
-
-    prompts: list[str]
-    frames: np.ndarray
-    """``[N, 9, 64, 64, 3]`` uint8"""
-    masks: np.ndarray
-    """``[N, 5, 32, 32]`` uint8: what the object covers at the time of each frame of the latents"""
-    spots: np.ndarray
-    """``[N, 9, 3]`` (x, y, radius) in pixels of a canvas of 128"""
-
-
-def cached_drawings(folder: Path, count: int, seed: int, workers: int) -> Drawings:
+def cached_drawings(folder: Path, count: int, seed: int, workers: int) -> Drawn:
     """The first ``count`` drawings of training prompts; shards already on disk are kept."""
-    return Drawings(**_cached(folder / f"drawings-{seed}", _draw_shard, count, seed, workers))
+    return _cached(folder / f"drawings-{seed}", _draw_shard, count, seed, workers)
 
 
-def cached_clips(folder: Path, count: int, seed: int, workers: int) -> Clips:
+def cached_clips(folder: Path, count: int, seed: int, workers: int) -> Drawn:
     """The first ``count`` clips of training prompts; shards already on disk are kept."""
-    return Clips(**_cached(folder / f"clips-{seed}", _film_shard, count, seed, workers))
+    return _cached(folder / f"clips-{seed}", _film_shard, count, seed, workers)
 
 
-def _cached(stem: Path, make: Callable[[Path, int, int], None], count: int, seed: int, workers: int) -> dict[str, Any]:
+def _cached(stem: Path, make: Callable[[Path, int, int], None], count: int, seed: int, workers: int) -> Drawn:
     stem.parent.mkdir(parents=True, exist_ok=True)
     shard = min(SHARD, count)
     end = ".npz" if shard == SHARD else f"-{shard}.npz"
@@ -80,7 +58,7 @@ def _cached(stem: Path, make: Callable[[Path, int, int], None], count: int, seed
             pool.starmap(make, missing, chunksize=1)
     shards = [dict(np.load(path)) for path in paths]
     arrays = {key: np.concatenate([shard[key] for shard in shards])[:count] for key in shards[0]}
-    return {**arrays, "prompts": arrays["prompts"].tolist()}
+    return Drawn(**{**arrays, "prompts": arrays["prompts"].tolist()})
 
 
 def _film_shard(path: Path, seed: int, count: int) -> None:
@@ -91,7 +69,7 @@ def _film_shard(path: Path, seed: int, count: int) -> None:
         made.append((frames, _at_latents(covers), spots.astype(np.float32)))
     frames, masks, spots = map(np.stack, zip(*made, strict=True))
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, prompts=np.array(prompts), frames=frames, masks=masks, spots=spots)
+        np.savez(file, prompts=np.array(prompts), samples=frames, masks=masks, spots=spots)
 
 
 def _at_latents(covers: np.ndarray) -> np.ndarray:
@@ -112,12 +90,7 @@ def _draw_shard(path: Path, seed: int, count: int) -> None:
         pooled = covers.reshape(MOST, MASK_SIZE, pool, MASK_SIZE, pool).mean((2, 4))
         masks[i] = (pooled * 255).round().astype(np.uint8)
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, prompts=np.array(prompts), pictures=pictures, masks=masks, spots=spots)
-
-
-def to_model(pictures: np.ndarray, device: str = "cpu") -> Tensor:
-    """uint8 ``[N, (F,) H, W, 3]`` -> float ``[N, 3, (F,) H, W]`` in [-1, 1]."""
-    return rearrange(torch.from_numpy(pictures).to(device), "n ... c -> n c ...").float() / 127.5 - 1
+        np.savez(file, prompts=np.array(prompts), samples=pictures, masks=masks, spots=spots)
 
 
 def sheet(pictures: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.yardstick.config import Settings
+from benchmarks.yardstick.data import Drawn
 from benchmarks.yardstick.fit import Deadline, Figures, Loss, Stage, constant, fit, noise_from, precision, trapezoid
 from benchmarks.yardstick.muon import Muon
 
 
 class Flow(nn.Module):
-    """A transformer, and a linear layer on half-way features that tells which object covers what.
+    """A transformer, and linear layers on half-way features that tell where objects are and which covers what.
 
-    Outlines are a small part of the flow's loss beside detail that nobody can predict; with this aid they are
-    learnt many times sooner. The layer is used in training only.
+    Outlines are a small part of the flow's loss beside detail that nobody can predict; with these aids they are
+    learnt many times sooner. The layers are used in training only.
 
     Args:
         transformer: Whose velocity is learnt.
-        read: The block whose features are read.
+        blocks: Of the transformer, in order.
+        read: Number of the block whose features are read.
         width: Of the features.
-        told: Numbers told of every token's area.
+        told: Numbers told of what covers every token's area.
+        placed: Objects of which every token is told where they are.
     """
 
     SIDE = 2
     """A token's area is told in so many parts a side."""
+    FAR = 32.0
+    """Pixels on a canvas of 128."""
 
-    def __init__(self, transformer: Any, read: nn.Module, width: int, told: int) -> None:
+    def __init__(
+        self, transformer: Any, blocks: Sequence[nn.Module], read: int, width: int, told: int, placed: int
+    ) -> None:
         super().__init__()
         self.transformer = transformer
-        self.masks = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, told))
+        self.aid = nn.ModuleDict({"masks": nn.Linear(width, told), "places": nn.Linear(width, 3 * placed)})
+        self.norm = nn.LayerNorm(width)
         self._features: Tensor | None = None
-        self._block = [read]  # in a list, so that it is no second name of the same weights
-        read.register_forward_hook(self._read)
+        self.blocks = list(blocks)  # no ModuleList, so that they are no second names of the same weights
+        self._observed = read
+        self.blocks[read].register_forward_hook(self._read)
 
     def _read(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._features = output[1] if isinstance(output, tuple) else output
 
-    def compile_blocks(self, *lists: nn.ModuleList) -> None:
+    def compile_blocks(self) -> None:
         """Compile each block, anew for each size; the one that is read stays as it is, as its hook would break it."""
         torch._dynamo.config.recompile_limit = 32
-        for block in (block for blocks in lists for block in blocks):
-            if block is not self._block[0]:
+        for i, block in enumerate(self.blocks):
+            if i != self._observed:
                 block.compile(dynamic=False)
 
     @abstractmethod
@@ -61,17 +70,40 @@ class Flow(nn.Module):
     def targets(self, covers: Tensor, tokens: int) -> Tensor:
         """What covers what ``[B, K, 32, 32]`` in [0, 1] as what is told of each token, ``[B, tokens, told]``."""
 
-    def mask_loss(self, covers: Tensor) -> Tensor:
-        """Cross-entropy of the last call's features with what covers what."""
+    @abstractmethod
+    def places(self, spots: Tensor, tokens: int) -> Tensor:
+        """`Drawn.spots` as what is told of each token, ``[B, tokens, placed, 3]``: how far
+        away (x, y) an object is, and its radius, in units of `FAR`; a radius of 0 is no object."""
+
+    def seen_from(self, centres: Tensor, spots: Tensor) -> Tensor:
+        """Spots ``[..., 3]`` (x, y, radius) as they are told to tokens around ``centres [..., 2]``."""
+        away, radius = torch.broadcast_tensors(spots[..., :2] - centres, spots[..., 2:])
+        return torch.cat([away, radius[..., :1]], -1) / self.FAR
+
+    def aid_loss(self, covers: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the last call's features: cross-entropy with what covers what, and absolute distance to places."""
         features = self.forget()
         assert features is not None, "call velocity first"
-        told = self.masks(features).float()
-        return F.binary_cross_entropy_with_logits(told, self.targets(covers, features.shape[1]))
+        features, tokens = self.norm(features), features.shape[1]
+        masks = self.aid["masks"](features).float()
+        wanted = self.places(spots, tokens)
+        there = (wanted[..., 2:] > 0).float()
+        places = self.aid["places"](features).float().view(wanted.shape)
+        off = (places - wanted).abs() * there
+        covered = F.binary_cross_entropy_with_logits(masks, self.targets(covers, tokens))
+        return covered, off.sum() / (3 * there.sum()).clamp(min=1)
 
     def forget(self) -> Tensor | None:
         """Give the last call's features away: they are part of a graph, and can't be copied."""
         features, self._features = self._features, None
         return features
+
+
+def grid(side: int, device: torch.device) -> Tensor:
+    """Centres of tokens ``[side * side, 2]`` (x, y) in pixels of a canvas of 128."""
+    places = (torch.arange(side, device=device) + 0.5) * 128 / side
+    rows, columns = torch.meshgrid(places, places, indexing="ij")
+    return torch.stack([columns, rows], -1).flatten(0, 1)
 
 
 @dataclass
@@ -86,6 +118,7 @@ class Batch:
     """``[B]``"""
     text: tuple[Tensor, ...]
     covers: Tensor
+    spots: Tensor
     size: int
     """In pixels"""
 
@@ -98,6 +131,8 @@ class Source:
     """Size in pixels, rising -> ``[P, ...]``, float16"""
     masks: Tensor
     """``[P, K, 32, 32]`` uint8"""
+    spots: Tensor
+    """``[P, K, 3]`` float32"""
     vectors: tuple[Tensor, ...]
     """Each ``[P + 1, ...]``, of the prompts and, last, of the empty one"""
     settings: Settings
@@ -107,20 +142,21 @@ class Source:
     def made(
         cls,
         latents: Mapping[int, np.ndarray],
-        masks: np.ndarray,
+        drawn: Drawn,
         vectors: tuple[Tensor, ...],
         settings: Settings,
         device: str,
     ) -> Source:
         """All on the device."""
         there = {size: torch.from_numpy(x).to(device) for size, x in latents.items()}
-        return cls(there, torch.from_numpy(masks).to(device), vectors, settings, device)
+        masks, spots = (torch.from_numpy(x).to(device) for x in (drawn.masks, drawn.spots))
+        return cls(there, masks, spots.float(), vectors, settings, device)
 
     def text(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Vectors of prompts by number; -1 is the empty one."""
         return tuple(vector[rows] for vector in self.vectors)
 
-    def batch(self, rng: np.random.Generator, mix: tuple[float, ...], drop: float) -> Batch:
+    def batch(self, rng: np.random.Generator, mix: tuple[float, ...], noise: tuple[float, float], drop: float) -> Batch:
         """Samples of one size at logit-normal noise levels (SD3, arXiv 2403.03206).
 
         Pooling by s divides the noise by s: the same picture is as visible at a logit higher by log(s).
@@ -132,23 +168,23 @@ class Source:
         rows = torch.randint(len(self.masks), (count,), generator=generator, device=device)
         x, covers = self.latents[size][rows].float(), self.masks[rows].float() / 255
         eps = torch.randn(x.shape, generator=generator, device=device)
-        mean = settings.noise_mean + math.log(size / min(sizes))
-        logit = mean + settings.noise_std * torch.randn(len(x), generator=generator, device=device)
+        mean = noise[0] + math.log(size / min(sizes))
+        logit = mean + noise[1] * torch.randn(len(x), generator=generator, device=device)
         sigma = torch.sigmoid(logit)
         words = rows.where(torch.rand(count, generator=generator, device=device) >= drop, -1)
         noisy = torch.lerp(x, eps, sigma.reshape(-1, *[1] * (x.ndim - 1)))
-        return Batch(x, noisy, eps, sigma, self.text(words), covers, size)
+        return Batch(x, noisy, eps, sigma, self.text(words), covers, self.spots[rows], size)
 
 
 def train_flow(folder: Path, flow: Flow, source: Source, deadline: Deadline) -> None:
     """Stages A and B; the model is left with its averaged weights."""
     settings = source.settings
     low, high = max(source.latents) // 2, max(source.latents)
-    for size, steps, seconds, mix, schedule in (
-        (low, settings.low_steps, settings.low_seconds, settings.low_mix, constant),
-        (high, settings.high_steps, settings.high_seconds, settings.high_mix, trapezoid),
+    for size, steps, seconds, mix, noise, schedule in (
+        (low, settings.low_steps, settings.low_seconds, settings.low_mix, settings.low_noise, constant),
+        (high, settings.high_steps, settings.high_seconds, settings.high_mix, settings.high_noise, trapezoid),
     ):
-        loss = matching(flow, source, mix)
+        loss = matching(flow, source, mix, noise)
         stage = flow_stage(folder, f"flow-{size}", flow, loss, (steps, seconds), schedule, settings)
         flow.load_state_dict(fit(stage, deadline), strict=False)
     flow.forget()
@@ -183,17 +219,21 @@ def make_optimizers(flow: Flow, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def matching(flow: Flow, source: Source, mix: tuple[float, ...]) -> Loss:
+def matching(flow: Flow, source: Source, mix: tuple[float, ...], noise: tuple[float, float]) -> Loss:
     """Flow matching with guidance 1: mean squared error to ``eps - x``."""
     settings = source.settings
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
-        batch = source.batch(rng, mix, settings.unconditional)
+        batch = source.batch(rng, mix, noise, settings.unconditional)
         with precision(source.device):
             output = flow.velocity(batch.noisy, batch.sigma, batch.text, torch.ones_like(batch.sigma))
-            aside = flow.mask_loss(batch.covers)
+            masks, places = flow.aid_loss(batch.covers, batch.spots)
         error = F.mse_loss(output.float(), batch.eps - batch.x)
-        figures: Figures = {"flow": error.detach(), "masks": aside.detach(), "size": batch.size}
-        return error + settings.mask_weight * aside, figures
+        aids = {"masks": masks.detach(), "places": places.detach()}
+        return error + settings.mask_weight * masks + settings.place_weight * places, {
+            "flow": error.detach(),
+            **aids,
+            "size": batch.size,
+        }
 
     return loss

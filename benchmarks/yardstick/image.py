@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
 from einops import rearrange
 from torch import Tensor
 
-from benchmarks.yardstick.autoencoder import encode, train_vae
 from benchmarks.yardstick.components import WIDTH, TextEncoders, grid_ids, make_pipeline, make_transformer, make_vae
 from benchmarks.yardstick.config import SIZES, ImageSettings
-from benchmarks.yardstick.data import Drawings
+from benchmarks.yardstick.data import Drawn, cached_drawings
 from benchmarks.yardstick.fit import Deadline, Figures, Loss, cosine, fit, noise_from, precision
-from benchmarks.yardstick.flow import Flow, Source, flow_stage, train_flow
-from benchmarks.yardstick.scenes import MOST
+from benchmarks.yardstick.flow import Flow, Source, flow_stage, grid
+from benchmarks.yardstick.kind import Kind
 from benchmarks.yardstick.text import train_text
+from ddit.embedded.drawing import draw
+from ddit.embedded.scenes import IMAGE_SIZE, MOST, Scene, Split, scenes
 
 
 class FluxFlow(Flow):
-    """Reads the second single block: the third of five blocks."""
+    """Reads the third of five blocks."""
 
     def __init__(self) -> None:
         flux = make_transformer()
-        super().__init__(flux, flux.single_transformer_blocks[1], WIDTH, MOST * self.SIDE**2)
+        blocks = [*flux.transformer_blocks, *flux.single_transformer_blocks]
+        super().__init__(flux, blocks, 2, WIDTH, MOST * self.SIDE**2, MOST)
 
     def velocity(self, noisy: Tensor, sigma: Tensor, text: tuple[Tensor, ...], guidance: Tensor) -> Tensor:
         """Latents ``[B, N, 16]`` of a square grid."""
@@ -51,50 +54,66 @@ class FluxFlow(Flow):
             F.adaptive_avg_pool2d(covers, side), "b k (h y) (w x) -> b (h w) (k y x)", y=self.SIDE, x=self.SIDE
         )
 
-
-def train_image(
-    folder: Path, drawn: Drawings, settings: ImageSettings, device: str, deadline: Deadline, only: str | None = None
-) -> FluxPipeline | None:
-    """Train all stages that are not done; ``only`` ends after that stage, without a pipeline."""
-    vae = train_vae(folder, make_vae, drawn.pictures, settings, device, deadline, side=64)
-    if only == "vae":
-        return None
-    encoders = train_text(folder, settings, device, deadline)
-    if only == "text":
-        return None
-    latents = {size: encode(folder, vae, drawn.pictures, size, device) for size in SIZES}
-    source = Source.made(latents, drawn.masks, vectors(encoders, drawn.prompts, device), settings, device)
-    torch.manual_seed(settings.seed + 2)
-    flow = FluxFlow().to(device)
-    if settings.compile:
-        flow.compile_blocks(flow.transformer.transformer_blocks, flow.transformer.single_transformer_blocks)
-    train_flow(folder, flow, source, deadline)
-    distil(folder, flow, source, settings, deadline)
-    return make_pipeline(vae, encoders, flow.transformer)
+    def places(self, spots: Tensor, tokens: int) -> Tensor:
+        """Of three objects ``[B, 3, 3]``."""
+        return self.seen_from(grid(math.isqrt(tokens), spots.device)[:, None], spots[:, None])
 
 
-@torch.no_grad()
-def vectors(encoders: TextEncoders, prompts: list[str], device: str) -> tuple[Tensor, ...]:
-    """Pooled ``[P + 1, 128]`` and tokens ``[P + 1, 24, 128]`` of the prompts and of the empty one."""
-    parts = [encoders(part.to(device)) for part in encoders.ids([*prompts, ""]).split(500)]
-    return tuple(torch.cat(list(one)) for one in zip(*parts, strict=True))
+class ImageKind(Kind):
+    """A `FluxPipeline`, guidance distilled."""
+
+    name = "image"
+    settings = ImageSettings
+    sizes = SIZES
+    crop = 64
+    call: ClassVar = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "guidance_scale": 3.0, "max_sequence_length": 24}
+
+    make_vae = staticmethod(make_vae)
+    make_flow = FluxFlow
+    train_text = staticmethod(train_text)
+    make_pipeline = staticmethod(make_pipeline)
+
+    def drawn(self, folder: Path, settings: ImageSettings) -> Drawn:
+        return cached_drawings(folder, settings.pictures, settings.seed, settings.workers)
+
+    def asked(self, seed: int, split: Split) -> Iterator[Scene]:
+        return scenes(seed, split)
+
+    def draw(self, asked: Scene, rng: np.random.Generator) -> np.ndarray:
+        return draw(asked, rng)[0]
+
+    @torch.no_grad()
+    def vectors(self, text: TextEncoders, prompts: list[str], device: str) -> tuple[Tensor, ...]:
+        """Pooled ``[P + 1, 128]`` and tokens ``[P + 1, 24, 128]``."""
+        parts = [text(part.to(device)) for part in text.ids([*prompts, ""]).split(500)]
+        return tuple(torch.cat(list(one)) for one in zip(*parts, strict=True))
+
+    def distil(self, folder: Path, flow: Flow, source: Source, deadline: Deadline) -> None:
+        """Stage C: one call answers as the model's two, combined, do (arXiv 2210.03142)."""
+        teacher = copy.deepcopy(flow.requires_grad_(False).eval())
+        flow.requires_grad_(True)
+        for aid in (flow.norm, flow.aid):
+            aid.requires_grad_(False)
+        settings: Any = source.settings
+        length = settings.distil_steps, settings.distil_seconds
+        loss = _distilling(flow, teacher, source)
+        stage = flow_stage(folder, "flow-guided", flow, loss, length, cosine, settings, factor=0.3)
+        flow.load_state_dict(fit(stage, deadline), strict=False)
+
+    def call_of(self, checkpoint: str | None, count: int) -> dict[str, Any]:
+        """Before stage C it knows guidance 1 alone, and is asked twice."""
+        if checkpoint is None or "guided" in Path(checkpoint).name:
+            return self.call
+        twice = {"true_cfg_scale": self.call["guidance_scale"], "negative_prompt": [""] * count}
+        return {**self.call, **twice, "guidance_scale": 1.0}
 
 
-def distil(folder: Path, flow: FluxFlow, source: Source, settings: ImageSettings, deadline: Deadline) -> None:
-    """Stage C: one call answers as the model's two, combined, do (arXiv 2210.03142)."""
-    teacher = copy.deepcopy(flow.requires_grad_(False).eval())
-    flow.requires_grad_(True).masks.requires_grad_(False)
-    loss = _distilling(flow, teacher, source, settings)
-    length = settings.distil_steps, settings.distil_seconds
-    stage = flow_stage(folder, "flow-guided", flow, loss, length, cosine, settings, factor=0.3)
-    flow.load_state_dict(fit(stage, deadline), strict=False)
-
-
-def _distilling(flow: FluxFlow, teacher: FluxFlow, source: Source, settings: ImageSettings) -> Loss:
+def _distilling(flow: Flow, teacher: Flow, source: Source) -> Loss:
+    settings: Any = source.settings
     low, high = settings.guidance
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
-        batch = source.batch(rng, settings.high_mix, 0.0)
+        batch = source.batch(rng, settings.high_mix, settings.high_noise, 0.0)
         one = torch.ones_like(batch.sigma)
         empty = source.text(torch.full((len(one),), -1, device=source.device))
         guidance = torch.empty_like(one).uniform_(low, high, generator=noise_from(rng, source.device))

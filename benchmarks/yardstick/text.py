@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.yardstick.components import TEXT_WIDTH, TextEncoders
 from benchmarks.yardstick.config import ImageSettings
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit
-from benchmarks.yardstick.scenes import (
+from ddit.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
     MOST,

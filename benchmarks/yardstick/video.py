@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import WanPipeline
 from einops import rearrange
 from torch import Tensor, nn
 
-from benchmarks.yardstick.autoencoder import encode, train_vae
-from benchmarks.yardstick.clips import FRAMES, MOTIONS, SPEEDS, Clip, clips
 from benchmarks.yardstick.config import CLIP_SIZES, VideoSettings
-from benchmarks.yardstick.data import Clips
+from benchmarks.yardstick.data import Drawn, cached_clips
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit
-from benchmarks.yardstick.flow import Flow, Source, train_flow
-from benchmarks.yardstick.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, TEXTURES
+from benchmarks.yardstick.flow import Flow, grid
+from benchmarks.yardstick.kind import Kind
 from benchmarks.yardstick.wan import TEXT_WIDTH, WIDTH, TextEncoder, make_pipeline, make_transformer, make_vae
+from ddit.embedded.clips import CLIP_SIZE, FRAMES, MOTIONS, SPEEDS, Clip, clips, film
+from ddit.embedded.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, TEXTURES, Split
 
 ATTRIBUTES: dict[str, tuple[str | None, ...]] = {
     "shape": SHAPES,
@@ -30,7 +32,6 @@ ATTRIBUTES: dict[str, tuple[str | None, ...]] = {
     "background": BACKGROUNDS,
 }
 """What a prompt says -> the possible answers."""
-LATENT_FRAMES = (FRAMES + 1) // 2
 
 
 class WanFlow(Flow):
@@ -38,7 +39,7 @@ class WanFlow(Flow):
 
     def __init__(self) -> None:
         wan = make_transformer()
-        super().__init__(wan, wan.blocks[2], WIDTH, self.SIDE**2)
+        super().__init__(wan, list(wan.blocks), 2, WIDTH, self.SIDE**2, 1)
 
     def velocity(self, noisy: Tensor, sigma: Tensor, text: tuple[Tensor, ...], guidance: Tensor) -> Tensor:
         """Latents ``[B, 5, F, h, w]``; Wan has no input for guidance."""
@@ -52,34 +53,11 @@ class WanFlow(Flow):
             F.adaptive_avg_pool2d(covers, side), "b f (h y) (w x) -> b (f h w) (y x)", y=self.SIDE, x=self.SIDE
         )
 
-
-def train_video(
-    folder: Path, drawn: Clips, settings: VideoSettings, device: str, deadline: Deadline, only: str | None = None
-) -> WanPipeline | None:
-    """Train all stages that are not done; ``only`` ends after that stage, without a pipeline."""
-    centres = drawn.spots[:, FRAMES // 2, :2] * drawn.frames.shape[-2] / IMAGE_SIZE
-    vae = train_vae(folder, make_vae, drawn.frames, settings, device, deadline, side=32, spots=centres)
-    if only == "vae":
-        return None
-    encoder = train_text(folder, settings, device, deadline)
-    if only == "text":
-        return None
-    latents = {size: encode(folder, vae, drawn.frames, size, device) for size in CLIP_SIZES}
-    source = Source.made(latents, drawn.masks, vectors(encoder, drawn.prompts, device), settings, device)
-    torch.manual_seed(settings.seed + 2)
-    flow = WanFlow().to(device)
-    if settings.compile:
-        flow.compile_blocks(flow.transformer.blocks)
-    train_flow(folder, flow, source, deadline)
-    return make_pipeline(vae, encoder, flow.transformer)
-
-
-@torch.no_grad()
-def vectors(encoder: TextEncoder, prompts: list[str], device: str) -> tuple[Tensor, ...]:
-    """``[P + 1, 16, 128]`` of the prompts and of the empty one."""
-    ids, mask = encoder.ids([*prompts, ""])
-    parts = zip(ids.split(500), mask.split(500), strict=True)
-    return (torch.cat([encoder(one.to(device), two.to(device)) for one, two in parts]),)
+    def places(self, spots: Tensor, tokens: int) -> Tensor:
+        """Of one object in each of 9 frames ``[B, 9, 3]``: a frame of latents is the first frame, then two each."""
+        times = torch.cat([spots[:, :1], (spots[:, 1::2] + spots[:, 2::2]) / 2], 1)
+        centres = grid(math.isqrt(tokens // times.shape[1]), spots.device)
+        return self.seen_from(centres[:, None], times[:, :, None, None]).flatten(1, 2)
 
 
 def train_text(folder: Path, settings: VideoSettings, device: str, deadline: Deadline) -> TextEncoder:
@@ -106,3 +84,44 @@ def _answers(clip: Clip) -> list[int]:
     """Index of each of `ATTRIBUTES`."""
     said = {**vars(clip.thing), **vars(clip)}
     return [options.index(said[name]) for name, options in ATTRIBUTES.items()]
+
+
+class VideoKind(Kind):
+    """A `WanPipeline`, called twice a step for guidance."""
+
+    name = "video"
+    settings = VideoSettings
+    sizes = CLIP_SIZES
+    crop = 32
+    call: ClassVar = {
+        "height": CLIP_SIZE,
+        "width": CLIP_SIZE,
+        "num_frames": FRAMES,
+        "guidance_scale": 4.0,
+        "max_sequence_length": 16,
+    }
+
+    make_vae = staticmethod(make_vae)
+    make_flow = WanFlow
+    train_text = staticmethod(train_text)
+    make_pipeline = staticmethod(make_pipeline)
+
+    def drawn(self, folder: Path, settings: VideoSettings) -> Drawn:
+        return cached_clips(folder, settings.clips, settings.seed, settings.workers)
+
+    def asked(self, seed: int, split: Split) -> Iterator[Clip]:
+        return clips(seed, split)
+
+    def draw(self, asked: Clip, rng: np.random.Generator) -> np.ndarray:
+        return film(asked, rng)[0]
+
+    @torch.no_grad()
+    def vectors(self, text: TextEncoder, prompts: list[str], device: str) -> tuple[Tensor, ...]:
+        """``[P + 1, 16, 128]``"""
+        ids, mask = text.ids([*prompts, ""])
+        parts = zip(ids.split(500), mask.split(500), strict=True)
+        return (torch.cat([text(one.to(device), two.to(device)) for one, two in parts]),)
+
+    def centres(self, drawn: Drawn) -> np.ndarray:
+        """Where the object is half-way."""
+        return drawn.spots[:, FRAMES // 2, :2] * CLIP_SIZE / IMAGE_SIZE

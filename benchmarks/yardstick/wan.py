@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from benchmarks.yardstick.clips import vocabulary
 from benchmarks.yardstick.components import SPECIAL, make_tokenizer
+from ddit.embedded.clips import vocabulary
 
 TEXT_TOKENS = 16
 """Length that prompts are padded to; the longest of the grammar has 12 words and an end mark."""

@@ -10,19 +10,19 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
-from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.config import FULL, FixedSchedule, Patches, PatchSchedule, SkipSchedule
 from ddit.handle import Handle
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.plan import Plan
 from ddit.preset import Preset
-from ddit.profile import ErrorProfile
 from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
 from ddit.seat import MARK, parallel_config
 from ddit.tell import warn
 
 if TYPE_CHECKING:
     from ddit.skip.corrector import ForecastCorrector
+    from ddit.skip.joint import JointPlan
 
 _TRANSFORMERS = ("transformer", "transformer_2")
 """Where a pipeline has them; Wan 2.2 A14B hands over from the first to the second."""
@@ -124,12 +124,7 @@ def _settle(
         adapter = _load_adapter(adapter, architectures, schedule)
         detail_variance = detail_variance or adapter.detail_variance
     scales = {s for s in schedule.scales if s > 1}
-    if not detail_variance and scales <= set(known.detail_variance):
-        detail_variance = known.detail_variance
-    variance = {s: torch.tensor(list(v)) for s, v in (detail_variance or {}).items()}
-    missing = sorted(scales - set(variance)) if variance else []
-    if missing:
-        raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
+    variance = _variance(detail_variance or {}, scales, known)
     axes = architectures[0].axes
     guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
     coarse = schedule.coarse if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule().coarse
@@ -140,9 +135,11 @@ def _settle(
             "compile its blocks alone (compile_repeated_blocks), or take positions='grid'"
         )
     policy = _policy(schedule, guard)
-    make_skipper, corrector, speedup = _skipping(skip, corrector, architectures[0], pipe, known, scales)
-    if patches is None and corrector is None and speedup is not None and known.profile is not None:
-        policy, make_skipper = _jointly(speedup, schedule.scales, known.profile, adapter, guard)
+    plan = _joint_plan(skip, patches, corrector, known, schedule.scales, adapter, guard)
+    if plan is not None:
+        policy, make_skipper = _halves(plan)
+    else:
+        make_skipper, corrector = _skipping(skip, corrector, architectures[0], pipe, scales)
     return Plan(
         architectures=architectures,
         pipe=pipe,
@@ -153,11 +150,21 @@ def _settle(
         adapter=adapter,
         make_skipper=make_skipper,
         corrector=corrector,
-        speedup=speedup,
+        speedup=None if skip is None else skip.speedup,
         cache=make_cache(cache, known.teacache) if isinstance(cache, str) else cache,
         costs=known.costs,
         settings={**asked, "patches": schedule},
     )
+
+
+def _variance(given: Mapping[int, Sequence[float]], scales: set[int], known: Preset) -> dict[int, torch.Tensor]:
+    """Scale -> variance of the detail per channel: what is given, else what is known of all scales, else none."""
+    if not given and scales <= set(known.detail_variance):
+        given = known.detail_variance
+    missing = sorted(scales - set(given)) if given else []
+    if missing:
+        raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
+    return {s: torch.tensor(list(v)) for s, v in given.items()}
 
 
 def _moves_unseen(architecture: Architecture) -> bool:
@@ -181,16 +188,46 @@ def _policy(schedule: Patches | Policy, guard: Guard) -> Policy:
     return Fixed(schedule) if isinstance(schedule, FixedSchedule) else schedule
 
 
-def _jointly(
-    speedup: float, scales: tuple[int, ...], profile: ErrorProfile, adapter: PatchAdapter | None, guard: Guard
-) -> tuple[Policy, Any]:
-    """The two halves of a plan over both mechanisms; see `ddit.skip.joint`."""
-    from ddit.skip.joint import JointPatches, JointPlan, JointSkips
+def _joint_plan(
+    skip: SkipSchedule | None,
+    patches: Patches | Policy | None,
+    corrector: Any,
+    known: Preset,
+    scales: tuple[int, ...],
+    adapter: PatchAdapter | None,
+    guard: Guard,
+) -> JointPlan | None:
+    """The plan over both mechanisms, where a speedup or a quality asks for one; ``None`` where each goes by its own."""
+    if skip is None or skip.threshold is not None:
+        return None
+    alone = patches == FULL
+    if skip.quality is not None:
+        if known.profile is None or known.quality is None:
+            raise ValueError(
+                "a quality needs a preset of this model: make one with 'ddit calibrate', "
+                "or ask for a speedup or a threshold"
+            )
+        if corrector is not None or not (patches is None or alone):
+            raise ValueError(
+                "a quality is a plan over patches and skipping: leave out patches and corrector, or ask for a speedup "
+                "or a threshold; patches=FixedSchedule(steps=(1,)) (--patches full) plans skipping alone"
+            )
+    elif patches is not None or corrector is not None or known.profile is None:
+        return None
+    # The core knows skipping through `ddit.run.Skipping` alone.
+    from ddit.skip.joint import JointPlan
+
+    errors = known.profile if adapter is None else known.profile.learnt(adapter.errors)
+    scales = tuple(s for s in scales if s == 1 or s in errors.coarse)
+    error = 0.0 if skip.quality is None or known.quality is None else known.quality.error_of(skip.quality)
+    return JointPlan((1,) if alone else scales, errors, guard, skip.speedup, error)
+
+
+def _halves(plan: JointPlan) -> tuple[Policy, Any]:
+    """What a plan over both mechanisms decides for patches, and what makes the skipper of a run."""
+    from ddit.skip.joint import JointPatches, JointSkips
     from ddit.skip.skipper import Skipper
 
-    errors = profile if adapter is None else profile.learnt(adapter.errors)
-    scales = tuple(s for s in scales if s == 1 or s in errors.coarse)
-    plan = JointPlan(speedup, scales, errors, guard)
     return JointPatches(plan), lambda correction: Skipper(JointSkips(plan))
 
 
@@ -230,14 +267,13 @@ def _skipping(
     corrector: Any,
     architecture: Architecture,
     pipe: Any,
-    known: Preset,
     coarse_scales: set[int],
-) -> tuple[Any, Any, float | None]:
-    """What makes the skipper of a run, the corrector, and the speedup that was asked for."""
+) -> tuple[Any, Any]:
+    """What makes the skipper of a run that knows nothing of patches, and the corrector."""
     if skip is None:
         if corrector is not None:
             raise ValueError("a corrector corrects forecasts, and no step is skipped; give skip too (--speedup)")
-        return None, None, None
+        return None, None
     # The core knows skipping through `ddit.run.Skipping` alone.
     from ddit.skip.corrector import ForecastCorrector
     from ddit.skip.policy import SkipPlan, SkipRule
@@ -259,20 +295,12 @@ def _skipping(
                 f"the corrector learnt under {learnt} and this pipeline samples by {sampler}, under which it may "
                 "lose; compare with corrector=None (--corrector none)"
             )
-    threshold = skip.threshold
-    if skip.quality is not None:
-        if known.quality is None:
-            raise ValueError(
-                "a quality needs a preset of this model: make one with 'ddit calibrate', "
-                "or ask for a speedup or a threshold"
-            )
-        threshold = known.quality.threshold_of(skip.quality)
-    speedup, patch = skip.speedup, architecture.patch_size
+    speedup, threshold, patch = skip.speedup, skip.threshold, architecture.patch_size
 
     def make(correction: float) -> Skipper:
         if speedup is not None:
             return Skipper(SkipPlan(speedup, correction), corrector)
-        assert threshold is not None, "a skip schedule has one wish"
+        assert threshold is not None, "a quality has a plan over both"
         return Skipper(SkipRule(threshold, patch), corrector)
 
-    return make, corrector, speedup
+    return make, corrector

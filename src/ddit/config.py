@@ -198,8 +198,8 @@ class SkipSchedule(_Settings):
     speedup: float | None = None
     """Call the model in so few steps that a run takes so many times less work than a plain one, from 1 on."""
     quality: float | None = None
-    """The ``threshold`` with which runs stay as near to plain ones as this, PSNR in dB; needs a preset of the model
-    (``ddit calibrate``)."""
+    """Take so little work that runs stay as near to plain ones as this, PSNR in dB: a plan over patches and skipping,
+    which needs a preset of the model (``ddit calibrate``)."""
 
     def __post_init__(self) -> None:
         given = [field.name for field in fields(self) if getattr(self, field.name) is not None]

@@ -13,24 +13,23 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ddit import modular
 from ddit.adapter import PatchAdapter
-from ddit.embedded import CORRECTOR_FOLDER, MODEL_FOLDER, video
+from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER, VIDEO_ADAPTER_FOLDER, VIDEO_MODEL_FOLDER
 from ddit.preset import Preset
 from ddit.pretrained import Part
 from ddit.skip.corrector import ForecastCorrector
 from ddit.tell import warn
 
-EMBEDDED: dict[str, tuple[Path, Path]] = {
-    "embedded": (MODEL_FOLDER, CORRECTOR_FOLDER),
-    "embedded-video": (video.MODEL_FOLDER, video.CORRECTOR_FOLDER),
-}
-"""Names of the models that ship with ddit -> folder of the model, folder of its corrector."""
+EMBEDDED: dict[str, Path] = {"embedded": MODEL_FOLDER, "embedded-video": VIDEO_MODEL_FOLDER}
+"""Names of the models that ship with ddit -> folder."""
+ADAPTERS: dict[str, Path] = {"embedded": ADAPTER_FOLDER, "embedded-video": VIDEO_ADAPTER_FOLDER}
+"""Names of these models -> folder of their adapter."""
 INDEX = "model_index.json"
 """In a folder or repository that holds a pipeline."""
 
 
 def model_folder(model: str) -> Path:
     """Where a model's files are, if they are on this machine."""
-    return EMBEDDED[model][0] if model in EMBEDDED else Path(model)
+    return EMBEDDED[model] if model in EMBEDDED else Path(model)
 
 
 def model_source(model: str) -> str:
@@ -57,10 +56,8 @@ def load_pipeline(
     given = None if preset is None else Preset.load(preset, required=True)
     folder = model_folder(model)
     if model in EMBEDDED and not folder.exists():
-        flag = " --video" if model == "embedded-video" else ""
         raise ValueError(
-            f"the model {model} is not part of this ddit; make it with 'ddit embedded train{flag}' and "
-            f"'ddit embedded install{flag}'"
+            f"the model {model} is not part of this ddit; benchmarks/yardstick of the repository trains and ships it"
         )
     if folder.exists() and not any((folder / name).is_file() for name in (INDEX, modular.INDEX)):
         raise ValueError(f"{folder} has no model_index.json; name a folder that a diffusers pipeline was saved to")
@@ -101,21 +98,21 @@ def check_device(device: str) -> None:
 
 
 def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> PatchAdapter:
-    """An adapter from a folder or a hub id.
+    """An adapter from a folder or a hub id, or that of an embedded model, by the model's name.
 
     Raises:
         ValueError: When there is none, or its files are damaged.
     """
-    return _load_part(PatchAdapter, name, dtype, device)
+    return _load_part(PatchAdapter, str(ADAPTERS.get(name, name)), dtype, device)
 
 
 def load_corrector(name: str, *, dtype: str = "float32", device: str = "cpu") -> ForecastCorrector:
-    """A corrector from a folder, a hub id, or that of an embedded model.
+    """A corrector from a folder or a hub id.
 
     Raises:
         ValueError: When there is none, or its files are damaged.
     """
-    return _load_part(ForecastCorrector, str(EMBEDDED[name][1]) if name in EMBEDDED else name, dtype, device)
+    return _load_part(ForecastCorrector, name, dtype, device)
 
 
 def _load_part(kind: type[Part], name: str, dtype: str, device: str) -> Part:
@@ -131,8 +128,8 @@ def check_prompt(prompt: str, model: str) -> None:
         raise ValueError("the prompt is empty; say what to draw")
     if model not in EMBEDDED:
         return
+    from ddit.embedded.clips import vocabulary as clip_words
     from ddit.embedded.scenes import vocabulary as picture_words
-    from ddit.embedded.video.clips import vocabulary as clip_words
 
     words = picture_words() if model == "embedded" else clip_words()
     for word in prompt.split():

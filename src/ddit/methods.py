@@ -42,28 +42,24 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
     if unknown:
         raise ValueError(f"unknown settings {unknown}; allowed are {', '.join(WORDS)}")
     given = {name: value for name, value in values.items() if value is not None}
-    names = {kind: given.get(kind) for kind in ("adapter", "corrector")}
+    suits = given.get("patches", "rule") == "rule" and not set(COARSE) & set(given)
+    names = {"adapter": given.get("adapter", preset.adapter if suits else ""), "corrector": given.get("corrector")}
     loaded = {"adapter": load_adapter, "corrector": load_corrector}
-    parts = {kind: loaded[kind](name) if name not in (None, "none") else None for kind, name in names.items()}
+    parts = {kind: None if name in (None, "", "none") else loaded[kind](name) for kind, name in names.items()}
     cache = make_cache(given["cache"], preset.teacache) if "cache" in given else None
     patches = None if planned_jointly(given, preset) else patches_of(given, preset)
     return Method(patches=patches, skip=skip_of(given), cache=cache, preset=preset, **parts)
 
 
 def planned_jointly(given: Mapping[str, Any], preset: Preset) -> bool:
-    """Whether a speedup is planned over patches and skipping: nothing is said of patches, and there is a profile."""
+    """Whether a wish is planned over patches and skipping: nothing is said of patches, and there is a profile."""
     said = {"patches", "schedule", *RULE, *COARSE} & set(given)
-    return "speedup" in given and not said and preset.profile is not None and given.get("corrector", "none") == "none"
-
-
-def completed(values: Mapping[str, Any], model: str, preset: Preset) -> dict[str, Any]:
-    """The words with the corrector that ships with a model, where it gains: where steps between full ones are skipped.
-
-    That of the clips does not gain at every speed, so it has to be named.
-    """
-    given = {name: value for name, value in values.items() if value is not None}
-    gains = model == "embedded" and skip_of(given) is not None and patches_of(given, preset) == FULL
-    return {"corrector": "embedded", **given} if gains else given
+    return (
+        bool({"speedup", "quality"} & set(given))
+        and not said
+        and preset.profile is not None
+        and given.get("corrector", "none") == "none"
+    )
 
 
 def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:

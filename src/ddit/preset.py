@@ -12,59 +12,50 @@ from typing import Any
 from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
 from ddit.files import write_json
 from ddit.profile import ErrorProfile
-from ddit.tell import warn
 
 FILE = "ddit.json"
-VERSION = 3
+VERSION = 4
 SHIPPED = Path(__file__).parent / "presets"
 """Presets that go by a name: ``paper`` has the values of arXiv 2602.16968, section 4, for FLUX.1-dev and Wan 2.1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityCurve:
-    """What skip thresholds made of a model's runs, measured by `ddit calibrate`.
+    """What expected errors came out as in a model's runs, measured by `ddit calibrate`.
 
     Raises:
-        ValueError: Where lists are not of one length, or thresholds don't rise.
+        ValueError: Where lists are not of one length, or errors don't rise.
     """
 
-    thresholds: tuple[float, ...]
-    """Rising."""
+    errors: tuple[float, ...]
+    """Expected (`ddit.skip.joint.expected_error`), rising."""
     psnr: tuple[float, ...]
     """Likeness to the plain run in dB, median over prompts, for each."""
 
     def __post_init__(self) -> None:
-        for name in ("thresholds", "psnr"):
+        for name in ("errors", "psnr"):
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
-        if not len(self.thresholds) == len(self.psnr) > 1:
-            raise ValueError("a quality curve needs as many psnr as thresholds, two at least")
-        if list(self.thresholds) != sorted(set(self.thresholds)) or self.thresholds[0] <= 0:
-            raise ValueError("a quality curve's thresholds must rise from above 0")
+        if not len(self.errors) == len(self.psnr) > 1:
+            raise ValueError("a quality curve needs as many psnr as errors, two at least")
+        if list(self.errors) != sorted(set(self.errors)) or self.errors[0] <= 0:
+            raise ValueError("a quality curve's errors must rise from above 0")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QualityCurve:
         """The inverse of `dataclasses.asdict`."""
         return cls(**values)
 
-    def threshold_of(self, psnr: float) -> float:
-        """The largest threshold whose pictures are expected to be as near to plain's as ``psnr`` dB.
+    def error_of(self, psnr: float) -> float:
+        """The largest error whose pictures are expected to be as near to plain's as ``psnr`` dB.
 
-        Warns of a quality outside of what was measured.
+        Outside of what was measured ten times the error is taken to cost 10 dB.
         """
         import numpy as np  # here, so that the command line answers at once
 
         likeness = np.minimum.accumulate(self.psnr)[::-1]
-        if psnr > likeness[-1]:
-            warn(
-                f"a quality of {psnr:g} dB is above {likeness[-1]:.1f}, the most that was measured: no step is skipped"
-            )
-            return 0.0
-        if psnr < likeness[0]:
-            warn(
-                f"a quality of {psnr:g} dB is below {likeness[0]:.1f}, the least that was measured, and that is taken; "
-                "ask for a speedup to go farther"
-            )
-        return float(np.exp(np.interp(psnr, likeness, np.log(self.thresholds)[::-1])))
+        nearest = min(max(psnr, likeness[0]), likeness[-1])
+        inside = np.exp(np.interp(nearest, likeness, np.log(self.errors)[::-1]))
+        return float(inside * 10 ** ((nearest - psnr) / 10))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +66,8 @@ class Preset:
     """Arguments for the pipeline's call, such as ``height`` or ``max_sequence_length``."""
     patches: Patches = PatchSchedule()  # noqa: RUF009 (frozen)
     """Schedule of patches that suits the model."""
+    adapter: str = ""
+    """Folder or hub id of the adapter that the command line uses unless it is told another, or ``none``."""
     skip: SkipSchedule | None = None
     """Skip schedule that suits the model, for those who ask to skip without saying more."""
     detail_variance: Mapping[int, list[float]] = field(default_factory=dict)
@@ -84,7 +77,7 @@ class Preset:
     """Coefficients of TeaCache's polynomial, highest power first (see `ddit.eval.calibrate`)."""
 
     quality: QualityCurve | None = None
-    """What skip thresholds make of the model's runs."""
+    """What the errors that the profile tells make of the model's pictures."""
 
     profile: ErrorProfile | None = None
     """How much each way to take a step errs: a speedup is planned over patches and skipping with it."""

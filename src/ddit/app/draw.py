@@ -13,7 +13,7 @@ from ddit.app.study import Study
 from ddit.config import PatchSchedule
 from ddit.generate import Method, Run, draws_video, run, warm_up
 from ddit.loading import check_prompt, load_adapter, load_corrector
-from ddit.methods import SKIP, completed, make_method
+from ddit.methods import SKIP, make_method
 from ddit.preset import Preset
 from ddit.report import Report
 
@@ -154,7 +154,7 @@ class Studio:
             "load_adapter": partial(load_adapter, **self.load),
             "load_corrector": partial(load_corrector, **self.load),
         }
-        return make_method(completed(words, self.model, self.preset), self.preset, **loaders)
+        return make_method(words, self.preset, **loaders)
 
 
 def draw_pairs(

@@ -14,9 +14,8 @@ from typing import Any
 
 from ddit import __version__
 from ddit.cli.app import add_app
-from ddit.cli.common import add_command, add_flag, check_outputs, check_writable, command_line, environment
+from ddit.cli.common import add_command, add_flag, check_outputs, check_writable, command_line, environment, positive
 from ddit.cli.draw import add_draw
-from ddit.cli.embedded import add_embedded
 from ddit.cli.measure import add_measure
 from ddit.files import write_json
 from ddit.train.config import TrainConfig
@@ -90,9 +89,26 @@ def parser() -> argparse.ArgumentParser:
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         add_flag(learn, TrainConfig, field.name, "" if shown is None else f"default: {shown}")
 
-    add_embedded(commands)
+    words = add_command(commands, "prompts", _prompts, "write prompts of the embedded models that no evaluation uses")
+    words.add_argument("--video", action="store_true", help="of the video model")
+    words.add_argument("--count", type=positive, default=1000)
+    words.add_argument("--out", type=Path, default=Path("runs/prompts.txt"))
     add_command(commands, "info", _info, "versions, devices and supported models")
     return top
+
+
+def _prompts(args: argparse.Namespace) -> None:
+    from itertools import islice
+
+    from ddit.embedded.clips import clips
+    from ddit.embedded.scenes import scenes
+
+    check_writable(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # A seed of its own: the models and adapters see the same split of the grammar, but not the same prompts.
+    source = (clips if args.video else scenes)(77, "train")
+    args.out.write_text("".join(f"{asked.prompt}\n" for asked in islice(source, args.count)))
+    print(f"wrote {args.out}")
 
 
 def _train(args: argparse.Namespace) -> None:

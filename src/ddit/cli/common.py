@@ -22,12 +22,12 @@ def add_command(commands: Any, name: str, run: Callable[..., None] | None, text:
     return command
 
 
-def model_options(command: argparse.ArgumentParser, *, adapter: str | None = "none") -> None:
-    """Which model, what it needs beside, and how it is called; ``adapter`` names the default in words."""
+def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> None:
+    """Which model, what it needs beside, and how it is called."""
     command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    if adapter is not None:
+    if adapter:
         command.add_argument(
-            "--adapter", help=f"folder or hub id of an adapter; embedded is the embedded model's (default: {adapter})"
+            "--adapter", help="folder or hub id of an adapter, or none (default: the one that the preset names, if any)"
         )
     command.add_argument(
         "--preset",

@@ -21,14 +21,14 @@ from ddit.cli.common import (
 from ddit.config import Coarse, PatchSchedule, SkipSchedule
 from ddit.extras import require
 from ddit.files import write_json
-from ddit.methods import KINDS, SKIP, patches_of, skip_of
+from ddit.methods import KINDS, SKIP, make_method, patches_of, skip_of
 from ddit.preset import Preset
 
 DEMO_THRESHOLD = 0.01
 """tau of the demo: the embedded model is small, and its latents bend more than those of FLUX.1-dev."""
 DEMO_SIDE = 384
 """Height and width in pixels that its pictures are shown at."""
-DEMO_PROMPT = "a large hatched blue star left of a small plain yellow circle on a brick background"
+DEMO_PROMPT = "a large striped red heart and a small plain yellow star on a sky background"
 
 
 def add_draw(commands: Any) -> None:
@@ -66,9 +66,7 @@ def method_options(command: argparse.ArgumentParser) -> None:
     skip = command.add_argument_group("skip", "in which steps the model is not called (default: in none)")
     for word, text in SKIP_HELP.items():
         add_flag(skip, SkipSchedule, SKIP[word], text, name=word)
-    skip.add_argument(
-        "--corrector", help="folder or hub id of a corrector of forecasts (default: the embedded model's; none)"
-    )
+    skip.add_argument("--corrector", help="folder or hub id of a corrector of forecasts (default: none)")
     command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
 
 
@@ -82,7 +80,7 @@ RULE_HELP = {
 }
 SKIP_HELP = {
     "speedup": "call the model so rarely that a run takes so many times less work",
-    "quality": "as rarely as keeps this PSNR in dB to the plain run",
+    "quality": "so little work as keeps this PSNR in dB to the plain run",
     "skip_threshold": "while forecasts change the picture by less than this",
 }
 
@@ -147,11 +145,12 @@ def _demo(args: argparse.Namespace) -> None:
     from ddit import loading, outputs
 
     pipe, preset = loading.load_pipeline("embedded")
-    patches = PatchSchedule(threshold=DEMO_THRESHOLD)
+    load = {"load_adapter": loading.load_adapter, "load_corrector": loading.load_corrector}
+    rule = {"threshold": DEMO_THRESHOLD}
     methods = {
         "plain": None,
-        "patches": lib.Method(patches=patches, preset=preset),
-        "patches + skip": lib.Method(patches=patches, skip=SkipSchedule(speedup=3), preset=preset),
+        "patches": make_method(rule, preset, **load),
+        "patches + skip": make_method({**rule, "speedup": 3}, preset, **load),
     }
     print(f"{DEMO_PROMPT!r}: {', '.join(methods)}, by turns", flush=True)
     drawn = lib.by_turns(pipe, [DEMO_PROMPT], [0], lib.call_settings(preset), methods, repeats=3)

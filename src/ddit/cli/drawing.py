@@ -18,7 +18,7 @@ from ddit.cli.common import call_options, command_line, environment, words_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
 from ddit.files import replacing
-from ddit.methods import completed, make_method
+from ddit.methods import make_method
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Drawing:
         suffix = ".wav" if sounds.sample_rate(pipe) else ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
-        words = completed(words_of(args), args.model, preset)
+        words = words_of(args)
         method = make_method(
             words,
             preset,

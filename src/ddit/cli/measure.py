@@ -31,7 +31,7 @@ def add_measure(commands: Any) -> None:
     _add_evaluate(commands)
     _add_bench(commands)
     calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
-    model_options(calibrate, adapter=None)
+    model_options(calibrate, adapter=False)
     calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
     calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
     calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")

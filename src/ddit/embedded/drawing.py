@@ -1,115 +1,166 @@
-"""What drawings are made of: outlines, textures, backgrounds. Lengths are in pixels of a drawing of 128 x 128."""
+"""The renderer: a scene becomes a picture of 128 x 128 with edges one pixel wide. Lengths are in pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
+from ddit.embedded.backdrops import backdrop
+from ddit.embedded.outlines import distance, hsv, mix, rotate
+from ddit.embedded.scenes import COLOURS, IMAGE_SIZE, MOST, Scene, Split, Thing, arrange, scenes
 
-def rotate(x, y, angle: float):
-    c, s = np.cos(angle), np.sin(angle)
-    return c * x + s * y, c * y - s * x
+TILT = 0.15
+"""Most that an object is turned, in radians."""
+PERIOD = 16.0
+"""Of textures, along both axes: of two tokens of the image model."""
+CLUTTER = ("leaf", "pebble", "dot", "ring", "bird", "bloom", "spark")
+"""Small things no prompt names."""
 
 
-def stamp(picture, shape: str, name: str, ink, x, y, radius: float, angle: float, shadow, rng: np.random.Generator):
-    """Draw an object and its shadow.
+def draw(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw a scene.
 
     Args:
-        picture: ``[H, W, 3]``
-        name: Its texture.
-        ink: Its colour ``[3]``.
-        x: Columns from its centre, ``[H, W]``; y: rows.
-        shadow: Where the shadow falls from: (x, y) in pixels.
-        rng: Decides how the texture lies.
+        scene: What is asked for.
+        rng: Decides everything the scene leaves open.
 
     Returns:
-        The picture with it, and what it covers ``[H, W]`` in [0, 1].
+        Picture ``[128, 128, 3]`` uint8; what each object covers, ``[3, 128, 128]`` in [0, 1], in the prompt's order;
+        and where each lies, ``[objects, 3]`` (x, y, radius).
     """
-    u, v = rotate(x, y, angle)
-    su, sv = rotate(x + shadow[0], y + shadow[1], angle)
-    dark = 0.45 * np.clip(0.5 - distance(shape, su, sv, radius) / 3, 0, 1)
-    cover = np.clip(0.5 - distance(shape, u, v, radius), 0, 1)
-    behind = picture * (1 - dark[..., None]) * (1 - cover[..., None])
-    return behind + texture(name, ink, u, v, rng) * cover[..., None], cover
+    light = rng.uniform(0, 2 * np.pi)
+    sun = (float(np.cos(light)), float(np.sin(light)))
+    picture = backdrop(scene.background, rng)
+    spots = arrange(scene, rng)
+    masks = np.zeros((MOST, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    count = int(rng.integers(3, 10))
+    front = int(rng.binomial(count, 0.15))
+    for _ in range(count - front):
+        clutter(picture, sun, rng)
+    for i in rng.permutation(len(scene.things)):
+        cover = stamp(picture, scene.things[i], spots[i], sun, rng)
+        masks *= 1 - cover
+        masks[i] = cover
+    for _ in range(front):
+        clutter(picture, sun, rng)
+    picture *= lit(sun, rng)
+    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8), masks, spots
 
 
-def distance(shape: str, u, v, r: float):
-    """Signed distance in pixels to the outline, negative inside (exact or a lower bound near it)."""
-    if shape == "circle":
-        return np.hypot(u, v) - r
-    if shape == "square":
-        return np.maximum(abs(u), abs(v)) - 0.86 * r
-    if shape == "triangle":
-        sides = [u * np.sin(a) - v * np.cos(a) for a in np.deg2rad([60, 180, 300])]
-        return np.maximum.reduce(sides) - 0.6 * r
-    if shape == "cross":
-        arm, reach = 0.3 * r, r
-        across = np.maximum(abs(u) - reach, abs(v) - arm)
-        return np.minimum(across, np.maximum(abs(u) - arm, abs(v) - reach))
-    # Star: fold the plane into one of ten half-points, then the distance to a single edge.
-    sector = np.pi / 5
-    theta = np.arctan2(u, -v)
-    folded = abs((theta + sector) % (2 * sector) - sector)
-    rho = np.hypot(u, v)
-    tip = np.array([1.1 * r, 0.0])
-    inner = 0.5 * r * np.array([np.cos(sector), np.sin(sector)])
-    edge = inner - tip
-    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
-    return (rho * np.cos(folded) - tip[0]) * normal[0] + (rho * np.sin(folded) - tip[1]) * normal[1]
+def drawings(seed: int, split: Split) -> Iterator[tuple[Scene, np.ndarray, np.ndarray, np.ndarray]]:
+    """Endless (scene, picture, masks, spots) as `draw` gives them, the same for the same seed."""
+    rng = np.random.default_rng([seed, 1])
+    for scene in scenes(seed, split):
+        yield scene, *draw(scene, rng)
 
 
-def texture(name: str, ink, u, v, rng: np.random.Generator):
-    """Colour inside an object, ``[H, W, 3]``; ``u, v`` are the object's own axes in pixels."""
-    pale, deep = 0.25 * ink + 0.75, 0.35 * ink
-    pu, pv = rng.uniform(0, 20, 2)
+def lit(sun: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """How bright a picture is, brighter where the light comes from: ``[128, 128, 1]``."""
+    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) / 64 - 1
+    return (1 - rng.uniform(0.02, 0.12) * (x * sun[0] + y * sun[1]))[..., None]
+
+
+def _window(x: float, y: float, r: float):
+    """Slices of the part of a picture around a spot, and its columns and rows relative to it."""
+    x0, x1 = max(0, int(x - r)), min(IMAGE_SIZE, int(x + r) + 1)
+    y0, y1 = max(0, int(y - r)), min(IMAGE_SIZE, int(y + r) + 1)
+    v, u = np.mgrid[y0:y1, x0:x1].astype(np.float32)
+    return (slice(y0, y1), slice(x0, x1)), u + 0.5 - x, v + 0.5 - y
+
+
+def stamp(
+    picture: np.ndarray,
+    thing: Thing,
+    spot,
+    sun: tuple[float, float],
+    rng: np.random.Generator,
+    grain: float | None = None,
+) -> np.ndarray:
+    """Draw an object and its shadow into the picture; returns what it covers ``[128, 128]``.
+
+    Its texture shows through it from the canvas, which small models learn soonest; with ``grain`` it moves with the
+    object, and is so much coarser.
+    """
+    x, y, r = map(float, spot)
+    here, u, v = _window(x, y, 1.25 * r + 8)
+    angle = rng.uniform(-TILT, TILT)
+    ink = hsv(COLOURS[thing.colour] + rng.uniform(-6, 6), rng.uniform(0.72, 0.92), rng.uniform(0.82, 0.98))
+    fall = rng.uniform(2.5, 5)
+    shade = distance(thing.shape, *rotate(u + fall * sun[0], v + fall * sun[1], angle), r)
+    part = picture[here] * (1 - rng.uniform(0.3, 0.5) * np.clip(0.5 - shade / 3, 0, 1)[..., None])
+    a, b = rotate(u, v, angle)
+    edge = distance(thing.shape, a, b, r)
+    cover = np.clip(0.5 - edge, 0, 1)
+    surface = texture(thing.texture, ink, *((a / grain, b / grain) if grain else (u + x, v + y)), rng)
+    surface = surface * (1 + 0.16 * (u * sun[0] + v * sun[1]) / r)[..., None]
+    rim = np.clip(edge + 2.2, 0, 1)
+    surface = mix(surface, 0.45 * ink, 0.75 * rim)
+    picture[here] = mix(part, surface, cover)
+    whole = np.zeros(picture.shape[:2], np.float32)
+    whole[here] = cover
+    return whole
+
+
+def texture(name: str, ink: np.ndarray, u, v, rng: np.random.Generator) -> np.ndarray:
+    """Colour inside an object, ``[H, W, 3]``, at places in pixels; each texture lies in one of two ways."""
+    pale, deep = 0.25 * ink + 0.75, 0.42 * ink
+    other = rng.integers(2)
+    half = PERIOD / 2
     if name == "plain":
         return np.broadcast_to(ink, (*u.shape, 3))
     if name == "striped":
-        period = rng.uniform(9, 11)
-        mask = wave((u if rng.random() < 0.5 else v) + pu, period)
-        return mix(ink, deep, mask)
+        return mix(ink, deep, _stripes(u + v if other else u - v, np.sqrt(2)))
     if name == "dotted":
-        period = rng.uniform(8.5, 10)
-        du, dv = ((a + p) % period - period / 2 for a, p in ((u, pu), (v, pv)))
-        return mix(ink, pale, np.clip(0.5 + 2.5 - np.hypot(du, dv), 0, 1))
-    period = rng.uniform(5, 5.6)  # hatched: thin crossed lines
-    a, b = rotate(u, v, np.pi / 4)
-    lines = np.maximum(*(np.clip(1.3 - abs((c + p) % period - period / 2), 0, 1) for c, p in ((a, pu), (b, pv))))
-    return mix(ink, deep, lines)
+        u = u + half * other
+        rows = [np.hypot((u + p + half) % PERIOD - half, (v + p + half) % PERIOD - half) for p in (0, half)]
+        return mix(ink, pale, np.clip(0.5 + 0.23 * PERIOD - np.minimum(*rows), 0, 1))
+    a, b = _stripes(u + half * other), _stripes(v)
+    return mix(ink, pale, a + b - 2 * a * b)
 
 
-def background(name: str, x, y, rng: np.random.Generator):
-    """Muted background, ``[H, W, 3]``."""
-    hue, value = rng.uniform(0, 360), rng.uniform(0.4, 0.75)
-    one = hsv(hue, rng.uniform(0.05, 0.2), value)
-    step = rng.uniform(0.12, 0.2) * (1 if value < 0.55 else -1)
-    two = hsv(hue + rng.uniform(-40, 40), rng.uniform(0.05, 0.2), value + step)
-    if name == "smooth":
-        angle = rng.uniform(0, 2 * np.pi)
-        return mix(one, two, 0.5 + (rotate(x - 64, y - 64, angle)[0]) / 181)
-    if name == "brick":
-        px, py = rng.uniform(0, 24), rng.uniform(0, 24)
-        row = np.floor((y + py) / 12)
-        inside_y, inside_x = (y + py) % 12, (x + px + 12 * (row % 2)) % 24
-        return mix(one, two, np.clip(1.6 - np.minimum(inside_y, inside_x), 0, 1))
-    if name == "grainy":
-        grain = rng.normal(size=x.shape).astype(np.float32)
-        grain = sum(np.roll(grain, s, axis=(0, 1)) for s in ((0, 0), (0, 1), (1, 0), (1, 1))) / 2
-        return mix(one, two, 0.5 + 0.4 * grain)
-    angle, period, bend = rng.uniform(0, np.pi), rng.uniform(13, 17), rng.uniform(2, 4)
-    u, v = rotate(x, y, angle)
-    return mix(one, two, 0.5 + 0.5 * np.sin(2 * np.pi * (u + bend * np.sin(v / 9)) / period + rng.uniform(0, 6.28)))
+def _stripes(t, stretch: float = 1.0):
+    """Stripes of equal width with edges one pixel wide, in [0, 1]; ``t`` in pixels times ``stretch``."""
+    return np.clip(0.5 + (abs(t % PERIOD - PERIOD / 2) - PERIOD / 4) / stretch, 0, 1)
 
 
-def wave(t, period: float):
-    """Stripes of equal width with edges one pixel wide, in [0, 1]."""
-    return np.clip(0.5 + abs((t % period) - period / 2) - period / 4, 0, 1)
+def clutter(picture: np.ndarray, sun: tuple[float, float], rng: np.random.Generator) -> None:
+    """Draw a small thing of random kind, colour and place into the picture, with a faint shadow."""
+    kind, r = str(rng.choice(CLUTTER)), rng.uniform(2.2, 6.5)
+    x, y = rng.uniform(0, IMAGE_SIZE, 2)
+    here, u, v = _window(x, y, r + 4)
+    angle = rng.uniform(0, 2 * np.pi)
+    ink = hsv(rng.uniform(0, 360), rng.uniform(0.25, 0.75), rng.uniform(0.45, 0.95))
+    if kind == "pebble":
+        ink = hsv(rng.uniform(20, 50), rng.uniform(0.05, 0.25), rng.uniform(0.4, 0.8))
+    elif kind == "leaf":
+        ink = hsv(rng.uniform(20, 140), rng.uniform(0.4, 0.8), rng.uniform(0.4, 0.85))
+    elif kind == "bird":
+        angle, ink = rng.uniform(-0.5, 0.5), hsv(rng.uniform(200, 260), 0.3, rng.uniform(0.15, 0.35))
+    shade = np.clip(0.5 - _small(kind, *rotate(u + 1.3 * sun[0], v + 1.3 * sun[1], angle), r), 0, 1)
+    part = picture[here] * (1 - 0.22 * shade[..., None])
+    a, b = rotate(u, v, angle)
+    part = mix(part, ink, np.clip(0.5 - _small(kind, a, b, r), 0, 1))
+    if kind == "bloom":
+        part = mix(part, hsv(48, 0.7, 1.0), np.clip(0.5 + 0.32 * r - np.hypot(a, b), 0, 1))
+    if kind == "leaf":
+        part = mix(part, 0.6 * ink, np.clip(0.9 - abs(b), 0, 1) * (abs(a) < r - 1))
+    picture[here] = part
 
 
-def mix(one, two, mask):
-    return one + (two - one) * mask[..., None]
-
-
-def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """Colour ``[3]`` in [0, 1] from hue in degrees."""
-    k = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
-    return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
+def _small(kind: str, u, v, r: float):
+    """Signed distance (roughly) to the outline of a small thing, negative inside."""
+    if kind == "leaf":
+        lift = 0.75 * r
+        return np.hypot(u, abs(v) + lift) - np.hypot(r, lift)
+    if kind == "pebble":
+        return (np.hypot(u, v / 0.7) - r) * 0.8
+    if kind == "ring":
+        return abs(np.hypot(u, v) - r + 1) - 0.8
+    if kind == "bird":
+        return abs(np.hypot(abs(u) - 0.55 * r, v) - 0.55 * r) - 0.7 + 2.0 * np.clip(v, 0, None)
+    if kind == "bloom":
+        return distance("flower", u, v, r)
+    if kind == "spark":
+        return (np.sqrt(abs(u)) + np.sqrt(abs(v)) - np.sqrt(r)) * np.sqrt(r) * 0.8
+    return np.hypot(u, v) - 0.6 * r

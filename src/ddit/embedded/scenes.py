@@ -1,83 +1,81 @@
-"""Pictures the project draws itself: a grammar of prompts, and a renderer that draws what a prompt asks for.
+"""The grammar of prompts, and what a drawing of one settles.
 
-A prompt names one object or two (colour, shape, size, texture, place or relation) and a background. What it
-does not name is drawn at random: the exact place, rotation, hue, texture phase, light, shadow and the
-background's tones. Prompts are split by a hash of their words, so that those used for training, for tuning and
-for judging never meet.
+A prompt names one to three objects (shape, colour, texture) and a background, in few cases also sizes and a place or
+relation. All else is left open and decided by the drawing: places, sizes, poses, small things around, light, tones.
+Prompts are split by a hash of their words: those used for training, for tuning and for judging never meet.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from ddit.embedded.drawing import background, hsv, stamp
-
 IMAGE_SIZE = 128
-"""Height and width in pixels of a drawing."""
-
-COLOURS: dict[str, float] = {
-    "red": 0.0,
-    "orange": 28.0,
-    "yellow": 55.0,
-    "green": 125.0,
-    "blue": 220.0,
-    "purple": 285.0,
-}
-"""Colour name -> hue in degrees."""
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES: dict[str, tuple[float, float]] = {"small": (15.0, 17.0), "large": (23.0, 26.0)}
-"""Size name -> range of the radius in pixels."""
-TEXTURES = ("plain", "striped", "dotted", "hatched")
-BACKGROUNDS = ("smooth", "brick", "grainy", "wavy")
+"""Height and width of a drawing in pixels."""
+MOST = 3
+"""Largest number of objects in a scene."""
+SHAPES = ("circle", "square", "triangle", "star", "heart", "moon", "cross", "flower")
+COLOURS: dict[str, float] = {"red": 0.0, "orange": 27.0, "yellow": 56.0, "green": 130.0, "blue": 215.0, "purple": 285.0}
+"""Colour -> hue in degrees."""
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+BACKGROUNDS = ("meadow", "desert", "sea", "sky", "night", "brick")
+SIZES: dict[str, tuple[float, float]] = {"small": (22.0, 27.0), "large": (32.0, 38.0)}
+"""Size -> range of the radius in pixels."""
+RADII = {1: (26.0, 40.0), 2: (23.0, 34.0), 3: (20.0, 26.0)}
+"""Number of objects -> the same where no size is named."""
+SLOTS = {1: [(0.0, 0.0)], 2: [(-30.0, 0.0), (30.0, 0.0)], 3: [(-30.0, -26.0), (30.0, -26.0), (0.0, 28.0)]}
+"""Number of objects -> about where they lie (x, y) from the middle of the picture: turned and mirrored at random."""
+JITTER = {1: 14.0, 2: 6.0, 3: 5.0}
+"""Number of objects -> how far they may lie from there, along each axis."""
 PLACES: dict[str, tuple[str, tuple[float, float]]] = {
-    "left": ("on the left", (34.0, 64.0)),
-    "right": ("on the right", (94.0, 64.0)),
-    "top": ("at the top", (64.0, 34.0)),
-    "bottom": ("at the bottom", (64.0, 94.0)),
-    "center": ("in the center", (64.0, 64.0)),
+    "left": ("on the left", (-1, 0)),
+    "right": ("on the right", (1, 0)),
+    "top": ("at the top", (0, -1)),
+    "bottom": ("at the bottom", (0, 1)),
 }
-"""Place -> words in the prompt, centre (x, y) in pixels."""
-RELATIONS: dict[str, tuple[str, str]] = {"left of": ("left", "right"), "above": ("top", "bottom")}
-"""Relation -> place of the first object, place of the second."""
+"""Place of a lone object -> its words, direction (x, y) from the middle of the picture."""
+RELATIONS: dict[str, tuple[float, float]] = {"left of": (-1, 0), "above": (0, -1)}
+"""Relation of the first of two objects to the second -> direction (x, y) from the second to the first."""
+APART = 14.0
+"""Least distance in pixels along the direction that a place or relation names."""
 
 Split = Literal["train", "tune", "judge"]
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. ``None`` means that the prompt does not say."""
+    """An object as a prompt names it; ``size`` is None where it is left open."""
 
     shape: str
     colour: str
-    size: str | None
-    texture: str | None
-    place: str | None
+    texture: str
+    size: str | None = None
 
+    @property
     def words(self) -> str:
-        adjectives = [w for w in (self.size, self.texture, self.colour) if w]
-        return " ".join(["a", *adjectives, self.shape])
+        return " ".join(w for w in ("a", self.size, self.texture, self.colour, self.shape) if w)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for: one object or two, and a background."""
+    """What a prompt asks for."""
 
     things: tuple[Thing, ...]
     background: str
+    layout: str | None = None
+    """Key of `PLACES` for one object, of `RELATIONS` for two, or None where it is left open."""
 
     @property
     def prompt(self) -> str:
-        first = self.things[0]
-        if len(self.things) == 1:
-            place = f" {PLACES[first.place][0]}" if first.place else ""
-            return f"{first.words()}{place} on a {self.background} background"
-        relation = next(r for r, places in RELATIONS.items() if places[0] == first.place)
-        return f"{first.words()} {relation} {self.things[1].words()} on a {self.background} background"
+        first, *others = (thing.words for thing in self.things)
+        if self.layout in PLACES:
+            first += f" {PLACES[self.layout][0]}"
+        joint = f" {self.layout} " if self.layout in RELATIONS else " and "
+        return joint.join([first, *others]) + f" on a {self.background} background"
 
     @property
     def split(self) -> Split:
@@ -90,98 +88,93 @@ def split_of(prompt: str) -> Split:
     return "judge" if digit == 0 else "tune" if digit == 1 else "train"
 
 
-def named_places(prompt: str) -> tuple[str, ...]:
-    """Places where a prompt says that there is something."""
-    for relation, places in RELATIONS.items():
-        if f" {relation} " in prompt:
-            return places
-    return tuple(place for place, (words, _) in PLACES.items() if f" {words} " in prompt)
+def parse(prompt: str) -> Scene:
+    """The scene of a prompt; a `ValueError` where the grammar has no such prompt."""
+    text = prompt
+    for background in BACKGROUNDS:
+        text = text.removesuffix(f" on a {background} background")
+        if text != prompt:
+            break
+    layout = None
+    for place, (words, _) in PLACES.items():
+        if text.endswith(f" {words}"):
+            layout, text = place, text.removesuffix(f" {words}")
+    for relation in RELATIONS:
+        if f" {relation} " in text:
+            layout, text = relation, text.replace(f" {relation} ", " and ")
+    scene = Scene(tuple(parse_thing(part) for part in text.split(" and ")), background, layout)
+    if scene.prompt != prompt:
+        raise ValueError(f"the grammar has no prompt {prompt!r}")
+    return scene
+
+
+def parse_thing(text: str) -> Thing:
+    """The object of its words; a `ValueError` where the grammar has no such object."""
+    _, *size, texture, colour, shape = text.split() if len(text.split()) in (4, 5) else [""] * 4
+    known = shape in SHAPES and colour in COLOURS and texture in TEXTURES and all(s in SIZES for s in size)
+    if not known:
+        raise ValueError(f"{text!r} is no object of the grammar, which is: a [size] texture colour shape")
+    return Thing(shape, colour, texture, *size)
 
 
 def vocabulary() -> list[str]:
-    """Every word the grammar can use, in a fixed order."""
-    words = ["a", "on", "the", "at", "in", "of", "above", "background"]
-    words += [*COLOURS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *PLACES]
-    return list(dict.fromkeys(words))
+    """Every word the grammar uses, in a fixed order."""
+    words = ["a", "and", "on", "the", "at", "of", "above", "background"]
+    return list(dict.fromkeys([*words, *COLOURS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *PLACES]))
 
 
-def random_scene(rng: np.random.Generator, *, omit: float = 0.1, two: float = 0.4) -> Scene:
-    """Draw a scene; ``omit`` is the chance that size, texture or place is left unsaid, ``two`` of two objects."""
+def random_scene(rng: np.random.Generator, *, told: float = 0.15) -> Scene:
+    """Draw a scene; ``told`` is the chance that sizes are named, and that a place or relation is."""
 
     def pick(options) -> str:
         return str(rng.choice(list(options)))
 
-    def maybe(options) -> str | None:
-        value = pick(options)
-        return None if rng.random() < omit else value
-
-    def thing(place: str | None) -> Thing:
-        return Thing(pick(SHAPES), pick(COLOURS), maybe(SIZES), maybe(TEXTURES), place)
-
-    if rng.random() < two:
-        first, second = RELATIONS[pick(RELATIONS)]
-        things: tuple[Thing, ...] = (thing(first), thing(second))
-    else:
-        things = (thing(maybe(PLACES)),)
-    return Scene(things, pick(BACKGROUNDS))
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.4, 0.1]))
+    shapes = rng.permutation(SHAPES)[:count]
+    things = tuple(Thing(str(shape), pick(COLOURS), pick(TEXTURES)) for shape in shapes)
+    if count < MOST and rng.random() < told:
+        things = tuple(replace(thing, size=pick(SIZES)) for thing in things)
+    layouts = {1: PLACES, 2: RELATIONS}.get(count)
+    layout = pick(layouts) if layouts and rng.random() < told else None
+    return Scene(things, pick(BACKGROUNDS), layout)
 
 
-def scenes(seed: int, split: Split, *, omit: float = 0.1, two: float = 0.4) -> Iterator[Scene]:
+def scenes(seed: int, split: Split, *, told: float = 0.15) -> Iterator[Scene]:
     """Endless scenes of one split, the same for the same seed."""
     rng = np.random.default_rng(seed)
     while True:
-        scene = random_scene(rng, omit=omit, two=two)
+        scene = random_scene(rng, told=told)
         if scene.split == split:
             yield scene
 
 
-def complete(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Settle at random what the scene leaves unsaid."""
-    things = tuple(
-        Thing(
-            t.shape,
-            t.colour,
-            t.size or str(rng.choice(list(SIZES))),
-            t.texture or str(rng.choice(TEXTURES)),
-            t.place or str(rng.choice(list(PLACES))),
-        )
-        for t in scene.things
-    )
-    return Scene(things, scene.background)
+def arrange(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Centres and radii ``[objects, 3]`` (x, y, r) in pixels: what the scene names holds, all else is random.
 
-
-def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene.
-
-    Args:
-        scene: A complete scene (see `complete`).
-        rng: Decides everything the scene does not fix.
-
-    Returns:
-        Picture ``[128, 128, 3]`` as uint8.
+    Objects lie near slots, so that even small models learn their outlines; they stay inside and overlap little.
     """
-    return draw_with_masks(scene, rng)[0]
+    count = len(scene.things)
+    while True:
+        radii = np.array([rng.uniform(*(SIZES[t.size] if t.size else RADII[count])) for t in scene.things])
+        slots = rng.permutation(SLOTS[count]) * rng.choice([-1, 1], 2)
+        spots = IMAGE_SIZE / 2 + slots[:, :: int(rng.choice([-1, 1]))]
+        spots += rng.uniform(-JITTER[count], JITTER[count], spots.shape)
+        if scene.layout in PLACES:
+            spots += rng.uniform(16, 26) * np.array(PLACES[scene.layout][1])
+        inside = np.clip(spots, radii[:, None] + 1, IMAGE_SIZE - 1 - radii[:, None])
+        arranged = np.column_stack([inside, radii])
+        if _as_told(scene, arranged):
+            return arranged
 
 
-def draw_with_masks(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """As `draw`; also what each thing covers, ``[2, 128, 128]`` or more in [0, 1], in the prompt's order."""
-    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
-    light = rng.uniform(0, 2 * np.pi)
-    shade = 1 + rng.uniform(0.05, 0.22) * ((x - 64) * np.cos(light) + (y - 64) * np.sin(light)) / 64
-    picture = background(scene.background, x, y, rng)
-    masks = np.zeros((max(2, len(scene.things)), IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    for i, thing in enumerate(scene.things):
-        picture, masks[i] = _place(thing, picture, x, y, light, rng)
-        masks[:i] *= 1 - masks[i]
-    return (np.clip(picture * shade[..., None], 0, 1) * 255).round().astype(np.uint8), masks
+def _as_told(scene: Scene, spots: np.ndarray) -> bool:
+    if scene.layout is None:
+        return True
+    return reach(scene.layout, spots) >= APART
 
 
-def _place(thing: Thing, picture, x, y, light: float, rng: np.random.Generator):
-    assert thing.size and thing.texture and thing.place, "complete the scene before drawing it"
-    cx, cy = PLACES[thing.place][1]
-    cx, cy = cx + rng.uniform(-2, 2), cy + rng.uniform(-2, 2)
-    radius = rng.uniform(*SIZES[thing.size])
-    angle = rng.uniform(-0.1, 0.1)
-    ink = hsv(COLOURS[thing.colour] + rng.uniform(-6, 6), rng.uniform(0.8, 0.95), rng.uniform(0.8, 0.95))
-    shadow = rng.uniform(2.5, 4.5) * np.array([np.cos(light), np.sin(light)])
-    return stamp(picture, thing.shape, thing.texture, ink, x - cx, y - cy, radius, angle, shadow, rng)
+def reach(layout: str, spots: np.ndarray) -> float:
+    """How far in pixels, along the direction a layout names, the first of ``spots`` ``[N, 2+]`` (x, y) lies."""
+    if layout in PLACES:
+        return float((spots[0, :2] - IMAGE_SIZE / 2) @ np.array(PLACES[layout][1]))
+    return float((spots[0, :2] - spots[1, :2]) @ np.array(RELATIONS[layout]))

@@ -1,4 +1,4 @@
-"""Measure on a model's own runs what its preset holds: plain ones, and one for each of several thresholds."""
+"""Measure on a model's own runs what its preset holds: plain ones, and one for each of several speedups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddit.config import FULL, SkipSchedule
+from ddit.config import SkipSchedule
 from ddit.eval.metrics import decibels
 from ddit.eval.step_errors import Errors, measured_errors, profile_of
 from ddit.files import write_json
@@ -29,12 +29,13 @@ from ddit.patches import detail_variance
 from ddit.preset import FILE, Preset, QualityCurve
 from ddit.pretrained import config_hash
 from ddit.progress import progress
+from ddit.skip.joint import expected_error
 from ddit.teacache import relative_change
 
 DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""
-THRESHOLDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
-"""Of skipping, for which a `QualityCurve` is measured."""
+SPEEDUPS = (1.5, 2.0, 3.0, 4.5, 7.0)
+"""For which likeness to plain is measured, beside the error that is expected of their plans."""
 SCALES = (2, 4)
 """For which the variance of the detail is measured."""
 
@@ -60,7 +61,9 @@ class Figures:
     changes: list[tuple[float, float]]
     detail: dict[int, list[float]]
     likeness: list[list[float]]
-    """PSNR to plain in dB of each prompt, for each of `THRESHOLDS`."""
+    """PSNR to plain in dB of each prompt, for each of `SPEEDUPS`; empty where runs are too short to plan."""
+    expected: list[float]
+    """Expected error of their plans."""
     errors: Errors
 
     @classmethod
@@ -100,8 +103,8 @@ def calibrate(
     }
     done = _kept(kept, asked)
     parts = [slice(i, i + batch) for i in range(0, len(prompts), batch)]
-    with progress("calibrate", len(parts) * (1 + len(THRESHOLDS))) as advance:
-        for _ in range(len(done) * (1 + len(THRESHOLDS))):
+    with progress("calibrate", len(parts) * (1 + len(SPEEDUPS))) as advance:
+        for _ in range(len(done) * (1 + len(SPEEDUPS))):
             advance()
         for part in parts[len(done) :]:
             seeds = [seed * 1_000_003 + part.start + k for k in range(len(prompts[part]))]
@@ -132,18 +135,23 @@ def measure(
     preset: Preset,
     advance: Callable[[], None],
 ) -> Figures:
-    """Plain runs of one batch, and runs with every threshold; ``advance`` is called after each."""
+    """Plain runs of one batch, and runs with every speedup; ``advance`` is called after each."""
     plain = plain_runs(pipe, prompts, seeds, settings, SCALES)
     advance()
-    likeness = []
-    for threshold in THRESHOLDS:
-        method = Method(patches=FULL, skip=SkipSchedule(threshold=threshold), preset=preset)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of thresholds that are too low or too high for anyone
-            outcome = run(pipe, prompts, seeds, settings, method=method)
-        likeness.append(decibels(outcome.pictures, plain.pictures))
+    profile = profile_of([(len(prompts), plain.errors)])
+    likeness, expected = [], []
+    for speedup in SPEEDUPS:
+        if profile is not None:
+            method = Method(patches=None, skip=SkipSchedule(speedup=speedup), preset=replace(preset, profile=profile))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a speedup that so few steps can't reach
+                outcome = run(pipe, prompts, seeds, settings, method=method)
+            likeness.append(decibels(outcome.pictures, plain.pictures))
+            assert outcome.report is not None, "a method was applied"
+            steps = outcome.report.steps
+            expected.append(expected_error([s.sigma for s in steps], [s.scales[0] for s in steps], profile))
         advance()
-    return Figures(len(prompts), plain.changes, plain.detail, likeness, plain.errors)
+    return Figures(len(prompts), plain.changes, plain.detail, likeness, expected, plain.errors)
 
 
 @torch.no_grad()
@@ -205,15 +213,24 @@ def told(done: Sequence[Figures], preset: Preset) -> Preset:
         scale: np.average([figures.detail[scale] for figures in done], axis=0, weights=prompts).tolist()
         for scale in done[0].detail
     }
-    likeness = [list(chain.from_iterable(each)) for each in zip(*(f.likeness for f in done), strict=True)]
     return replace(
         preset,
         detail_variance=detail,
         teacache=fit([pair for figures in done for pair in figures.changes]),
         profile=profile_of([(figures.prompts, figures.errors) for figures in done]),
-        quality=QualityCurve(thresholds=THRESHOLDS, psnr=tuple(statistics.median(each) for each in likeness)),
+        quality=curve(done),
         origin="",
     )
+
+
+def curve(done: Sequence[Figures]) -> QualityCurve | None:
+    """Likeness over expected errors of all batches; ``None`` where there are too few of different errors."""
+    measured: dict[float, float] = {}
+    for k in range(min(len(figures.expected) for figures in done)):
+        error = statistics.geometric_mean(figures.expected[k] or 1e-12 for figures in done)
+        measured[error] = statistics.median(chain.from_iterable(figures.likeness[k] for figures in done))
+    errors = sorted(measured)
+    return QualityCurve(errors=tuple(errors), psnr=tuple(measured[e] for e in errors)) if len(errors) > 1 else None
 
 
 def fit(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:

@@ -45,30 +45,31 @@ def family(method: str) -> str:
     return "patches, adapter" if values.get("adapter", "none") != "none" else "patches"
 
 
-def methods(run_steps: Sequence[int], *, teacache: bool, adapter: str | None) -> list[str]:
+def methods(run_steps: Sequence[int], *, teacache: bool, adapter: str | None, planned: bool = False) -> list[str]:
     """The methods to compare at each of several numbers of steps: about 25 for one.
 
     Args:
         run_steps: The first is what all is compared with.
         teacache: Whether the model has coefficients.
         adapter: Name of an adapter for large patches.
+        planned: Whether a speedup is planned over patches and skipping (`ddit.methods.planned_jointly`).
     """
     first = run_steps[0]
     chosen = ["plain", *(f"plain:run_steps={max(round(first / speed), 2)}" for speed in SPEEDS)]
     best = "teacache:0.1" if teacache else "first-block:0.1"
+    adapters = [f"adapter={name}" for name in ("none", adapter)] if adapter else [""]
     for n in run_steps:
         at = f"run_steps={n}" if n != first else ""
         caches = ["first-block:0.1", "taylorseer:4", "taylorseer:6", *(["teacache:0.2"] if teacache else [])]
         if find_spec("cache_dit") is not None:
             caches.append("cache-dit:0.1")
         chosen += [_named("plain", f"cache={cache}", at) for cache in caches]
-        chosen += [
-            _named("ddit", with_adapter, at) for with_adapter in ["", *([f"adapter={adapter}"] if adapter else [])]
-        ]
+        chosen += [_named("ddit", learnt, at) for learnt in adapters]
         chosen += [_named("ddit", f"speedup={speed},patches=full", at) for speed in SPEEDS]
     learnt = f",adapter={adapter}" if adapter else ""
     chosen += [f"ddit:threshold={t:g}{learnt}" for t in THRESHOLDS] + ["ddit:patches=paper"]
-    chosen += [f"ddit:threshold={THRESHOLDS[1]:g},speedup={s}{learnt}" for s in (2, 3)]
+    rule = "" if planned else f"threshold={THRESHOLDS[1]:g},"
+    chosen += [f"ddit:{rule}speedup={s}{learnt}" for s in (SPEEDS[1:] if planned else (2, 3))]
     chosen += [f"ddit:threshold={THRESHOLDS[1]:g},cache={best}{learnt}", f"ddit:speedup=3,patches=full,cache={best}"]
     chosen.append("progressive:fraction=0.5")
     return list(dict.fromkeys(chosen))

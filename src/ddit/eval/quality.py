@@ -83,9 +83,9 @@ def progressive(fraction: float, run_steps: int, make: MakeMethod) -> Method:
     its level.
     """
     early = round(fraction * run_steps)
-    method = make({"schedule": [2] * early + [1]})
+    method = make({"schedule": [2] * early + [1], "adapter": "none"})
     preset = replace(method.preset or Preset(), detail_variance={})
-    return replace(method, preset=preset, adapter=None)
+    return replace(method, preset=preset)
 
 
 def _value(text: str) -> Any:
@@ -224,6 +224,7 @@ def _judge(
             "adherence_change_interval": bootstrap_difference(overall, plain),
             "attributes": _by_attribute(verdicts),
             "frechet": float(distance(features)),
+            "perceptual": float(subject.distance(pictures, reference).mean()),
             # The distance of a resampled set is biased; that of the difference on the same prompts is not.
             "frechet_change_interval": bootstrap_difference(features, base_features, distance, samples=200),
         }

@@ -9,19 +9,15 @@ from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ddit.embedded import detector, scenes
-from ddit.embedded.autoencoder import to_model
-from ddit.embedded.data import drawings
-from ddit.embedded.scenes import Scene, Split
-from ddit.embedded.video import clips, judge
-from ddit.embedded.video.clips import Clip
+from ddit.embedded import clip_judge, judge
+from ddit.embedded.clips import CLIP_SIZE, Clip, clips, film
+from ddit.embedded.drawing import drawings
+from ddit.embedded.scenes import IMAGE_SIZE, Scene, Split, scenes
 
 Verdict = dict[str, float]
 """What was got right of what a prompt asked, by attribute, in [0, 1]."""
-BATCH = 100
 
 
 class Subject(Protocol):
@@ -46,6 +42,10 @@ class Subject(Protocol):
 
     def reference(self, count: int, split: Split) -> Tensor:
         """`features` of drawings."""
+        ...
+
+    def distance(self, drawn: np.ndarray, plain: np.ndarray) -> Tensor:
+        """Perceptual distance of each to its plain one ``[N]``, 0 where they are alike."""
         ...
 
     def kinds(self, asked: Any) -> set[str]:
@@ -81,6 +81,9 @@ class Own:
     def reference(self, count: int, split: Split) -> Tensor:
         raise NotImplementedError
 
+    def distance(self, drawn: np.ndarray, plain: np.ndarray) -> Tensor:
+        raise NotImplementedError
+
     def kinds(self, asked: Prompted) -> set[str]:
         return set()
 
@@ -90,65 +93,60 @@ class Pictures:
 
     judged: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
-    size: ClassVar[tuple[int, int] | None] = (128, 128)
+    size: ClassVar[tuple[int, int] | None] = (IMAGE_SIZE, IMAGE_SIZE)
 
     @cached_property
-    def detector(self) -> detector.Detector:
-        return detector.load_detector()
+    def judge(self) -> judge.Judge:
+        return judge.load_judge()
 
     def prompts(self, split: Split, count: int, seed: int) -> list[Scene]:
-        return list(islice(scenes.scenes(1_000 + seed, split), count))
+        return list(islice(scenes(1_000 + seed, split), count))
 
     def verdicts(self, drawn: np.ndarray, asked: Sequence[Scene]) -> list[Verdict]:
-        parts = range(0, len(asked), BATCH)
-        told = (
-            detector.judge(self.detector, to_model(drawn[i : i + BATCH]), list(asked[i : i + BATCH])) for i in parts
-        )
-        return [verdict for part in told for verdict in part]
+        return judge.verdicts(self.judge, judge.to_model(drawn), asked)
 
-    @torch.no_grad()
     def features(self, drawn: np.ndarray) -> Tensor:
-        parts = range(0, len(drawn), BATCH)
-        return torch.cat([self.detector.features(to_model(drawn[i : i + BATCH])) for i in parts])
+        return judge.features(self.judge, judge.to_model(drawn))
 
     def reference(self, count: int, split: Split) -> Tensor:
-        return self.features(np.stack([picture for *_, picture in islice(drawings(99, split), count)]))
+        return self.features(np.stack([picture for _, picture, *_ in islice(drawings(99, split), count)]))
+
+    def distance(self, drawn: np.ndarray, plain: np.ndarray) -> Tensor:
+        return judge.distances(self.judge, judge.to_model(drawn), judge.to_model(plain))
 
     def kinds(self, asked: Scene) -> set[str]:
-        textures = {t.texture for t in asked.things if t.texture}
-        names = {f"{texture} objects" for texture in textures} | {f"{asked.background} background"}
-        if textures == {"plain"} and asked.background == "smooth":
-            names.add("nothing textured")
-        if textures and "plain" not in textures and asked.background != "smooth":
-            names.add("everything textured")
-        return names
+        textures = {thing.texture for thing in asked.things}
+        return {f"{texture} objects" for texture in textures} | {f"{asked.background} background"}
 
 
 class Clips:
     """Clips of 9 frames of 64 x 64."""
 
     judged: ClassVar[bool] = True
-    beside: ClassVar[tuple[str, ...]] = ("flicker", "roughness")
-    size: ClassVar[tuple[int, int] | None] = (64, 64)
+    beside: ClassVar[tuple[str, ...]] = clip_judge.BESIDE
+    size: ClassVar[tuple[int, int] | None] = (CLIP_SIZE, CLIP_SIZE)
 
     @cached_property
-    def detector(self) -> judge.Detector:
-        return judge.load_detector()
+    def judge(self) -> judge.Judge:
+        return judge.load_judge()
 
     def prompts(self, split: Split, count: int, seed: int) -> list[Clip]:
-        return list(islice(clips.clips(1_000 + seed, split), count))
+        return list(islice(clips(1_000 + seed, split), count))
 
     def verdicts(self, drawn: np.ndarray, asked: Sequence[Clip]) -> list[Verdict]:
-        return judge.judge(self.detector, drawn.astype(np.float32) / 255, asked)
+        return [clip_judge.verdict(self.judge, frames, clip) for frames, clip in zip(drawn, asked, strict=True)]
 
     def features(self, drawn: np.ndarray) -> Tensor:
-        return judge.features(self.detector, drawn.astype(np.float32) / 255)
+        return clip_judge.clip_features(self.judge, list(drawn))
 
     def reference(self, count: int, split: Split) -> Tensor:
         rng = np.random.default_rng([99, 1])
-        source = islice(clips.clips(99, split), count // 5)  # A clip takes as long to draw as 9 pictures.
-        return self.features(np.stack([clips.film(clips.complete(clip, rng), rng)[0] for clip in source]))
+        source = islice(clips(99, split), count // 5)  # A clip takes as long to draw as several pictures.
+        return self.features(np.stack([film(clip, rng)[0] for clip in source]))
+
+    def distance(self, drawn: np.ndarray, plain: np.ndarray) -> Tensor:
+        return clip_judge.clip_distances(self.judge, drawn, plain)
 
     def kinds(self, asked: Clip) -> set[str]:
-        named = {f"{asked.background} background", asked.motion.split()[0]}
-        return named | {word for word in (asked.speed, asked.texture and f"{asked.texture} objects") if word}
+        named = {f"{asked.background} background", asked.motion.split()[0], f"{asked.thing.texture} objects"}
+        return named | ({asked.speed} if asked.speed else set())

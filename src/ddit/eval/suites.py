@@ -84,35 +84,6 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
     return _write(config, {**about, "suite": suite, **figures})
 
 
-def choose_threshold(
-    config: SuiteConfig, thresholds: Sequence[float], margin: float, about: dict[str, Any]
-) -> dict[str, Any]:
-    """The skip threshold that saves the most work of those that cost at most ``margin`` of adherence, and no likeness.
-
-    The latter is the Fréchet distance to drawings, which must not lie above plain's.
-
-    Prompts are of the ``tune`` split, whatever ``config`` says, so that the choice can be judged on others. The
-    result is the quality suite's, with ``chosen``, which is 0 (nothing is skipped) where every threshold costs more.
-
-    Args:
-        config: As for `run_suite`; methods are replaced.
-        thresholds: The candidates.
-        margin: Largest fall of adherence on average over the prompts, as a fraction: 0.01 is one point.
-        about: Goes into the JSON file.
-    """
-    names = {f"ddit:skip_threshold={t:g},patches=full": t for t in thresholds}
-    config = replace(config, split="tune", methods=("plain", *names))
-    figures = _quality(config)
-    good = [
-        row
-        for row in figures["methods"][1:]
-        if row["adherence_change"] >= -margin and row["frechet"] <= figures["methods"][0]["frechet"]
-    ]
-    best = min(good, key=lambda row: row["flops_fraction"], default=None)
-    chosen = 0.0 if best is None else names[best["method"]]
-    return _write(config, {**about, "suite": "quality", "margin": margin, **figures, "chosen": chosen})
-
-
 def _write(config: SuiteConfig, result: dict[str, Any]) -> dict[str, Any]:
     """The suite's JSON file; what the suite kept to continue from goes once that is there."""
     write_json(config.out.with_suffix(".json"), result)
@@ -183,7 +154,9 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     if not config.methods:
         steps = config.run_steps or (_steps(call_settings(preset, **config.settings), pipe),)
         known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
-        methods = compare.methods(steps, teacache=known, adapter=config.adapter)
+        planned = preset.profile is not None
+        adapter = config.adapter or preset.adapter or None
+        methods = compare.methods(steps, teacache=known, adapter=adapter, planned=planned)
         config = replace(config, methods=tuple(methods), adapter=None)
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
     drawn = _race(config, pipe, preset)
@@ -314,7 +287,7 @@ def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Entry]) 
 
 
 def _method_maker(config: SuiteConfig, preset: Preset) -> quality.MakeMethod:
-    """Loads each adapter once; a method that names none has the command line's, ``none`` is none."""
+    """Loads each adapter once; a method that names none has the command line's or the preset's, ``none`` is none."""
 
     @cache
     def adapter(name: str) -> PatchAdapter:

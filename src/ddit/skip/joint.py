@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,16 +27,18 @@ class JointPlan:
     """Decides for patches and for skipping at once; plans that were made are kept.
 
     Args:
-        speedup: Times less work than a plain run of as many steps.
         scales: To choose from, 1 among them.
         profile: How much each way to take a step errs.
         guard: Where large patches may be used at all.
+        speedup: Times less work than a plain run of as many steps, at the least error; or
+        error: expected at most, at the least work (`expected_error`).
     """
 
-    speedup: float
     scales: tuple[int, ...]
     profile: ErrorProfile
     guard: Guard
+    speedup: float | None = None
+    error: float = 0.0
     _made: dict[tuple[tuple[float, ...], tuple[float, ...]], tuple[int, ...]] = field(default_factory=dict, init=False)
     """Noise levels and costs -> plan."""
 
@@ -45,7 +47,11 @@ class JointPlan:
         key = (tuple(known_levels(context)), tuple(context.costs.get(s, 1.0) for s in self.scales))
         if key not in self._made:
             costs = dict(zip(self.scales, key[1], strict=True))
-            self._made[key] = joint_steps(key[0], costs, self.speedup, self.profile, self.guard)
+            segments = Segments.of(key[0], self.scales, self.profile, self.guard)
+            if self.speedup is None:
+                self._made[key] = cheapest_steps(segments, costs, self.error)
+            else:
+                self._made[key] = nearest_steps(segments, costs, self.speedup)
         return self._made[key]
 
 
@@ -75,50 +81,54 @@ class JointSkips:
         return [self.plan.steps(context)[context.step] == SKIPPED] * context.batch
 
 
-def joint_steps(
-    sigmas: Sequence[float], costs: Mapping[int, float], speedup: float, profile: ErrorProfile, guard: Guard
-) -> tuple[int, ...]:
-    """The plan whose errors are expected to be least among those that cost no more than the speedup allows.
+def nearest_steps(segments: Segments, costs: Mapping[int, float], speedup: float) -> tuple[int, ...]:
+    """The plan whose errors are expected to be least among those that cost no more than a speedup allows.
 
-    A called step and the skipped ones after it are a segment. Its errors add up, those of different segments know
-    nothing of each other and their squares add up (see `Segments`). With a price on work the best plan follows by
-    dynamic programming; the lowest price that keeps to the budget is searched by halving, and what the plan then leaves
-    of the budget pays for single dearer steps.
+    With a price on work the best plan follows by dynamic programming. The lowest price that keeps to the budget is
+    taken, and what its plan leaves of the budget pays for single dearer steps.
 
     Args:
-        sigmas: Noise levels of all steps of a run, falling.
         costs: Scale -> work of a step in full steps.
-        guard: Where large patches may be used at all.
 
     Returns:
         Scale of every step, 0 where it is skipped.
     """
-    segments = Segments.of(sigmas, tuple(sorted(costs)), profile, guard)
-    budget = len(sigmas) / speedup
-    cheapest = segments.best(costs, CHEAPEST)
-    least = segments.work(cheapest, costs)
+    budget = segments.total / speedup
+    least = segments.work(segments.best(costs, CHEAPEST), costs)
     if least > budget + 1e-9:
         warn(
-            f"a speedup of {speedup:g} can't be reached with {len(sigmas)} steps: the most is "
-            f"{len(sigmas) / least:.2f}; take fewer steps instead"
+            f"a speedup of {speedup:g} can't be reached with {segments.total} steps: the most is "
+            f"{segments.total / least:.2f}; take fewer steps instead"
         )
-        return cheapest
-    low, high = 0.0, 1.0
-    while segments.work(best := segments.best(costs, high), costs) > budget:
-        low, high = high, 4 * high
-    for _ in range(HALVINGS):
-        price = (low + high) / 2 if low else high / 4
-        found = segments.best(costs, price)
-        if segments.work(found, costs) > budget:
-            low = price
-        else:
-            high, best = price, found
+    _, best = segments.turning(costs, lambda steps: segments.work(steps, costs) <= max(budget, least) + 1e-9)
     return segments.improved(best, costs, budget)
+
+
+def cheapest_steps(segments: Segments, costs: Mapping[int, float], error: float) -> tuple[int, ...]:
+    """The plan of least work among those whose expected squared error is at most this, by the highest price."""
+    if segments.error(cheapest := segments.best(costs, CHEAPEST)) <= error:
+        return cheapest
+    best, _ = segments.turning(costs, lambda steps: segments.error(steps) > error)
+    return best
+
+
+def expected_error(sigmas: Sequence[float], steps: Sequence[int], profile: ErrorProfile) -> float:
+    """Expected squared error of the latents at the end of a run, mean over their numbers.
+
+    Args:
+        sigmas: Noise levels of all steps, falling.
+        steps: Scale of every step, 0 where it is skipped.
+    """
+    scales = sorted({1, *steps} - {SKIPPED})
+    return Segments.of(sigmas, scales, profile, lambda scale, sigma: True).error(steps)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """What a called step and the skipped ones after it err."""
+    """What a called step and the skipped ones after it err.
+
+    Within a segment errors add up; those of different segments know nothing of each other, and their squares add up.
+    """
 
     errors: dict[int, np.ndarray]
     """Scale -> squared error ``[N, N + 1]`` of a step (row) and those before the next called one (column; N is none);
@@ -183,6 +193,25 @@ class Segments:
             steps[i] = scales[k]
             row, k, i = map(int, before[row, k, i])
         return tuple(steps)
+
+    def turning(
+        self, costs: Mapping[int, float], wanted: Callable[[tuple[int, ...]], bool]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Two best plans of nearly one price: of ``wanted``, which holds from some price on, the last without, and the
+        first with it."""
+        low, high = 0.0, 1.0
+        without, holds = self.best(costs, low), self.best(costs, high)
+        while not wanted(holds):
+            low, high, without = high, 4 * high, holds
+            holds = self.best(costs, high)
+        for _ in range(HALVINGS):
+            price = (low + high) / 2 if low else high / 4
+            found = self.best(costs, price)
+            if wanted(found):
+                high, holds = price, found
+            else:
+                low, without = price, found
+        return without, holds
 
     def work(self, steps: Sequence[int], costs: Mapping[int, float]) -> float:
         """Of a plan, in full steps."""

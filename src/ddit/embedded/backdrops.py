@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.yardstick.outlines import hsv, mix
-from benchmarks.yardstick.scenes import IMAGE_SIZE
+from ddit.embedded.outlines import hsv, mix
+from ddit.embedded.scenes import IMAGE_SIZE
 
 Y, X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
 
@@ -77,7 +77,7 @@ def _sky(rng: np.random.Generator) -> np.ndarray:
         x, y, r = rng.uniform(0, 128), rng.uniform(5, 123), rng.uniform(6, 12)
         lobes = [np.hypot(X - x - k * r, (Y - y) * 1.1) - r * s for k, s in ((-1, 0.65), (0, 1.0), (1, 0.7))]
         cover = np.clip(0.5 - np.minimum.reduce(lobes), 0, 1) * np.clip(0.5 + y + 0.45 * r - Y, 0, 1)
-        picture = mix(picture, np.float32([0.97, 0.98, 1.0]), rng.uniform(0.7, 0.95) * cover)
+        picture = mix(picture, np.array([0.97, 0.98, 1.0], np.float32), rng.uniform(0.7, 0.95) * cover)
     return picture
 
 
@@ -87,7 +87,7 @@ def _night(rng: np.random.Generator) -> np.ndarray:
     for _ in range(int(rng.integers(25, 50))):
         x, y, r = rng.uniform(0, 128), rng.uniform(0, 128), rng.uniform(0.4, 1.2)
         cover = np.clip(0.5 + r - np.hypot(X - x, Y - y), 0, 1)
-        picture = mix(picture, np.float32([1.0, 0.96, 0.8]), 0.85 * cover)
+        picture = mix(picture, np.array([1.0, 0.96, 0.8], np.float32), 0.85 * cover)
     return mix(picture, _tone(rng, 240, 0.4, 0.14), _below(_line(rng, rng.uniform(85, 125), 9)))
 
 

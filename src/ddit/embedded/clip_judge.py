@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.yardstick.clips import MOTIONS, Clip, direction
-from benchmarks.yardstick.data import to_model
-from benchmarks.yardstick.judge import ANSWERS, CELL, RADIUS, WIDTHS, Judge, enlarged
-from benchmarks.yardstick.scenes import BACKGROUNDS, IMAGE_SIZE
+from ddit.embedded.clips import MOTIONS, Clip, direction
+from ddit.embedded.judge import ANSWERS, CELL, RADIUS, WIDTHS, Judge, distances, enlarged, to_model
+from ddit.embedded.scenes import BACKGROUNDS, IMAGE_SIZE
 
 SLOW = 36.0
 """Pixels of the canvas that an object moves in all; half-way between slow and quick."""
@@ -110,3 +109,9 @@ def clip_features(judge: Judge, clips: Sequence[np.ndarray]) -> Tensor:
         change = abs(np.diff(frames.astype(np.float32) / 255, axis=0)).mean((0, 1, 2))
         rows.append(torch.cat([looks, 10 * torch.from_numpy(change)]))
     return torch.stack(rows)
+
+
+def clip_distances(judge: Judge, one: np.ndarray, two: np.ndarray) -> Tensor:
+    """Mean over the frames of `Judge.distance` of clips ``[N, F, 64, 64, 3]`` uint8 each, ``[N]``."""
+    frames = ((enlarged(to_model(a)), enlarged(to_model(b))) for a, b in zip(one, two, strict=True))
+    return torch.stack([distances(judge, *pair).mean() for pair in frames])

@@ -13,27 +13,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.yardstick.clips import parse_clip
-from benchmarks.yardstick.config import JudgeSettings
-from benchmarks.yardstick.data import Clips, Drawings, to_model
-from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit, noise_from
-from benchmarks.yardstick.scenes import (
+from ddit.embedded.scenes import (
     APART,
     BACKGROUNDS,
     COLOURS,
     IMAGE_SIZE,
-    MOST,
     SHAPES,
     SIZES,
     TEXTURES,
     Scene,
-    parse,
     reach,
 )
 
+JUDGE = Path(__file__).parent / "assets" / "judge" / "model.safetensors"
 ANSWERS: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES}
 """What is told of every object -> the possible answers."""
 WIDTHS = [1, 1, *map(len, ANSWERS.values())]
@@ -90,97 +86,29 @@ def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-# Training
+def load_judge(path: Path = JUDGE) -> Judge:
+    """The judge that ships with ddit, or one from a file.
+
+    Raises:
+        ValueError: For a file that is missing, damaged or of another grammar.
+    """
+    judge = Judge()
+    try:
+        judge.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch each raise their own
+        told = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"the judge in {path} can't be read ({told}); train it again with train-judge") from error
+    return judge.float().eval()
 
 
-def train_judge(
-    folder: Path, drawn: Drawings, filmed: Clips, settings: JudgeSettings, device: str, deadline: Deadline
-) -> Judge:
-    """Train on drawings and frames of clips, disturbed a little; the weights go to ``judge.safetensors``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed + 3)
-    judge = Judge().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scenes = [parse(prompt) for prompt in drawn.prompts]
-    scenes += [Scene((clip.thing,), clip.background) for clip in map(parse_clip, filmed.prompts)]
-    answers, grounds = labels(scenes)
-    few = settings.batch // 4
-
-    def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
-        rows, more = (
-            rng.integers(len(drawn.prompts), size=settings.batch - few),
-            rng.integers(len(filmed.prompts), size=few),
-        )
-        times = rng.integers(filmed.frames.shape[1], size=few)
-        x = torch.cat([to_model(drawn.pictures[rows], device), enlarged(to_model(filmed.frames[more, times], device))])
-        places = np.zeros((few, MOST, 3), np.float32)
-        places[:, 0] = filmed.spots[more, times]
-        where = torch.from_numpy(np.concatenate([drawn.spots[rows], places])).to(device)
-        both = np.concatenate([rows, len(drawn.prompts) + more])
-        found = judge(disturb(x, noise_from(rng, device)))
-        return judge_loss(*found, where, answers[both].to(device), grounds[both].to(device)), {}
-
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
-    fit(Stage("judge", folder / "judge.pt", judge, [optimizer], loss, settings.steps, cosine, 30), deadline)
-    save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, folder / "judge.safetensors")
-    return judge
+def to_model(pictures: np.ndarray, device: str = "cpu") -> Tensor:
+    """uint8 ``[N, (F,) H, W, 3]`` -> float ``[N, 3, (F,) H, W]`` in [-1, 1]."""
+    return rearrange(torch.from_numpy(pictures).to(device), "n ... c -> n c ...").float() / 127.5 - 1
 
 
 def enlarged(frames: Tensor) -> Tensor:
     """Frames ``[B, 3, h, w]`` of clips at the size of pictures."""
     return F.interpolate(frames, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=False)
-
-
-def load_judge(folder: Path) -> Judge:
-    """The one trained in a run's folder."""
-    path = folder / "judge.safetensors"
-    if not path.exists():
-        raise SystemExit(f"no {path}; make it with train-judge")
-    judge = Judge()
-    judge.load_state_dict(load_file(path))
-    return judge.eval()
-
-
-def labels(asked: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """Index of each answer ``[N, 3 objects, 3]``, -1 where there is no object, and of the background ``[N]``."""
-    answers = torch.full((len(asked), MOST, len(ANSWERS)), -1)
-    for i, scene in enumerate(asked):
-        for j, thing in enumerate(scene.things):
-            told = [options.index(getattr(thing, name)) for name, options in ANSWERS.items()]
-            answers[i, j] = torch.tensor(told)
-    return answers, torch.tensor([BACKGROUNDS.index(scene.background) for scene in asked])
-
-
-def judge_loss(maps: Tensor, ground: Tensor, spots: Tensor, answers: Tensor, grounds: Tensor) -> Tensor:
-    """Focal loss of the centres (CenterNet's), radius and answers at the centres, background."""
-    grid = CELL * (torch.arange(IMAGE_SIZE // CELL, device=maps.device) + 0.5)
-    x, y, r = spots[..., None, None].unbind(2)
-    there = answers[..., 0] >= 0
-    spread = (grid - x).square() + (grid[:, None] - y).square()
-    heat = (torch.exp(-spread / (2 * (0.2 * r + 1).square())) * there[..., None, None]).amax(1)
-    rows, slots = there.nonzero(as_tuple=True)
-    column, row = ((spots[rows, slots, k] / CELL).long().clamp(0, 31) for k in (0, 1))
-    heat[rows, row, column] = 1.0
-    _, radius, *told = maps[rows, :, row, column].split(WIDTHS, dim=-1)
-    p = torch.sigmoid(maps[:, 0]).clamp(1e-4, 1 - 1e-4)
-    hit = (heat == 1).float()
-    focal = hit * (1 - p).square() * p.log() + (1 - hit) * (1 - heat) ** 4 * p.square() * (1 - p).log()
-    losses = [-focal.sum() / len(rows), F.smooth_l1_loss(radius[:, 0], spots[rows, slots, 2] / RADIUS)]
-    losses += [F.cross_entropy(part, answers[rows, slots, k]) for k, part in enumerate(told)]
-    return torch.stack([*losses, F.cross_entropy(ground, grounds)]).sum()
-
-
-def disturb(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Do to pictures ``[B, 3, H, W]`` a little of what generating them might: blur, tone, noise."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        shape = (len(pictures), 1, 1, 1)
-        return low + (high - low) * torch.rand(shape, generator=generator, device=pictures.device)
-
-    blur, x = uniform(0, 0.25), pictures
-    for dim in (2, 3):
-        x = (1 - 2 * blur) * x + blur * (x.roll(1, dim) + x.roll(-1, dim))
-    x = x * uniform(0.92, 1.08) + uniform(-0.06, 0.06)
-    return x + uniform(0, 0.06) * torch.randn(x.shape, generator=generator, device=x.device)
 
 
 # Judging
@@ -253,24 +181,13 @@ def verdicts(judge: Judge, pictures: Tensor, asked: Sequence[Scene], batch: int 
     return [score(scene, *pair) for scene, pair in zip(asked, seen, strict=True)]
 
 
-def adherence(rows: Sequence[dict[str, float]]) -> dict[str, object]:
-    """Mean share of what is asked that is right, in percent, its 95 % bootstrap interval, and by attribute."""
-    each = np.array([np.mean(list(row.values())) for row in rows])
-    draws = np.random.default_rng(0).integers(len(each), size=(2000, len(each)))
-    low, high = np.quantile(each[draws].mean(1), [0.025, 0.975])
-    by = {k: [row[k] for row in rows if k in row] for k in dict.fromkeys(k for row in rows for k in row)}
-    mean = {k: round(100 * float(np.mean(v)), 2) for k, v in by.items() if v}
-    return {"mean": round(100 * each.mean(), 2), "interval": [round(100 * low, 2), round(100 * high, 2)], **mean}
-
-
 @torch.no_grad()
 def features(judge: Judge, pictures: Tensor, batch: int = 50) -> Tensor:
     """``[N, 128]`` of pictures ``[N, 3, 128, 128]``."""
     return torch.cat([judge.features(part) for part in pictures.split(batch)])
 
 
-def frechet(one: Tensor, two: Tensor) -> float:
-    """Fréchet distance between the features ``[N, D]`` of two sets."""
-    (mean_a, cov_a), (mean_b, cov_b) = ((f.mean(0), torch.cov(f.T)) for f in (one.double().cpu(), two.double().cpu()))
-    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+@torch.no_grad()
+def distances(judge: Judge, one: Tensor, two: Tensor, batch: int = 50) -> Tensor:
+    """`Judge.distance` of pictures ``[N, 3, 128, 128]`` each, ``[N]``."""
+    return torch.cat([judge.distance(*pair) for pair in zip(one.split(batch), two.split(batch), strict=True)])

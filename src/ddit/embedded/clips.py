@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.yardstick import scenes
-from benchmarks.yardstick.backdrops import backdrop
-from benchmarks.yardstick.drawing import clutter, lit, stamp
-from benchmarks.yardstick.scenes import (
+from ddit.embedded import scenes
+from ddit.embedded.backdrops import backdrop
+from ddit.embedded.drawing import clutter, lit, stamp
+from ddit.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
     IMAGE_SIZE,
