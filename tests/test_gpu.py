@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import stages, table
+from benchmarks.gpu import train as training
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.parts import PART, pack, unpack
 from benchmarks.gpu.record import Budget, OutOfTime, Record, read
@@ -235,7 +236,7 @@ def test_all_stages_run_end_to_end(tmp_path):
     flags = ["--tiny", "--device", "cpu", "--work", str(tmp_path / "work")]
     done = script(tmp_path, "run", "600", "out", "all", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = {name: read(tmp_path / "out" / f"{name}.json") for name in stages.STAGES}
+    found = {name: read(tmp_path / "out" / f"{name}.json") for name in stages.STAGES if name != "train-together"}
     assert all(stage["done"] for stage in found.values()), {n: s["errors"] for n, s in found.items()}
     values = found["flux"]["values"]
     assert values["eager/8/skip 2"]["flops_fraction"] == 0.5 and values["compiled/8/patches"]["graphs"] == 0
@@ -243,7 +244,33 @@ def test_all_stages_run_end_to_end(tmp_path):
     assert set(values["eager/steps"]["adapter_share"]) == {"2", "4"}
     assert found["wan"]["values"]["eager/8/plain"]["computed_calls"] == 16
     assert found["peers"]["values"]["eager/8/TaylorSeer 4"]["computed_calls"] < 8
-    for kind in ("image", "video", "judge"):
+    for kind in training.DONE:
         assert 1 <= len(list((tmp_path / "out").glob(f"train-{kind}.tar.*"))) <= 4
     assert all(path.stat().st_size < 16 * 2**20 for path in (tmp_path / "out").iterdir())
     assert "there already" in script(tmp_path, "run", "600", "out", "all", *flags).stdout
+
+
+@pytest.mark.slow
+def test_trainings_go_on_side_by_side_from_parts_and_fit_into_what_comes_back(tmp_path):
+    assert measure(tmp_path, "train-image") == 0
+    parts = ["--checkpoint", str(tmp_path / "out"), "--work", str(tmp_path / "other")]
+    (tmp_path / "back").mkdir()
+    flags = ["--device", "cpu", "--tiny", *parts, "--seconds", "300", "--out", str(tmp_path / "back")]
+    assert main(["train-together", *flags]) == 0
+    told = read(tmp_path / "back" / "train-together.json")
+    assert told["done"], told["errors"]
+    begun = set(training.DONE) - {"image"}  # which came with the parts
+    assert set(told["values"]["settings"]) == begun
+    assert str(tmp_path / "other") in told["values"]["settings"]["image-adapter"]["model"]
+    assert len(list((tmp_path / "back").iterdir())) <= 8
+
+
+def test_what_follows_a_training_that_fails_is_not_begun(tmp_path, monkeypatch):
+    place = training.Place(tmp_path, tmp_path / "out", "cpu", tiny=True, settings=["batch=none"])
+    monkeypatch.setattr(training, "_environment", lambda: {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"})
+    record = Record(tmp_path / "x.json", Budget(120))
+    with pytest.raises(RuntimeError, match=r"image ended with 2.*no number"):
+        training.train("both", record, place, chains={"both": [["image", "image-adapter"]]})
+    assert not (tmp_path / "image-adapter").exists() and "no number" in record.values["logs"]["image"]
+    with pytest.raises(FileNotFoundError, match="parts of one"):
+        training.train("both", record, place, tmp_path / "none", chains={"both": [["video"]]})

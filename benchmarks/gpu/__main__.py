@@ -65,7 +65,7 @@ def _measure(args: argparse.Namespace) -> int:
     if not args.device.startswith("cuda") and not args.tiny:
         print("there is no GPU; add --tiny to try everything on the CPU", file=sys.stderr)
         return 2
-    names = list(STAGES) if "all" in args.stages else list(dict.fromkeys(args.stages))
+    names = list(STAGES)[:-1] if "all" in args.stages else list(dict.fromkeys(args.stages))
     args.out.mkdir(parents=True, exist_ok=True)
     for name in STAGES:
         earlier = args.earlier / f"{name}.json" if args.earlier else None

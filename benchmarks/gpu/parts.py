@@ -23,7 +23,7 @@ FLOWS = ("flow-32", "flow-64", "flow-128", "flow-guided")
 SMALL = "flows.pt"
 """In the archive, in place of the flow's checkpoints."""
 TEXT = "text.pt"
-FINISHED = ("settings.json", "vae", "judge.safetensors", "model")
+FINISHED = ("settings.json", "vae", "judge.safetensors", "model", "adapter")
 
 
 def stem(run: Path) -> str:

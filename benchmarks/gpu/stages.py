@@ -193,26 +193,22 @@ def peers(session: Session, record: Record) -> None:
         _runs(loaded, record, total, chosen, plain, late=True)
 
 
-def train(kind: str, session: Session, record: Record) -> None:
-    """A model of the yardstick, or their judge; see `benchmarks.gpu.train`."""
-    training.train(
-        kind,
-        record,
-        work=session.work / "yardstick",
-        out=session.out,
-        device=session.device,
-        tiny=session.tiny,
-        checkpoint=session.checkpoint,
-        settings=session.settings,
-    )
+def train(stage: str, session: Session, record: Record) -> None:
+    """Models of the yardstick, their judge, their adapters; see `benchmarks.gpu.train`."""
+    work = session.work / "yardstick"
+    place = training.Place(work, session.out, session.device, session.tiny, session.settings)
+    training.train(stage, record, place, session.checkpoint)
 
 
 STAGES: dict[str, tuple[Callable[[Session, Record], None], float]] = {
     "flux": (flux, 4.0),
-    "train-image": (partial(train, "image"), 5.0),
+    "train-image": (partial(train, "train-image"), 5.0),
     "wan": (wan, 3.0),
-    "train-video": (partial(train, "video"), 4.0),
-    "train-judge": (partial(train, "judge"), 1.0),
+    "train-video": (partial(train, "train-video"), 4.0),
+    "train-judge": (partial(train, "train-judge"), 1.0),
+    "train-adapter": (partial(train, "train-adapter"), 2.0),
     "peers": (peers, 1.5),
+    "train-together": (partial(train, "train-together"), 12.0),
 }
-"""Name -> the stage, and its weight among those that share the time that is left; ``all`` takes this order."""
+"""Name -> the stage, and its weight among those that share the time that is left; ``all`` takes this order, without the
+last, which trains the same side by side."""

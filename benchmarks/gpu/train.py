@@ -1,4 +1,4 @@
-"""Stages ``train-...``: the yardstick's training within the time, and what it made in files small enough to carry."""
+"""Stages ``train-...``: the yardstick's trainings within the time; what they made in files small enough to carry."""
 
 from __future__ import annotations
 
@@ -6,90 +6,224 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.parts import pack, progress, stem, unpack
 from benchmarks.gpu.record import Record
 
-MINUTES = {
-    "image": ("pictures=40000", "vae_steps=5000", "low_steps=7000", "high_steps=9000", "distil_steps=1000"),
-    "video": ("clips=10000", "vae_steps=4000", "low_steps=7000", "high_steps=9000"),
-    "judge": ("pictures=20000", "clips=4000"),
+Chains = Sequence[Sequence[str]]
+"""Trainings that go on side by side, each a few that follow each other."""
+CHAINS: dict[str, Chains] = {
+    "train-image": [["image"]],
+    "train-video": [["video"]],
+    "train-judge": [["judge"]],
+    "train-adapter": [["image-adapter"], ["video-adapter"]],
+    "train-together": [["image", "image-adapter"], ["video", "video-adapter"], ["judge"]],
 }
-"""Settings for a training of some eight minutes: about half of those that a GPU has by default."""
-_FLOW = ("vae_steps=1", "text_steps=1", "low_steps=1", "high_steps=1", "batch=1", "low_mix=[1,0,0]", "high_mix=[1,0,0]")
-TINY = {
-    "image": (*_FLOW, "distil_steps=1", "pictures=8", "workers=1"),
-    "video": (*_FLOW, "clips=8", "workers=1"),
-    "judge": ("steps=1", "batch=4", "pictures=8", "clips=8", "workers=1"),
+"""By stage. The last one fills a card better than one training after the other: small models wait for their kernels."""
+DONE = {
+    "image": "model",
+    "video": "model",
+    "judge": "judge.safetensors",
+    "image-adapter": "adapter",
+    "video-adapter": "adapter",
 }
-DONE = {"image": "model", "video": "model", "judge": "judge.safetensors"}
-"""What is there when a training is at its end."""
+"""What is in the folder of a training that is at its end."""
+STEPS = 1_000_000
+"""More than the time suffices for: it is the seconds that end a stage."""
+SHARES = {
+    "image": {"low_seconds": 0.22, "high_seconds": 0.5, "distil_seconds": 0.08},
+    "video": {"low_seconds": 0.3, "high_seconds": 0.5},
+    "judge": {"judge_seconds": 0.7},
+}
+"""Shares of a training's time; what is left draws, and trains autoencoder and text encoders."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "image": {"pictures": 24_000, "vae_steps": 5_000, "low_steps": STEPS, "high_steps": STEPS, "distil_steps": STEPS},
+    "video": {"clips": 8_000, "vae_steps": 3_000, "batch": 96, "low_steps": STEPS, "high_steps": STEPS},
+    "judge": {"pictures": 20_000, "clips": 4_000, "batch": 96, "steps": STEPS},
+}
+"""Of the yardstick, beside its own for a GPU. Compiling would cost a quarter of such a training, and gain less."""
+_ADAPTER = {"steps": 4_000, "batch": 64, "count": 1_024, "sample-batch": 128, "shard": 128, "validation": 32}
+ADAPTERS: dict[str, dict[str, Any]] = {"image-adapter": _ADAPTER, "video-adapter": {**_ADAPTER, "count": 512}}
+"""Of ``ddit train``. Its learning rate stays, and what is saved are averages: it may be ended at any time."""
+_TINY_FLOW = {"vae_steps": 1, "text_steps": 1, "low_steps": 1, "high_steps": 1, "batch": 1, "workers": 1}
+_TINY_FLOW |= {"low_mix": "[1,0,0]", "high_mix": "[1,0,0]"}
+TINY: dict[str, dict[str, Any]] = {
+    "image": {**_TINY_FLOW, "distil_steps": 1, "pictures": 8},
+    "video": {**_TINY_FLOW, "clips": 8},
+    "judge": {"steps": 1, "batch": 4, "pictures": 8, "clips": 8, "workers": 1},
+}
+_TINY_ADAPTER = {"steps": 1, "batch": 1, "count": 2, "validation": 1, "rank": 2, "sample-steps": 2}
+TINY |= dict.fromkeys(ADAPTERS, _TINY_ADAPTER)
 MARGIN = 20.0
 """Seconds for what is done after the training has stopped."""
+BEFORE_ADAPTER = 0.75
+"""Share of the time of a model that an adapter follows."""
+JUDGE_WAITS = 0.25
+"""Share of the time after which a judge begins beside others: it takes the drawings they have made."""
 EVERY = 45.0
 """Seconds between two copies of what there is."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where trainings run."""
+
+    work: Path
+    """Folder of the runs and their drawings; does not come back."""
+    out: Path
+    """Gets the parts (`benchmarks.gpu.parts`)."""
+    device: str
+    tiny: bool = False
+    settings: Sequence[str] = ()
+    """``NAME=NUMBER`` of the yardstick's settings, after `SETTINGS` or `TINY`."""
+
+
+@dataclass
+class Chain:
+    """Trainings that follow each other, one process at a time."""
+
+    names: list[str]
+    place: Place
+    end: float
+    """By the monotonic clock."""
+    begin: float = 0.0
+    beside: int = 1
+    """How many chains share the processors."""
+    process: subprocess.Popen[bytes] | None = None
+    failed: str = ""
+    told: dict[str, Any] = field(default_factory=dict)
+    """Settings of what was begun."""
+
+    def runs(self) -> bool:
+        """Begin what can be begun; whether anything is left to wait for."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                return True
+            name, code, self.process = self.names.pop(0), self.process.returncode, None
+            if code:
+                self.failed = f"{name} ended with {code}: {self.log(name).read_text()[-500:]}"
+            if code or not (self.place.work / name / DONE[name]).exists():
+                self.names.clear()  # what follows needs it
+        while self.names and (self.place.work / self.names[0] / DONE[self.names[0]]).exists():
+            self.names.pop(0)
+        if self.names and time.monotonic() >= self.begin:
+            self._start(self.names[0])
+        return bool(self.names)
+
+    def log(self, name: str) -> Path:
+        return self.place.work / name / "train.log"
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def _start(self, name: str) -> None:
+        seconds = max(self.end - time.monotonic(), 1.0)
+        make = _adapter if name in ADAPTERS else _yardstick
+        command, self.told[name] = make(name, self, seconds)
+        self.log(name).parent.mkdir(parents=True, exist_ok=True)
+        with self.log(name).open("a") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=_environment())
+
+
+def _yardstick(name: str, chain: Chain, seconds: float) -> tuple[list[str], dict[str, Any]]:
+    """A training of the yardstick, and its settings."""
+    place = chain.place
+    if len(chain.names) > 1:
+        seconds *= BEFORE_ADAPTER
+    if place.tiny:
+        chosen = TINY[name]
+    else:
+        timed = {key: round(share * seconds) for key, share in SHARES[name].items()}
+        workers = max((os.cpu_count() or 2) // chain.beside - 1, 1)
+        chosen = {**SETTINGS[name], **timed, "workers": workers, **({} if name == "judge" else {"compile": "false"})}
+    chosen = {**chosen, **dict(pair.split("=", 1) for pair in place.settings)}
+    command = [sys.executable, "-m", "benchmarks.yardstick", f"train-{name}", "--out", str(place.work)]
+    command += ["--device", place.device, "--threads", "2", "--seconds", f"{seconds:.0f}"]
+    return [*command, "--set", *(f"{key}={value}" for key, value in chosen.items())], chosen
+
+
+def _adapter(name: str, chain: Chain, seconds: float) -> tuple[list[str], dict[str, Any]]:
+    """The training of an adapter on the model that was made beside it, or else on the one that ships."""
+    place, kind = chain.place, name.removesuffix("-adapter")
+    made, run = place.work / kind / "model", place.work / name
+    prompts = place.work / f"{kind}-prompts.txt"
+    of = ["--video"] if kind == "video" else []
+    subprocess.run(
+        [sys.executable, "-m", "ddit.cli", "prompts", *of, "--count", "1024", "--out", str(prompts)], check=True
+    )
+    model = str(made) if made.exists() else {"image": "embedded", "video": "embedded-video"}[kind]
+    chosen = {**(TINY if place.tiny else ADAPTERS)[name], "model": model, "prompts": prompts, "pictures": 0, "out": run}
+    command = [sys.executable, "-m", "ddit.cli", "train", *(["--cpu"] if place.device == "cpu" else [])]
+    return [*command, *(word for key, value in chosen.items() for word in (f"--{key}", str(value)))], {
+        key: str(value) for key, value in chosen.items()
+    }
+
+
 def train(
-    kind: str,
-    record: Record,
-    *,
-    work: Path,
-    out: Path,
-    device: str,
-    tiny: bool = False,
-    checkpoint: Path | None = None,
-    settings: Sequence[str] = (),
+    stage: str, record: Record, place: Place, checkpoint: Path | None = None, chains: Mapping[str, Chains] = CHAINS
 ) -> None:
-    """Train from the checkpoint on, or from what lies in ``work``.
+    """Train from the checkpoint on, or from what lies in the folder of work.
 
     Args:
-        kind: What is trained: image, video or judge.
-        work: Folder of the runs and their drawings; does not come back.
-        out: Gets the parts (`benchmarks.gpu.parts`).
-        checkpoint: Folder of parts or of a run; counts only where ``work`` is new.
-        settings: ``NAME=NUMBER`` of the yardstick's settings, after `MINUTES` or `TINY`.
+        checkpoint: Folder of parts or of runs; counts only where the folder of work has no such run.
     """
-    run = work / kind
-    if checkpoint is not None and not (run / "settings.json").exists():
-        _start(checkpoint, run)
-    run.mkdir(parents=True, exist_ok=True)
-    log = run / "train.log"
-    changes = dict(pair.split("=", 1) for pair in (*(TINY if tiny else MINUTES)[kind], *settings))
-    seconds = max(record.budget.left - MARGIN, 1.0)
-    command = [sys.executable, "-m", "benchmarks.yardstick", f"train-{kind}", "--out", str(work), "--device", device]
-    command += ["--seconds", f"{seconds:.0f}", "--set", *(f"{name}={value}" for name, value in changes.items())]
-    record.values["settings"] = changes
-    with log.open("a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=_environment())
+    asked = chains[stage]
+    _take_over(checkpoint, place.work, [name for names in asked for name in names])
+    now = time.monotonic()
+    left = max(record.budget.left - MARGIN, 1.0)
+    running = [Chain(list(names), place, now + left, beside=len(asked)) for names in asked]
+    for chain in running:
+        if len(asked) > 1 and chain.names == ["judge"] and not place.tiny:
+            chain.begin = now + JUDGE_WAITS * left
+    names = [name for chain in running for name in chain.names]
+    keep = _keeper(record, place, names, running)
     try:
-        _watch(process, record, run, out)
+        kept = time.monotonic()
+        while any([chain.runs() for chain in running]) and record.budget.left > 0:
+            time.sleep(0.5)
+            if time.monotonic() > kept + EVERY:
+                keep()
+                kept = time.monotonic()
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        record.values["log"] = log.read_text()[-2000:]
-        _keep(record, run, out)
-    if process.returncode:
-        raise RuntimeError(f"training ended with {process.returncode}: {log.read_text()[-500:]}")
-    if not (run / DONE[kind]).exists():
-        record.left_out["rest"] = "out of time; the same command goes on, elsewhere with --checkpoint"
+        for chain in running:
+            chain.stop()
+        keep()
+    failed = [chain.failed for chain in running if chain.failed]
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    rest = [name for name in names if not (place.work / name / DONE[name]).exists()]
+    if rest:
+        record.left_out[", ".join(rest)] = "out of time; the same command goes on, elsewhere with --checkpoint"
 
 
-def _start(checkpoint: Path, run: Path) -> None:
-    """Fill a run's folder from its parts, or from the run of its name by way of parts; what has neither begins anew."""
-    kinds = [kind for kind in DONE if (checkpoint / kind).is_dir() or list(checkpoint.glob(f"train-{kind}.tar.[0-9]"))]
-    if not kinds:
+def _take_over(checkpoint: Path | None, work: Path, names: Sequence[str]) -> None:
+    """Fill the folders of runs from their parts, or from the runs of their names by way of parts.
+
+    What has neither begins anew. An adapter needs its model.
+    """
+    wanted = {name.removesuffix("-adapter") for name in names}
+    if checkpoint is None or all((work / name).exists() for name in wanted):
+        return
+    found = [
+        name for name in DONE if (checkpoint / name).is_dir() or list(checkpoint.glob(f"{stem(Path(name))}.[0-9]"))
+    ]
+    if not found:
         raise FileNotFoundError(f"{checkpoint} has neither a run of {', '.join(DONE)} nor parts of one")
-    made = checkpoint
-    if (checkpoint / run.name).is_dir():
-        made = run.with_name(f"{run.name}.start")
-        pack(checkpoint / run.name, made)
-    if list(made.glob(f"{stem(run)}.[0-9]")):
-        unpack(made, run)
+    for name in wanted & set(found):
+        run, made = work / name, checkpoint
+        if run.exists():
+            continue
+        if (checkpoint / name).is_dir():
+            made = work / f"{name}.start"
+            pack(checkpoint / name, made)
+        if list(made.glob(f"{stem(run)}.[0-9]")):
+            unpack(made, run)
 
 
 def _environment() -> dict[str, str]:
@@ -97,16 +231,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "TERM": "dumb", "PYTHONUNBUFFERED": "1"}
 
 
-def _watch(process: Any, record: Record, run: Path, out: Path) -> None:
-    """Until the training ends, put away what there is every so often."""
-    kept = time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.5)
-        if time.monotonic() - kept > EVERY:
-            _keep(record, run, out)
-            kept = time.monotonic()
+def _keeper(record: Record, place: Place, names: Sequence[str], running: Sequence[Chain]) -> Callable[[], None]:
+    """What puts away all there is."""
 
+    def keep() -> None:
+        runs = [place.work / name for name in names if (place.work / name).exists()]
+        files = {path.name: path.stat().st_size for run in runs for path in pack(run, place.out)}
+        logs = {run.name: run / "train.log" for run in runs if (run / "train.log").exists()}
+        record.values.update(
+            settings={name: told for chain in running for name, told in chain.told.items()},
+            files=files,
+            logs={name: log.read_text()[-2000:] for name, log in logs.items()},
+        )
+        record.put("progress", {run.name: progress(run) for run in runs})
 
-def _keep(record: Record, run: Path, out: Path) -> None:
-    record.values["files"] = {path.name: path.stat().st_size for path in pack(run, out)}
-    record.put("progress", progress(run))
+    return keep

@@ -78,6 +78,8 @@ class JudgeSettings:
     pictures: int = 12_000
     clips: int = 2_000
     steps: int = 3_000
+    judge_seconds: float | None = None
+    """It ends after so long even if its steps are not done, the learning rate having fallen in time."""
     batch: int = 48
     """A quarter of it are frames of clips."""
     seed: int = 0

@@ -46,7 +46,8 @@ def train_judge(
         return judge_loss(*found, where, answers[both].to(device), grounds[both].to(device)), {}
 
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
-    fit(Stage("judge", folder / "judge.pt", judge, [optimizer], loss, settings.steps, cosine, 30), deadline)
+    length = {"steps": settings.steps, "seconds": settings.judge_seconds}
+    fit(Stage("judge", folder / "judge.pt", judge, [optimizer], loss, schedule=cosine, seed=30, **length), deadline)
     save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, folder / "judge.safetensors")
     return judge
 
