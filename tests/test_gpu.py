@@ -269,7 +269,7 @@ def test_what_follows_a_training_that_fails_is_not_begun(tmp_path, monkeypatch):
     place = training.Place(tmp_path, tmp_path / "out", "cpu", tiny=True, settings=["batch=none"])
     monkeypatch.setattr(training, "_environment", lambda: {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"})
     record = Record(tmp_path / "x.json", Budget(120))
-    with pytest.raises(RuntimeError, match=r"image ended with 2.*no number"):
+    with pytest.raises(RuntimeError, match=r"(?s)image ended with 2.*no number"):
         training.train("both", record, place, chains={"both": [["image", "image-adapter"]]})
     assert not (tmp_path / "image-adapter").exists() and "no number" in record.values["logs"]["image"]
     with pytest.raises(FileNotFoundError, match="parts of one"):
