@@ -37,11 +37,18 @@ STEPS = 1_000_000
 SHARES = {
     "image": {"low_seconds": 0.22, "high_seconds": 0.5, "distil_seconds": 0.08},
     "video": {"low_seconds": 0.3, "high_seconds": 0.5},
-    "judge": {"judge_seconds": 0.7},
+    "judge": {"judge_seconds": 0.5},
 }
 """Shares of a training's time; what is left draws, and trains autoencoder and text encoders."""
 SETTINGS: dict[str, dict[str, Any]] = {
-    "image": {"pictures": 24_000, "vae_steps": 5_000, "low_steps": STEPS, "high_steps": STEPS, "distil_steps": STEPS},
+    "image": {
+        "pictures": 20_000,
+        "batch": 96,
+        "vae_steps": 5_000,
+        "low_steps": STEPS,
+        "high_steps": STEPS,
+        "distil_steps": STEPS,
+    },
     "video": {"clips": 8_000, "vae_steps": 3_000, "batch": 96, "low_steps": STEPS, "high_steps": STEPS},
     "judge": {"pictures": 20_000, "clips": 4_000, "batch": 96, "steps": STEPS},
 }

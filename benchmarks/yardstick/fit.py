@@ -57,7 +57,7 @@ class Stage:
     """Factor of the learning rates at a step, given the share of the stage that is done."""
     seed: int
     ema: float = 0.0
-    every: int = 200
+    every: int = 1_000
     """Steps between checkpoints."""
     seconds: float | None = None
     """The stage ends after so long if its steps are not done by then, its learning rate having fallen in time."""
