@@ -447,6 +447,19 @@ def test_checkpoints_rotate_and_steps_may_grow(base, tmp_path):
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.old"))
 
 
+def test_an_adapter_is_trained_on_from(base, tmp_path):
+    train(settings(base, tmp_path / "a", lr=1e-2))
+    earlier = str(tmp_path / "a" / "adapter")
+    train(settings(base, tmp_path / "b", adapter=earlier, steps=1, lr=1e-6, ema=0.0))
+    a, b = weights(tmp_path / "a" / "adapter"), weights(tmp_path / "b" / "adapter")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-6)
+    new = tmp_path / "not drawn"
+    with pytest.raises(ValueError, match="rank 2 where 4 is asked for"):
+        train(settings(base, tmp_path / "c", adapter=earlier, rank=4, samples=str(new)))
+    assert not new.exists()
+
+
 def test_accumulation_equals_a_larger_batch(base, tmp_path):
     train(settings(base, tmp_path / "a", batch=4))
     train(settings(base, tmp_path / "b", batch=2, accumulation=2))

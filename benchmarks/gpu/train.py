@@ -42,7 +42,7 @@ SHARES = {
 """Shares of a training's time; what is left draws, and trains autoencoder and text encoders."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "image": {
-        "pictures": 20_000,
+        "pictures": 16_000,
         "batch": 96,
         "vae_steps": 5_000,
         "low_steps": STEPS,
@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "distil_steps": STEPS,
     },
     "video": {"clips": 8_000, "vae_steps": 3_000, "batch": 96, "low_steps": STEPS, "high_steps": STEPS},
-    "judge": {"pictures": 20_000, "clips": 4_000, "batch": 96, "steps": STEPS},
+    "judge": {"pictures": 16_000, "clips": 4_000, "batch": 96, "steps": STEPS},
 }
 """Of the yardstick, beside its own for a GPU. Compiling would cost a quarter of such a training, and gain less."""
 _ADAPTER = {"steps": 4_000, "batch": 64, "count": 1_024, "sample-batch": 128, "shard": 128, "validation": 32}

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import sdpa_kernel
 
 from benchmarks.yardstick.config import JudgeSettings, Settings, gpu
 from benchmarks.yardstick.data import cached_clips, cached_drawings, sheet
@@ -29,6 +30,7 @@ from ddit.embedded.judge import JUDGE
 from ddit.eval.subjects import Clips, Pictures
 from ddit.files import replacing_folder, write_json
 from ddit.preset import Preset
+from ddit.train.trainer import ATTENTION
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())}
 
@@ -36,7 +38,8 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())
 def main() -> None:
     args = _parser().parse_args()
     torch.set_num_threads(args.threads)
-    args.run(args)
+    with sdpa_kernel(ATTENTION):
+        args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:

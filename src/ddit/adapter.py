@@ -110,7 +110,7 @@ class PatchAdapter(TrainedPart):
             `ddit.apply` gets none.
         min_sigma: Scale -> lowest noise level that it learnt at; without an entry, it learnt at all of them.
         errors: Scale -> [noise level, root mean square error of its velocity] of the last validation.
-        steps_trained: Number of optimiser steps so far.
+        steps_trained: Number of optimiser steps of the run that made it.
         ddit_version: Version of ddit that made it.
     """
 

@@ -17,7 +17,18 @@ Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
 
-OF_PATCHES = ("images", "scales", "rank", "start", "positions", "residual", "size_vector", "min_sigma", "weighting")
+OF_PATCHES = (
+    "images",
+    "adapter",
+    "scales",
+    "rank",
+    "start",
+    "positions",
+    "residual",
+    "size_vector",
+    "min_sigma",
+    "weighting",
+)
 """Fields that mean nothing to a corrector."""
 OF_CORRECTOR = ("speedups",)
 """Fields that mean nothing to an adapter for large patches."""
@@ -65,6 +76,8 @@ class TrainConfig:
     height: int | None = None
     width: int | None = None
 
+    adapter: str | None = None
+    """Adapter to train on from: folder or hub id. Its scales, rank and parts must be the ones asked for."""
     scales: tuple[int, ...] = (2, 4)
     """Scales above 1 to train."""
     min_sigma: tuple[float, ...] | None = None

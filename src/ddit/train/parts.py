@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,26 @@ from ddit.extras import require
 from ddit.skip.corrector import ForecastCorrector
 from ddit.train.config import TrainConfig
 
+KEPT = ("base_hash", "scales", "rank", "start", "positions", "residual", "size_vector", "layers")
+"""What an adapter keeps when it is trained on."""
+
+
+def earlier_adapter(transformer: Any, config: TrainConfig) -> PatchAdapter | None:
+    """The adapter to train on from, if any.
+
+    Raises:
+        ValueError: When it can't be loaded, or is of another kind than is asked for.
+    """
+    if config.adapter is None:
+        return None
+    earlier = PatchAdapter.from_pretrained(config.adapter)
+    new = PatchAdapter.for_model(transformer, **config.adapter_settings)
+    has, asked = (json.loads(json.dumps({name: part.config[name] for name in KEPT})) for part in (earlier, new))
+    other = [f"{name} {has[name]} where {asked[name]} is asked for" for name in KEPT if has[name] != asked[name]]
+    if other:
+        raise ValueError(f"adapter {config.adapter} has {', '.join(other)}; ask for what it has, or train a new one")
+    return earlier
+
 
 def new_part(
     transformer: Any,
@@ -22,11 +43,15 @@ def new_part(
     *,
     sampler: str | None = None,
     detail_variance: Mapping[int, Sequence[float]] | None = None,
+    earlier: PatchAdapter | None = None,
 ) -> PatchAdapter | ForecastCorrector:
-    """What is to be trained, for a transformer."""
+    """What is to be trained, for a transformer; an earlier adapter lends its weights."""
     if config.corrector:
         return ForecastCorrector.for_model(transformer, sampler=sampler)
-    return PatchAdapter.for_model(transformer, **config.adapter_settings, detail_variance=detail_variance)
+    adapter = PatchAdapter.for_model(transformer, **config.adapter_settings, detail_variance=detail_variance)
+    if earlier is not None:
+        adapter.load_state_dict(earlier.state_dict())
+    return adapter
 
 
 def make_optimizer(part: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddit.adapter import PatchAdapter
 from ddit.extras import require
@@ -32,13 +33,16 @@ from ddit.skip.corrector import ForecastCorrector
 from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
-from ddit.train.parts import make_optimizer, new_part, sum_over_processes
+from ddit.train.parts import earlier_adapter, make_optimizer, new_part, sum_over_processes
 from ddit.train.pictures import check_encodes
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_sets
 from ddit.train.sources import Source, read_source
 from ddit.train.validation import errors_of, save_pictures, validate, validate_runs
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's, whose backward pass failed or gave NaN on sequences of 40 and 88 tokens (H200, PyTorch 2.11)."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -67,7 +71,8 @@ def train(config: TrainConfig) -> Path:
     if run.step >= config.steps:
         accelerator.print(f"{config.out} has its {run.step} steps; ask for more with --steps")
     run.make_up()
-    with progress("train", config.steps, done=run.step, hidden=not accelerator.is_main_process) as advance:
+    hidden = not accelerator.is_main_process
+    with sdpa_kernel(ATTENTION), progress("train", config.steps, done=run.step, hidden=hidden) as advance:
         while run.step < config.steps:
             started = time.perf_counter()
             loss = run.advance()
@@ -118,6 +123,7 @@ class Run:
     def begin(cls, config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, source: Source) -> Run:
         """A run as the last checkpoint left it, or a new one."""
         transformer = pipe.transformer.requires_grad_(False).eval()
+        earlier = earlier_adapter(transformer, config)  # what is refused is refused before samples are drawn
         sets = draw_sets(config, accelerator, pipe, preset, source)
         samples = sets[0]
         samplers = [Sampler(pipe.scheduler, drawn) for drawn in sets] if config.corrector else []
@@ -132,7 +138,8 @@ class Run:
         architecture = architecture_for(transformer)
         torch.manual_seed(config.seed)
         measured = {} if config.corrector else measured_detail(samples, config.scales, architecture.patch_size)
-        part: Any = new_part(transformer, config, sampler=type(pipe.scheduler).__name__, detail_variance=measured)
+        kind = {"sampler": type(pipe.scheduler).__name__, "detail_variance": measured, "earlier": earlier}
+        part: Any = new_part(transformer, config, **kind)
         attachment = part.to(accelerator.device).attach(transformer)
         optimizer = make_optimizer(part, config)
         lr = get_scheduler(
