@@ -12,7 +12,7 @@ from ddit.files import replacing
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 NONE = "No run on a GPU has been made yet."
-TRAININGS = ("train-image", "train-video", "train-judge")
+TRAININGS = ("train-image", "train-video", "train-judge", "train-adapter", "train-together")
 NAMES = {"flux": "FLUX.1-dev, 1024 x 1024", "wan": "Wan 2.1 1.3B, 480 x 832 x 81", "peers": "Other libraries' caches"}
 
 
@@ -135,9 +135,16 @@ def _runs(values: dict[str, Any]) -> list[str]:
 
 
 def _training(name: str, stage: dict[str, Any]) -> str:
-    lines = [f"### `{name}`", "", "| stage | step | steps/s | loss |", "|---" * 4 + "|"]
-    for part, log in stage["values"].get("progress", {}).items():
-        lines.append(f"| {part} | {log['step']} | {log.get('steps_per_s', 0):.1f} | {log['loss']:.4f} |")
+    """A row for each part of each training."""
+    where = f"{stage.get('card', stage['environment']['device'])}, {stage['seconds']:.0f} s in all."
+    lines = [f"### `{name}`", "", where, "", "| training | stage | step | steps/s | loss |", "|---" * 5 + "|"]
+    for training, parts in stage["values"].get("progress", {}).items():
+        for part, log in parts.items():
+            speed = 1 / log["seconds"] if log.get("seconds") else log.get("steps_per_s")
+            loss = log.get("loss", log.get("error"))
+            lines.append(
+                f"| {training} | {part} | {log['step']} | {'' if speed is None else f'{speed:.1f}'} | {loss:.4f} |"
+            )
     return "\n".join(lines)
 
 
