@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddit.run import RunState
@@ -24,6 +25,9 @@ class Current:
     pipe: Any = None
     """The pipeline that calls the transformer, where there is one."""
     _timesteps: Any = None
+    _sigmas: Any = None
+    _levels: list[float] = field(default_factory=list)
+    """``_sigmas`` of the scheduler, read by the host once per run: on a GPU each read waits for it."""
 
     @property
     def scheduler(self) -> Any:
@@ -41,7 +45,9 @@ class Current:
             return rounded
         step, begin = self.scheduler.step_index, self.scheduler.begin_index
         index = step if step is not None else begin or 0
-        exact = float(sigmas[min(index, len(sigmas) - 1)])
+        if sigmas is not self._sigmas:
+            self._sigmas, self._levels = sigmas, torch.as_tensor(sigmas).tolist()
+        exact = self._levels[min(index, len(self._levels) - 1)]
         return exact if abs(exact - rounded) <= CLOSE else rounded
 
     def follow(self, pipe: Any, start_over: Callable[[], None]) -> None:
@@ -87,7 +93,7 @@ def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[fl
     total = min(left, told or left) if begin is None else left
     if sigmas is None or len(sigmas) <= total:
         return total, []
-    return total, [float(sigma) for sigma in sigmas[:-1][-total:]]  # the last one is where the run ends
+    return total, torch.as_tensor(sigmas[:-1][-total:]).tolist()  # the last one is where the run ends
 
 
 def adds_noise(scheduler: Any) -> bool:

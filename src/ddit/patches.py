@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class TokenLayout:
         """Of latents ``[B, C, ..., H, W]`` that are cut into ``patch x patch`` squares, of the coarse grid if s > 1."""
         return cls(tuple(n // patch for n in latents.shape[-spanned(latents) :]), scale, positions)
 
-    def places(self, origin: Sequence[float] = (), spacing: float = 1.0) -> Tensor:
+    def places(self, origin: Sequence[float] = (), spacing: float = 1.0, device: Any = None) -> Tensor:
         """Row and column of each token ``[N, 2]``, of audio its moment ``[N, 1]``; float32.
 
         Args:
@@ -98,19 +99,24 @@ class TokenLayout:
         """
         step, offset = (self.scale, (self.scale - 1) / 2) if self.positions == "interpolated" else (1, 0.0)
         begins = origin or [0.0] * len(self.grid)
-        axes = (begin + spacing * (offset + step * torch.arange(n)) for begin, n in zip(begins, self.grid, strict=True))
+        axes = (
+            begin + spacing * (offset + step * torch.arange(n, device=device))
+            for begin, n in zip(begins, self.grid, strict=True)
+        )
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).float().flatten(0, -2)
 
-    def video_places(self, frames: int) -> Tensor:
+    def video_places(self, frames: int, device: Any = None) -> Tensor:
         """Frame, row and column of each token of a video ``[F N, 3]``, float32."""
-        places = self.places()
-        frame = torch.arange(frames).float().repeat_interleave(len(places))
+        places = self.places(device=device)
+        frame = torch.arange(frames, device=device).float().repeat_interleave(len(places))
         return torch.cat([frame[:, None], places.repeat(frames, 1)], dim=1)
 
 
 @cache
 @torch.inference_mode(False)  # Autograd refuses tensors made in inference mode, and these are kept.
-def resize_matrices(patch_size: int, scale: int, start: Start, axes: int = 2) -> tuple[Tensor, Tensor]:
+def resize_matrices(
+    patch_size: int, scale: int, start: Start, axes: int = 2, device: Any = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Matrices that shrink a large patch to a small one and grow it back.
 
     ``noise-consistent``: average pooling and repetition. ``bilinear``: U is bilinear resizing and M its
@@ -119,6 +125,7 @@ def resize_matrices(patch_size: int, scale: int, start: Start, axes: int = 2) ->
 
     Args:
         axes: That a patch spans, see `spanned`; with one, resizing is linear.
+        device: Where they lie; a copy in each step would make the host wait for the GPU.
 
     Returns:
         ``M [p p, s p s p]`` and ``U [s p s p, p p]``, float32.
@@ -127,10 +134,10 @@ def resize_matrices(patch_size: int, scale: int, start: Start, axes: int = 2) ->
     basis = torch.eye(pixels).reshape(pixels, 1, *[patch_size] * axes)
     if start == "noise-consistent":
         up = F.interpolate(basis, scale_factor=float(scale), mode="nearest").reshape(pixels, -1).T
-        return (up.T / scale**axes).contiguous(), up.contiguous()
+        return (up.T / scale**axes).contiguous().to(device), up.contiguous().to(device)
     mode = "linear" if axes == 1 else "bilinear"
     up = F.interpolate(basis, scale_factor=float(scale), mode=mode, align_corners=False).reshape(pixels, -1).T
-    return torch.linalg.pinv(up).contiguous(), up.contiguous()
+    return torch.linalg.pinv(up).contiguous().to(device), up.contiguous().to(device)
 
 
 def resize(z: Tensor, matrix: Tensor) -> Tensor:
@@ -141,12 +148,12 @@ def resize(z: Tensor, matrix: Tensor) -> Tensor:
 
 def shrink(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
     """``[B, C, ..., H, W] -> [B, C, ..., H/s, W/s]``."""
-    return resize(z, resize_matrices(patch_size, scale, start, spanned(z))[0])
+    return resize(z, resize_matrices(patch_size, scale, start, spanned(z), z.device)[0])
 
 
 def grow(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:
     """``[B, C, ..., H/s, W/s] -> [B, C, ..., H, W]``."""
-    return resize(z, resize_matrices(patch_size, scale, start, spanned(z))[1])
+    return resize(z, resize_matrices(patch_size, scale, start, spanned(z), z.device)[1])
 
 
 def detail(z: Tensor, scale: int) -> Tensor:
@@ -244,7 +251,7 @@ def detail_velocity(z: Tensor, sigma: Tensor, scale: int, variance: Tensor | Non
     seen, sigma = detail(z, scale), expand(sigma, z)
     if variance is None:
         return seen / sigma
-    h = variance.to(z).reshape(-1, *[1] * (z.ndim - 2))
+    h = variance.to(z, non_blocking=True).reshape(-1, *[1] * (z.ndim - 2))
     gain = (1 - sigma) * h / ((1 - sigma) ** 2 * h + sigma**2 * (1 - 1 / scale ** spanned(z)))
     return (1 - gain) * seen / sigma
 

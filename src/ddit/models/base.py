@@ -174,7 +174,9 @@ class Architecture(ABC):
         rows, batch = torch.tensor(list(samples)), len(inputs[self.batched[0]])
 
         def some(t: Tensor) -> Tensor:
-            return t if len(t) == 1 < batch else t[rows.to(t.device)]  # one row may serve all samples
+            return (
+                t if len(t) == 1 < batch else t[rows.to(t.device, non_blocking=True)]
+            )  # one row may serve all samples
 
         return {k: _walk(v, some) if k in self.batched else v for k, v in inputs.items()}
 

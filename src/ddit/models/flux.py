@@ -81,7 +81,7 @@ class Flux(PackedArchitecture):
             # A copy, as diffusers pops entries of it during the call.
             changed[self.attention_arguments] = dict(inputs[self.attention_arguments])
         if layout.grid != grid:
-            places = layout.places(self._origin, self._spacing).to(ids.device)
+            places = layout.places(self._origin, self._spacing, ids.device)
             # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
             own = ids[:1].float().repeat(len(places), 1)
             own[:, 1:3] = places
@@ -121,8 +121,9 @@ class Flux(PackedArchitecture):
         """Rows and columns from ``img_ids``, read by the host once per generation (the tensor stays the same)."""
         ids = inputs["img_ids"]
         if ids is not self._ids:
-            self._ids, self._grid = ids, _grid(_of_one(ids))
-            (row, column), *others = _of_one(ids)[:2, 1:3].tolist()
+            self._ids, own = ids, _of_one(ids).cpu()
+            self._grid = _grid(own)
+            (row, column), *others = own[:2, 1:3].tolist()
             self._origin = (row, column)
             self._spacing = max(others[0][0] - row, others[0][1] - column) if others else 1.0
         return self._grid

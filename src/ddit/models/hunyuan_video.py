@@ -92,7 +92,7 @@ class HunyuanVideo(Architecture):
 
     def rotary(self, layout: TokenLayout, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Any:
         rope: Any = self.transformer.get_submodule("rope")
-        axes: Any = layout.video_places(args[0].shape[2]).to(output[0].device).T  # annotated for arrays only
+        axes: Any = layout.video_places(args[0].shape[2], output[0].device).T  # annotated for arrays only
         pairs = zip(rope.rope_dim, axes, strict=True)
         waves = [get_1d_rotary_pos_embed(dim, axis, rope.theta, use_real=True) for dim, axis in pairs]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*waves, strict=True))

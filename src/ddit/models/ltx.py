@@ -73,8 +73,9 @@ class LTX(PackedArchitecture):
         hidden, frames, _, _, spread = args[:5]
         if spread is None:  # Then places are counted in parts of the largest video.
             spread = (rope.base_num_frames, rope.base_height, rope.base_width)
-        places = (layout.video_places(frames) * torch.tensor([float(step) for step in spread])).to(hidden.device)
-        return rope.forward(hidden, video_coords=places.T.expand(len(hidden), -1, -1))
+        places = layout.video_places(frames, hidden.device).T
+        spaced = torch.stack([axis * float(step) for axis, step in zip(places, spread, strict=True)])
+        return rope.forward(hidden, video_coords=spaced.expand(len(hidden), -1, -1))
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]

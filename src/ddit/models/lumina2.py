@@ -75,7 +75,7 @@ class Lumina2(Architecture):
         patches, prompt, image, joint, *lengths = output
         rope: Any = self.transformer.get_submodule("rope_embedder")
         first, *dims = rope.axes_dim
-        waves = centre_waves(layout, dims, rope.theta).to(image).expand(len(image), -1, -1)
+        waves = centre_waves(layout, dims, rope.theta).to(image, non_blocking=True).expand(len(image), -1, -1)
         moved = torch.cat([image[..., : first // 2], waves], dim=2)
         return patches, prompt, moved, torch.cat([joint[:, : -moved.shape[1]], moved], dim=1), *lengths
 

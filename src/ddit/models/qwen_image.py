@@ -83,7 +83,7 @@ class QwenImage(PackedArchitecture):
         frames = torch.arange(len(own)).repeat_interleave(len(places))
         axes = (frames, *places.repeat(len(own), 1).T)
         waves = torch.cat([rope.rope_params(axis, dim) for axis, dim in zip(axes, rope.axes_dim, strict=True)], dim=1)
-        image = torch.cat([waves.to(output[0]), output[0][len(waves) :]])
+        image = torch.cat([waves.to(output[0], non_blocking=True), output[0][len(waves) :]])
         begin = max(rows, columns, *(n for _, *size in references for n in size)) // 2
         begin = max(begin, len(own)) if len(own) > 1 else begin  # as many images are drawn as positions go by
         return image, rope.pos_freqs[begin : begin + len(output[1])].to(output[1])

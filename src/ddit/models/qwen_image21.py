@@ -83,7 +83,9 @@ class QwenImage21(PackedArchitecture):
         rows, columns = (n * layout.scale for n in layout.grid)
         places = layout.places((float(rows // 2 - rows), float(columns // 2 - columns)))
         place, *dims = rope.axes_dim
-        waves = [rope.rope_params(axis, dim).to(output) for axis, dim in zip(places.T, dims, strict=True)]
+        waves = [
+            rope.rope_params(axis, dim).to(output, non_blocking=True) for axis, dim in zip(places.T, dims, strict=True)
+        ]
         before, own = output.split([len(output) - len(places), len(places)])
         return torch.cat([before, torch.cat([own[:, : place // 2], *waves], dim=1)])
 

@@ -82,7 +82,7 @@ class StableDiffusion3(Architecture):
         picture = rearrange(table, "1 (h w) d -> 1 d h w", h=rows)
         centres = F.interpolate(picture, size=layout.grid, mode="bilinear", align_corners=False)
         own = module.cropped_pos_embed(*args[0].shape[-2:])
-        return output + (rearrange(centres, "1 d h w -> 1 (h w) d") - own).to(output)
+        return output + (rearrange(centres, "1 d h w -> 1 (h w) d") - own).to(output, non_blocking=True)
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]

@@ -106,7 +106,7 @@ class Wan(Architecture):
 
     def rotary(self, layout: TokenLayout, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Any:
         rope: Any = self.transformer.get_submodule("rope")
-        axes = layout.video_places(args[0].shape[2]).T
+        axes = layout.video_places(args[0].shape[2], args[0].device).T
         waves = [_rotary(dim, axis) for dim, axis in zip((rope.t_dim, rope.h_dim, rope.w_dim), axes, strict=True)]
         pairs = zip(zip(*waves, strict=True), output, strict=True)
         return tuple(torch.cat(parts, dim=1)[None, :, None].to(like) for parts, like in pairs)

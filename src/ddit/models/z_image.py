@@ -121,7 +121,7 @@ class ZImage(Architecture):
             config: Any = self.transformer.config  # type: ignore[union-attr]
             first, *dims = config.axes_dims
             waves, moved = args[2], centre_waves(layout, dims, config.rope_theta)
-            waves[:, : len(moved), first // 2 :] = moved.to(waves)  # of [B, N, half a head]
+            waves[:, : len(moved), first // 2 :] = moved.to(waves, non_blocking=True)  # of [B, N, half a head]
 
         handle = self.transformer.get_submodule("noise_refiner.0").register_forward_pre_hook(move)
         try:

@@ -73,7 +73,7 @@ def difference_per_sigma(velocities: Sequence[Tensor], levels: Sequence[Sequence
     """
     nodes = torch.stack(list(velocities)).float()
     shares = [[_share(sample, node) for sample in levels] for node in range(len(nodes))]
-    weights = torch.tensor(shares).to(nodes.device)
+    weights = torch.tensor(shares).to(nodes.device, non_blocking=True)
     return (nodes * weights.reshape(*weights.shape, *[1] * (nodes.ndim - 2))).sum(0)
 
 
