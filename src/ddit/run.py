@@ -75,7 +75,7 @@ class Path:
             assert self.seen is not None, "there are points"
             moved = here - self.seen.float()
             if not exact:
-                moved = _projected(moved, velocities) if velocities else moved
+                moved = project(moved, velocities) if velocities else moved
                 here = self.points[-1] + moved
         self.points = [*self.points, here][-self.keep :]
         self.seen = here if exact else z.clone()
@@ -85,14 +85,6 @@ class Path:
 def period(z: Tensor) -> int:
     """After how many samples a batch ``[B, ...]`` begins again: fewer than B where guidance is stacked in one call."""
     return next(n for n in range(1, len(z) + 1) if len(z) % n == 0 and torch.equal(z[n:], z[:-n]))
-
-
-def _projected(moved: Tensor, velocities: Sequence[Tensor]) -> Tensor:
-    """See `ddit.schedule.project`; broken latents, which no least squares fit, stay as they are."""
-    try:
-        return project(moved, velocities)
-    except torch.linalg.LinAlgError:
-        return moved
 
 
 @dataclass

@@ -243,6 +243,10 @@ class Fixed:
         return [self.steps[min(context.step, len(self.steps) - 1)]] * context.batch
 
 
+NEW = 1e-3
+"""Share of a velocity that earlier ones don't explain, below which it is taken for one of them."""
+
+
 def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
     """The part of a step of the latents that the model's outputs explain: least squares per sample.
 
@@ -258,8 +262,13 @@ def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
     Returns:
         The projection, shape of ``step``, float32.
     """
-    target = step.float().flatten(1)
-    basis = torch.stack([v.float().flatten(1) for v in velocities], dim=1)
-    gram = basis @ basis.mT
-    coefficients = torch.linalg.pinv(gram, rtol=1e-6, hermitian=True) @ (basis @ target[..., None])
-    return (coefficients.mT @ basis).reshape(step.shape)
+    target, explained, axes = step.float().flatten(1), torch.zeros((), device=step.device), []
+    for velocity in velocities:  # Gram-Schmidt: a solver would make the host wait for a GPU
+        v = velocity.float().flatten(1)
+        length = v.norm(dim=1, keepdim=True)
+        for axis in axes:
+            v = v - (v * axis).sum(1, keepdim=True) * axis
+        rest = v.norm(dim=1, keepdim=True)
+        axes.append(torch.where(rest > NEW * length, v / rest, 0.0))
+        explained = explained + (target * axes[-1]).sum(1, keepdim=True) * axes[-1]
+    return explained.reshape(step.shape)
