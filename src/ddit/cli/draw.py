@@ -167,7 +167,7 @@ def _demo(args: argparse.Namespace) -> None:
             )
         figures[name] = row
     outputs.save_row(args.out, {name: run.pictures[0] for name, run in drawn.items()}, DEMO_SIDE)
-    print("the embedded model is small: its narrow tokens hardly hold a large patch, so patches cost it detail")
+    print("a small model stands in for a large one here; docs/embedded.md tells how far that goes")
     about = {"command": command_line(), "prompt": DEMO_PROMPT, "environment": environment("cpu")}
     report = args.out.with_suffix(".json")
     write_json(report, {**about, "methods": figures})
