@@ -36,7 +36,7 @@ def words_of(
         schedule: Scales of the steps, such as ``1 1 4 4 2 1``.
         skip: One of `SKIPPING`.
         amount: Of what ``skip`` names.
-        adapter: Folder or hub id; empty for none.
+        adapter: Folder, hub id or ``none``; empty for the preset's, if any.
 
     Raises:
         ValueError: For a schedule that is no list of whole numbers, or skipping without an amount.

@@ -44,16 +44,15 @@ def told(handler: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def build(studio: Studio, study: Study | None, *, threshold: float | None, adapter: str | None) -> gr.Blocks:
+def build(studio: Studio, study: Study | None, *, adapter: str | None) -> gr.Blocks:
     """The page: a tab to draw in, and one of the study if there is one.
 
     Args:
-        threshold: Of the rule, to begin with; by default the model's own.
-        adapter: Name of one, to begin with.
+        adapter: Name of one, to begin with; by default the preset's.
     """
     with gr.Blocks(title="ddit", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         with gr.Tab("Draw"):
-            _draw_tab(studio, threshold, adapter)
+            _draw_tab(studio, adapter)
         if study is not None:
             key = study.digest("browser")
             # A voter is a browser, after a restart too. Kept only from outside of a tab.
@@ -84,9 +83,9 @@ def serve(page: gr.Blocks, study: Study | None, host: str, port: int) -> None:
     page.block_thread()
 
 
-def _draw_tab(studio: Studio, threshold: float | None, adapter: str | None) -> None:
+def _draw_tab(studio: Studio, adapter: str | None) -> None:
     own = studio.preset.patches
-    tau = threshold or (own.threshold if isinstance(own, PatchSchedule) else PatchSchedule().threshold)
+    tau = own.threshold if isinstance(own, PatchSchedule) else PatchSchedule().threshold
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             prompt = gr.Textbox(label="prompt", lines=2, elem_id="prompt")
@@ -98,7 +97,9 @@ def _draw_tab(studio: Studio, threshold: float | None, adapter: str | None) -> N
             schedule = gr.Textbox("1 1 1 4 4 2 2 1", label="schedule: scale of each step, the last one holds")
             skip = gr.Radio(list(SKIPPING), value="off", label="skip")
             amount = gr.Number(3, label="amount: times less work, PSNR in dB, or change")
-            parts = gr.Textbox(adapter or "", label="adapter: folder or hub id")
+            parts = gr.Textbox(
+                adapter or "", label="adapter: folder or hub id, or none (empty: the model's own, if any)"
+            )
             button = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Column(scale=2):
             shown = _pair_of_players(studio.draws_video)

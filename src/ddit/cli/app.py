@@ -17,7 +17,7 @@ from ddit.cli.common import (
     positive,
     words_of,
 )
-from ddit.cli.draw import DEMO_THRESHOLD, method_options
+from ddit.cli.draw import method_options
 from ddit.extras import require
 from ddit.files import write_json, write_text
 from ddit.methods import patches_of, skip_of
@@ -79,9 +79,8 @@ def _app(args: argparse.Namespace) -> None:
         outputs.check_video_writer()
     settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
-    threshold = DEMO_THRESHOLD if args.model in loading.EMBEDDED else None
     studio = Studio(pipe, preset, args.model, settings, load)
-    page.serve(page.build(studio, study, threshold=threshold, adapter=args.adapter), study, args.host, args.port)
+    page.serve(page.build(studio, study, adapter=args.adapter), study, args.host, args.port)
 
 
 def _prepare(args: argparse.Namespace) -> None:

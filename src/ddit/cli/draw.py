@@ -24,8 +24,6 @@ from ddit.files import write_json
 from ddit.methods import KINDS, SKIP, make_method, patches_of, skip_of
 from ddit.preset import Preset
 
-DEMO_THRESHOLD = 0.01
-"""tau of the demo: the embedded model is small, and its latents bend more than those of FLUX.1-dev."""
 DEMO_SIDE = 384
 """Height and width in pixels that its pictures are shown at."""
 DEMO_PROMPT = "a large striped red heart and a small plain yellow star on a sky background"
@@ -146,11 +144,10 @@ def _demo(args: argparse.Namespace) -> None:
 
     pipe, preset = loading.load_pipeline("embedded")
     load = {"load_adapter": loading.load_adapter, "load_corrector": loading.load_corrector}
-    rule = {"threshold": DEMO_THRESHOLD}
     methods = {
         "plain": None,
-        "patches": make_method(rule, preset, **load),
-        "patches + skip": make_method({**rule, "speedup": 3}, preset, **load),
+        "patches": make_method({}, preset, **load),
+        "patches + skip": make_method({"patches": "rule", "speedup": 3}, preset, **load),
     }
     print(f"{DEMO_PROMPT!r}: {', '.join(methods)}, by turns", flush=True)
     drawn = lib.by_turns(pipe, [DEMO_PROMPT], [0], lib.call_settings(preset), methods, repeats=3)
