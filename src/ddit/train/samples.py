@@ -29,6 +29,7 @@ from ddit.models.base import Inputs
 from ddit.preset import Preset, for_batch
 from ddit.pretrained import config_hash
 from ddit.progress import progress
+from ddit.train.arguments import arguments, is_list_of_tensors, optional_masks, padded
 from ddit.train.config import TrainConfig
 from ddit.train.pictures import noised
 from ddit.train.sources import Source
@@ -101,9 +102,12 @@ class Samples:
             sample, which = divmod(index, self.passes)
             shard, row = divmod(sample, self.manifest["shard"])
             self._read(shard, partial(read, row=row, which=which, chosen=chosen))
-        joined = {name: torch.cat(values) for name, values in parts.items()}
+        joined = padded(parts)
         latents, velocity = joined.pop("latents"), joined.pop("velocity")
         own = {name.removeprefix("row/"): value for name, value in joined.items()}
+        for name in self.manifest.get("optional_masks", ()):
+            if name in own and own[name].all():
+                del own[name]  # as the pipeline does where nothing is padded
         return latents, velocity, {**self.manifest.get("call", {}), **call, **own, **lists}
 
     def _read(self, shard: int, take: Callable[[Any], Any]) -> Any:
@@ -224,17 +228,23 @@ class _Runs:
         self, prompts: Sequence[str], seeds: Sequence[int], pictures: Sequence[Path], advance: Callable[[], Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of one shard, and the facts that all shards share."""
-        parts: dict[str, list[Any]] = {}
+        parts: dict[str, list[Tensor]] = {}
+        lists: dict[str, list[Tensor]] = {}
         shared: dict[str, Tensor] = {}
         facts: dict[str, Any] = {}
         for begin in range(0, len(prompts), self.batch):
             chosen = slice(begin, begin + self.batch)
             rows, others, facts = self._draw_batch(prompts[chosen], seeds[chosen], pictures[chosen])
             for name, value in rows.items():
-                parts.setdefault(name, []).append(value)
+                if isinstance(value, Tensor):
+                    parts.setdefault(name, []).append(value)
+                else:
+                    lists.setdefault(name, []).extend(value)
             shared.update(others)
             advance()
-        tensors = {**{name: _joined(values) for name, values in parts.items()}, **shared}
+        # Of lists NaN lies behind what is shorter.
+        ragged = {k: pad_sequence(v, batch_first=True, padding_value=torch.nan) for k, v in lists.items()}
+        tensors = {**padded(parts), **ragged, **shared}
         return {name: t.cpu().contiguous() for name, t in tensors.items()}, facts
 
     def _draw_batch(
@@ -243,6 +253,7 @@ class _Runs:
         """Tensors with an axis of samples or lists with one of each, tensors without, and facts."""
         pipe = self.pipe
         architecture = architecture_for(pipe.transformer)
+        optional = optional_masks(pipe.transformer, architecture.batched)
         with recorded(pipe) as calls, noised(pipe, calls, pictures) if pictures else nullcontext():
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(pipe, self.settings, len(seeds))
@@ -266,30 +277,15 @@ class _Runs:
                 # Of the last step, latents and noise level too: conditions may sit in them (image to video).
                 inputs = calls[which - passes][0]
                 own = inputs if len(samples) == len(answers[0]) else architecture.rows(inputs, samples.tolist())
-                for name, value in own.items():
-                    if _is_list_of_tensors(value):
-                        rows[f"list{records}/{name}"] = value
-                    elif isinstance(value, Tensor) and name in architecture.batched:
-                        rows[f"row{records}/{name}"] = value
-                    elif isinstance(value, Tensor):
-                        shared[f"shared/{name}"] = value
+                found, others = arguments(own, records, architecture.batched, optional)
+                rows |= found
+                shared |= others
                 records += 1
-        plain = {k: v for k, v in final.items() if k != "return_dict" and not _is_list_of_tensors(v)}
+        plain = {k: v for k, v in final.items() if k != "return_dict" and not is_list_of_tensors(v)}
         told = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | list | tuple)}
         visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
-        return rows, shared, {"sigmas": sigmas, "passes": records, "call": told, **visited}
-
-
-def _is_list_of_tensors(value: Any) -> bool:
-    """Whether there is a tensor ``[length, features]`` for each sample: prompts of any lengths."""
-    return isinstance(value, list) and value != [] and all(isinstance(x, Tensor) and x.ndim == 2 for x in value)
-
-
-def _joined(batches: list[Any]) -> Tensor:
-    """What several batches hold, along the axis of samples; of lists with NaN behind what is shorter."""
-    if isinstance(batches[0], Tensor):
-        return torch.cat(batches)
-    return pad_sequence([one for batch in batches for one in batch], batch_first=True, padding_value=torch.nan)
+        facts = {"sigmas": sigmas, "passes": records, "call": told, "optional_masks": optional, **visited}
+        return rows, shared, facts
 
 
 def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
