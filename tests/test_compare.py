@@ -65,6 +65,11 @@ def test_families(method, family):
     assert compare.family(method) == family
 
 
+def test_the_presets_adapter_counts():
+    assert compare.family("ddit", adapter=True) == "patches, adapter"
+    assert compare.family("ddit:adapter=some", adapter=False) == "patches"
+
+
 @pytest.mark.parametrize("teacache", [False, True])
 def test_the_methods_of_a_comparison_can_all_be_read(teacache):
     names = compare.methods((50, 25), teacache=teacache, adapter="some")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,12 @@ FAMILIES = {
 """Name -> what it is."""
 
 
-def family(method: str) -> str:
-    """Which of `FAMILIES` a method belongs to."""
+def family(method: str, adapter: bool | None = None) -> str:
+    """Which of `FAMILIES` a method belongs to.
+
+    Args:
+        adapter: Whether it had one, which may be the preset's; by default whether it names one.
+    """
     kind, _, rest = method.partition(":")
     values = dict(item.split("=", 1) for item in rest.split(",") if item)
     if kind == "plain":
@@ -42,7 +46,12 @@ def family(method: str) -> str:
         return "skipping"
     if skips:
         return "patches and skipping"
-    return "patches, adapter" if values.get("adapter", "none") != "none" else "patches"
+    learnt = values.get("adapter", "none") != "none" if adapter is None else adapter
+    return "patches, adapter" if learnt else "patches"
+
+
+def _family(row: Mapping[str, Any]) -> str:
+    return family(row["method"], row.get("adapter"))
 
 
 def methods(run_steps: Sequence[int], *, teacache: bool, adapter: str | None, planned: bool = False) -> list[str]:
@@ -95,7 +104,7 @@ def winners(rows: Sequence[dict[str, Any]], measure: str, by: str = "speedup") -
     best = {}
     for speed in SPEEDS:
         fast = [row for row in rows if row[by] >= speed]
-        of_family = {name: [row for row in fast if family(row["method"]) == name] for name in FAMILIES}
+        of_family = {name: [row for row in fast if _family(row) == name] for name in FAMILIES}
         sign = 1 if measure == "frechet" else -1
         chosen = [min(group, key=lambda row: sign * row[measure]) for group in of_family.values() if group]
         best[speed] = sorted(chosen, key=lambda row: sign * row[measure])
@@ -111,7 +120,7 @@ def markdown(rows: Sequence[dict[str, Any]], by: str = "speedup") -> str:
         head = ["family", "method", NAMES[by], *told, "PSNR dB"]
         cells = (
             [
-                *(family(row["method"]), row["method"], f"{row[by]:.2f}x"),
+                *(_family(row), row["method"], f"{row[by]:.2f}x"),
                 *(_judgement(row) if told else ()),
                 f"{row['psnr']:.1f}",
             ]
@@ -145,7 +154,7 @@ def plot(stem: Path, rows: Sequence[dict[str, Any]], by: str = "speedup") -> lis
     for axis, measure in zip(axes, shown, strict=True):
         sign = 1 if measure == "frechet" else -1
         for name in FAMILIES:
-            points = [(r[by], r[measure]) for r in rows if family(r["method"]) == name]
+            points = [(r[by], r[measure]) for r in rows if _family(r) == name]
             group = sorted(point for point in points if math.isfinite(point[1]))
             if not group:
                 continue

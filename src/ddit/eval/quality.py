@@ -182,6 +182,7 @@ def summarise(
         row: dict[str, Any] = {
             "method": method.name,
             "run_steps": method.run_steps,
+            "adapter": method.method is not None and method.method.adapter is not None,
             "speedup": statistics.median(ratios),
             "speedup_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
             "seconds_per_picture": sum(float(part.seconds) for part in result) / len(asked),
