@@ -16,6 +16,7 @@ from ddit.schedule import (
     channel_moments,
     choose_scale,
     difference,
+    held_scale,
     noise_guard,
     patch_deviation,
     project,
@@ -217,6 +218,20 @@ def test_where_nobody_has_measured_sound_all_of_it_counts_as_detail():
     assert Rule(PatchSchedule(threshold=1.0), noise_guard({})).choose(
         StepContext(5, None, flat, sigma=edge - 1e-4)
     ) == [2]
+
+
+def test_a_switch_is_no_evidence():
+    """Steps of two sizes lie in the difference: the size stays, or falls to what is allowed."""
+    assert held_scale([1, 1, 1], [2, 4]) is None and held_scale([4, 4, 4], [2, 4]) is None
+    assert held_scale([1, 1, 4], [2, 4]) == 4 and held_scale([1, 4, 1], [2, 4]) == 1
+    assert held_scale([1, 4, 4], [2]) == 2 and held_scale([1, 4, 4], []) == 1
+    bent, flat = [{2: 9.0, 4: 9.0}], [{2: 0.0, 4: 0.0}]
+    before = [[1], [1], [1], [4]]
+    for settle, kept in ((True, [4]), (False, [1])):
+        rule = Rule(PatchSchedule(threshold=1.0, settle=settle))
+        assert rule.choose(StepContext(4, None, bent, chosen=before)) == kept
+        assert rule.choose(StepContext(6, None, bent, chosen=[*before, [4], [4]])) == [1]
+        assert rule.choose(StepContext(3, None, flat, chosen=before[:3])) == [4]
 
 
 @pytest.mark.parametrize(("careful", "late"), [(True, 1), (False, 4)])

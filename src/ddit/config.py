@@ -131,6 +131,9 @@ class PatchSchedule(_Settings):
     careful: bool = True
     """Whatever the rule says, use large patches only while what they drop lies below the noise
     (`ddit.schedule.below_noise`); with an adapter, only at the noise levels that it has learnt."""
+    settle: bool = True
+    """Keep a patch size until the difference spans steps of that size alone, as a switch bends the path by itself
+    (`ddit.schedule.held_scale`)."""
     coarse: Coarse = Coarse()
     """How a coarse step is computed without an adapter."""
 
@@ -148,11 +151,12 @@ class PatchSchedule(_Settings):
                 f"so warmup must be a whole number of at least {self.order}"
             )
         _check_flag("careful", self.careful)
+        _check_flag("settle", self.settle)
 
     @classmethod
     def paper(cls, **changes: Any) -> PatchSchedule:
-        """The paper to the letter: tau 0.001, rho 0.4, order 3, bilinear start, interpolated positions, no guard."""
-        return cls(**{"careful": False, "coarse": PAPER, **changes})
+        """The paper to the letter: tau 0.001, rho 0.4, order 3, bilinear start, interpolated positions; no more."""
+        return cls(**{"careful": False, "settle": False, "coarse": PAPER, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 KINDS = ("rule", "paper", "full")
 """Of patches by name: the model's preset or the rule; the rule as the paper has it; none."""
-RULE = ("threshold", "percentile", "order", "scales", "warmup", "careful")
+RULE = ("threshold", "percentile", "order", "scales", "warmup", "careful", "settle")
 """Fields of `PatchSchedule`."""
 COARSE = tuple(field.name for field in fields(Coarse))
 SKIP = {"speedup": "speedup", "quality": "quality", "skip_threshold": "threshold"}

@@ -123,6 +123,8 @@ class RunState:
     """The same of all passes of the current step: what a cache says is no evidence of what has changed."""
     hidden: Tensor | None = None
     """What the model's last layer read in the current call ``[B, N, width]``, for a corrector."""
+    chosen: list[list[int]] = field(default_factory=list)
+    """What the policy chose for each step: `scales` without the skipped ones."""
     steps: list[Step] = field(default_factory=list)
     """Record of all steps, the current one last."""
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -188,7 +190,7 @@ class RunState:
         self.levels = [*self.levels, sigma][-2:]
         self.velocities, self.passes, self.cached_in_step = [], 0, set()
         spent = self._count(len(z))
-        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas, spent, self.costs)
+        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas, spent, self.costs, self.chosen)
         chosen, allowed = self._choose(context), self.policy.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
@@ -198,6 +200,7 @@ class RunState:
         self.scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
         self.answered = [0] * len(z)
         self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
+        self.chosen.append(list(chosen))
         return self.scales
 
     def _count(self, batch: int) -> list[float]:
@@ -233,6 +236,7 @@ class RunState:
         if self.skipper is not None:
             self.skipper.forget()
         self.scales, self.answered = [1] * len(tokens), [0] * len(tokens)
+        self.chosen.append([1] * len(tokens))
         self.cached, self.cached_in_step = set(), set()
         self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
 

@@ -92,6 +92,19 @@ def choose_scale(stats: Mapping[int, float], threshold: float) -> int:
     return max((s for s, value in stats.items() if value < threshold), default=1)
 
 
+def held_scale(before: Sequence[int], allowed: Sequence[int]) -> int | None:
+    """The scale to keep while the steps in the difference are of several: their answers differ, so a switch bends the
+    path by itself, which says nothing of the latents. ``None`` where they are of one, and the rule decides.
+
+    Args:
+        before: Scales of the last steps of a sample, as many as the difference spans.
+        allowed: Scales above 1 that may be used now.
+    """
+    if len(set(before)) < 2:
+        return None
+    return max((s for s in allowed if s <= before[-1]), default=1)
+
+
 def below_noise(sigma: float, variance: float, scale: int, axes: int = 2) -> bool:
     """Whether what large patches drop lies well below the noise, so that a coarse step without training loses little.
 
@@ -143,6 +156,8 @@ class StepContext:
     """Per sample, work of the run so far in full steps; empty where nobody counts."""
     costs: Mapping[int, float] = field(default_factory=dict)
     """Scale -> work of a step in full steps; empty where nobody counts."""
+    chosen: Sequence[Sequence[int]] = ()
+    """Scale of each sample that was chosen for each step before."""
 
     @property
     def batch(self) -> int:
@@ -188,9 +203,15 @@ class Rule:
         if context.step < self.schedule.warmup:
             return [1] * context.batch
         allowed = [s for s in self.scales if s > 1 and self._allowed(s, context.sigma)]
-        return [
+        chosen = [
             choose_scale({s: v for s, v in sample.items() if s in allowed}, self.schedule.threshold)
             for sample in context.statistics
+        ]
+        if not self.schedule.settle:
+            return chosen
+        held = [held_scale(before, allowed) for before in zip(*context.chosen[-self.schedule.order :], strict=True)]
+        return [
+            scale if hold is None else hold for scale, hold in zip(chosen, held or [None] * len(chosen), strict=True)
         ]
 
     def _allowed(self, scale: int, sigma: float) -> bool:

@@ -74,6 +74,7 @@ RULE_HELP = {
     "order": "of the difference of the latents, 1 to 3",
     "scales": "to choose from, such as 1 2 4",
     "warmup": "full steps at the beginning",
+    "settle": "keep a patch size until the difference spans steps of that size alone",
     "careful": "large patches only where the adapter has learnt them, or what they drop lies below the noise",
 }
 SKIP_HELP = {
