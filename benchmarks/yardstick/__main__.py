@@ -30,7 +30,7 @@ from ddit.embedded.judge import JUDGE
 from ddit.eval.subjects import Clips, Pictures
 from ddit.files import replacing_folder, write_json
 from ddit.preset import Preset
-from ddit.train.trainer import ATTENTION
+from ddit.train.parts import ATTENTION
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())}
 

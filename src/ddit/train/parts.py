@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ddit.adapter import PatchAdapter
@@ -16,6 +17,8 @@ from ddit.extras import require
 from ddit.skip.corrector import ForecastCorrector
 from ddit.train.config import TrainConfig
 
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN's, whose backward pass failed or gave NaN on sequences of 40 and 88 tokens (H200, PyTorch 2.11)."""
 KEPT = ("base_hash", "scales", "rank", "start", "positions", "residual", "size_vector", "layers")
 """What an adapter keeps when it is trained on."""
 

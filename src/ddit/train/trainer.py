@@ -19,7 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from ddit.adapter import PatchAdapter
 from ddit.extras import require
@@ -33,16 +33,13 @@ from ddit.skip.corrector import ForecastCorrector
 from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
-from ddit.train.parts import earlier_adapter, make_optimizer, new_part, sum_over_processes
+from ddit.train.parts import ATTENTION, earlier_adapter, make_optimizer, new_part, sum_over_processes
 from ddit.train.pictures import check_encodes
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_sets
 from ddit.train.sources import Source, read_source
 from ddit.train.validation import errors_of, save_pictures, validate, validate_runs
-
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's, whose backward pass failed or gave NaN on sequences of 40 and 88 tokens (H200, PyTorch 2.11)."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -138,8 +135,8 @@ class Run:
         architecture = architecture_for(transformer)
         torch.manual_seed(config.seed)
         measured = {} if config.corrector else measured_detail(samples, config.scales, architecture.patch_size)
-        kind = {"sampler": type(pipe.scheduler).__name__, "detail_variance": measured, "earlier": earlier}
-        part: Any = new_part(transformer, config, **kind)
+        sampler = type(pipe.scheduler).__name__
+        part: Any = new_part(transformer, config, sampler=sampler, detail_variance=measured, earlier=earlier)
         attachment = part.to(accelerator.device).attach(transformer)
         optimizer = make_optimizer(part, config)
         lr = get_scheduler(
