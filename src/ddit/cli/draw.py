@@ -26,7 +26,7 @@ from ddit.preset import Preset
 
 DEMO_SIDE = 384
 """Height and width in pixels that its pictures are shown at."""
-DEMO_PROMPT = "a large striped red heart and a small plain yellow star on a sky background"
+DEMO_PROMPT = "a checkered purple star and a plain yellow moon on a night background"
 
 
 def add_draw(commands: Any) -> None:
