@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -73,6 +74,12 @@ def make_optimizer(part: nn.Module, config: TrainConfig) -> torch.optim.Optimize
         use_bias_correction=True,
         safeguard_warmup=True,
     )
+
+
+def make_lr(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Any:
+    """The schedule of the learning rate."""
+    kind = f"{config.lr_schedule}_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+    return get_scheduler(kind, optimizer, num_warmup_steps=config.lr_warmup, num_training_steps=config.steps)
 
 
 def sum_over_processes(accelerator: Accelerator, part: nn.Module, loss: Tensor) -> None:

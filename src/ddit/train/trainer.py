@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import ModularPipeline
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from ddit.skip.corrector import ForecastCorrector
 from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
-from ddit.train.parts import ATTENTION, earlier_adapter, make_optimizer, new_part, sum_over_processes
+from ddit.train.parts import ATTENTION, earlier_adapter, make_lr, make_optimizer, new_part, sum_over_processes
 from ddit.train.pictures import check_encodes
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
@@ -139,12 +138,7 @@ class Run:
         part: Any = new_part(transformer, config, sampler=sampler, detail_variance=measured, earlier=earlier)
         attachment = part.to(accelerator.device).attach(transformer)
         optimizer = make_optimizer(part, config)
-        lr = get_scheduler(
-            f"{config.lr_schedule}_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
-            optimizer,
-            num_warmup_steps=config.lr_warmup,
-            num_training_steps=config.steps,
-        )
+        lr = make_lr(optimizer, config)
         ema = EMAModel(part.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
         variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
         made = (part, attachment, variance, optimizer, lr, ema)
