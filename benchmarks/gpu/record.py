@@ -14,6 +14,9 @@ from typing import Any
 
 from ddit.files import write_json
 
+ROOT = Path(__file__).parents[2]
+"""Of the repository; what is told of files is told from there."""
+
 
 class OutOfTime(BaseException):
     """A stage's time has passed; no ordinary exception, so that nobody between here and the stage catches it."""
@@ -96,10 +99,11 @@ class Record:
         return self.values.get(name)
 
     def fail(self, name: str, error: BaseException) -> None:
-        """Write a failure down, with the last lines of where it came from."""
-        lines = traceback.format_exception(error)
+        """Write a failure down, with the last lines of where it came from; where time ended is no news."""
         self.errors[name] = f"{type(error).__name__}: {error}"[:2000]
-        self.about.setdefault("traces", {})[name] = "".join(lines)[-1200:]
+        if isinstance(error, Exception):
+            lines = "".join(traceback.format_exception(error)).replace(f"{ROOT}/", "")
+            self.about.setdefault("traces", {})[name] = lines[-1200:]
         self.write()
 
 

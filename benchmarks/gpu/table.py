@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import read
+from benchmarks.gpu.train import CHAINS
 from ddit.files import replacing
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 NONE = "No run on a GPU has been made yet."
-TRAININGS = ("train-image", "train-video", "train-judge", "train-adapter", "train-together")
 NAMES = {"flux": "FLUX.1-dev, 1024 x 1024", "wan": "Wan 2.1 1.3B, 480 x 832 x 81", "peers": "Other libraries' caches"}
 
 
@@ -33,14 +33,14 @@ def write_table(results: Path, page: Path = PAGE) -> None:
 
 def markdown(results: Path) -> str:
     """All stages of which there are results."""
-    found = {name: read(results / f"{name}.json") for name in (*NAMES, *TRAININGS)}
+    found = {name: read(results / f"{name}.json") for name in (*NAMES, *CHAINS)}
     found = {name: stage for name, stage in found.items() if stage.get("values")}
     tiny = [name for name, stage in found.items() if stage["tiny"]]
     if tiny:
         raise ValueError(f"{', '.join(tiny)} in {results} are of tiny models (--tiny), which tell nothing of a GPU")
     parts = []
     for name, stage in found.items():
-        part = _training(name, stage) if name in TRAININGS else _model(name, stage)
+        part = _training(name, stage) if name in CHAINS else _model(name, stage)
         parts.append(f"{part}\n{_missing(stage)}".strip())
     return "\n\n".join(parts) or NONE
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 KINDS = ("rule", "paper", "full")
 """Of patches by name: the model's preset or the rule; the rule as the paper has it; none."""
-RULE = ("threshold", "percentile", "order", "scales", "warmup", "careful", "settle")
-"""Fields of `PatchSchedule`."""
+RULE = tuple(field.name for field in fields(PatchSchedule) if field.name != "coarse")
+"""Fields of `PatchSchedule` but for those of `COARSE`."""
 COARSE = tuple(field.name for field in fields(Coarse))
 SKIP = {"speedup": "speedup", "quality": "quality", "skip_threshold": "threshold"}
 """Word -> field of `SkipSchedule`."""

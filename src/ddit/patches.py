@@ -134,10 +134,12 @@ def resize_matrices(
     basis = torch.eye(pixels).reshape(pixels, 1, *[patch_size] * axes)
     if start == "noise-consistent":
         up = F.interpolate(basis, scale_factor=float(scale), mode="nearest").reshape(pixels, -1).T
-        return (up.T / scale**axes).contiguous().to(device), up.contiguous().to(device)
-    mode = "linear" if axes == 1 else "bilinear"
-    up = F.interpolate(basis, scale_factor=float(scale), mode=mode, align_corners=False).reshape(pixels, -1).T
-    return torch.linalg.pinv(up).contiguous().to(device), up.contiguous().to(device)
+        down = up.T / scale**axes
+    else:
+        mode = "linear" if axes == 1 else "bilinear"
+        up = F.interpolate(basis, scale_factor=float(scale), mode=mode, align_corners=False).reshape(pixels, -1).T
+        down = torch.linalg.pinv(up)
+    return down.contiguous().to(device), up.contiguous().to(device)
 
 
 def resize(z: Tensor, matrix: Tensor) -> Tensor:

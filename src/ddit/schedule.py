@@ -203,15 +203,11 @@ class Rule:
         if context.step < self.schedule.warmup:
             return [1] * context.batch
         allowed = [s for s in self.scales if s > 1 and self._allowed(s, context.sigma)]
-        chosen = [
-            choose_scale({s: v for s, v in sample.items() if s in allowed}, self.schedule.threshold)
-            for sample in context.statistics
-        ]
-        if not self.schedule.settle:
-            return chosen
-        held = [held_scale(before, allowed) for before in zip(*context.chosen[-self.schedule.order :], strict=True)]
+        recent = context.chosen[-self.schedule.order :] if self.schedule.settle else ()
         return [
-            scale if hold is None else hold for scale, hold in zip(chosen, held or [None] * len(chosen), strict=True)
+            held_scale([row[i] for row in recent], allowed)
+            or choose_scale({s: v for s, v in sample.items() if s in allowed}, self.schedule.threshold)
+            for i, sample in enumerate(context.statistics)
         ]
 
     def _allowed(self, scale: int, sigma: float) -> bool:
