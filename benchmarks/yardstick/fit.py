@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.yardstick.muon import multiplies_bfloat16
 from ddit.files import replacing
 from ddit.progress import progress
 
@@ -189,9 +190,8 @@ def trapezoid(step: int, share: float, warmup: int = 100, decay_from: float = 0.
 
 
 def precision(device: str) -> Any:
-    """Autocast to bfloat16 where that is fast: on a GPU, and on CPUs with tile registers (AMX)."""
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.autocast(device, torch.bfloat16) if device != "cpu" or tiles() else nullcontext()
+    """Autocast to bfloat16 where matrices are multiplied in it."""
+    return torch.autocast(device, torch.bfloat16) if multiplies_bfloat16(device) else nullcontext()
 
 
 def noise_from(rng: np.random.Generator, device: str) -> torch.Generator:

@@ -1,6 +1,6 @@
 """Muon (https://kellerjordan.github.io/posts/muon), matrices of one shape at a time.
 
-`torch.optim.Muon` goes through the matrices one by one and always computes in bfloat16, which many CPUs emulate.
+`torch.optim.Muon` goes through the matrices one by one and always computes in bfloat16, which some CPUs emulate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Nearly the closest orthogonal matrices to ``[K, m, n]``, by five Newton-Schulz steps."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.bfloat16() if multiplies_bfloat16(matrices.device.type) else matrices
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -44,3 +44,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device has instructions for it: GPUs, and CPUs with tile registers (AMX) or AVX-512's (Zen 4 on)."""
+    has = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+    return device != "cpu" or any(answer is not None and answer() for answer in has)
