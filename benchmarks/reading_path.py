@@ -24,7 +24,9 @@ from ddit.models import architecture_for
 
 PACKAGE = Path(ddit.__file__).parent
 PARTS = {
-    "core and models": lambda path: path.parent.name in ("ddit", "models") and path.name != "generate.py",
+    "core": lambda path: path.parent.name == "ddit",
+    "models": lambda path: path.parent.name == "models",
+    "pipelines and util": lambda path: path.parent.name in ("pipelines", "util"),
     "skip": lambda path: path.parent.name == "skip",
     "train": lambda path: path.parent.name == "train",
     "eval": lambda path: path.parent.name == "eval",

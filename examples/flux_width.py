@@ -18,8 +18,8 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ddit.known import meta_transformer
-from ddit.loading import load_pipeline
+from ddit.pipelines.known import meta_transformer
+from ddit.pipelines.loading import load_pipeline
 from ddit.preset import Preset
 
 

@@ -29,8 +29,8 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"this server needs the package {missing.name}: pip install 'ddit[serve]'") from None
 
-from ddit import generate, loading, outputs, sounds
-from ddit.methods import WORDS, make_method
+from ddit.pipelines import generate, loading, outputs, sounds
+from ddit.pipelines.methods import WORDS, make_method
 
 MOST = 200
 """Jobs that are remembered: the oldest finished one makes room for the next."""

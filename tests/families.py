@@ -13,8 +13,8 @@ import ddit
 from ddit import FixedSchedule
 from ddit.coarse import call_at
 from ddit.config import FULL, Coarse
-from ddit.generate import recorded
 from ddit.models import architecture_for
+from ddit.pipelines.generate import recorded
 from ddit.report import Report
 from test_architectures import CASES, draw
 

@@ -22,9 +22,9 @@ from ddit.app import draw as drawing
 from ddit.app.draw import Studio, draw_pairs, words_of
 from ddit.app.study import ANSWERS, CHOICES, DATABASE, PICTURES, Study, as_csv, interval, markdown
 from ddit.cli import main
-from ddit.extras import has
-from ddit.generate import Method
+from ddit.pipelines.generate import Method
 from ddit.preset import Preset
+from ddit.util.extras import has
 
 ABOUT = {"model": "m", "call": {"steps": 3}, "suffix": ".png"}
 PROMPTS = [f"prompt {i}" for i in range(12)]

@@ -42,10 +42,10 @@ import tiny_z_image
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_step
 from ddit.config import FULL, Coarse, Positions, Start
-from ddit.generate import recorded
 from ddit.models import REGISTRY, architecture_for
 from ddit.models.base import channels_first, first
 from ddit.patches import TokenLayout, expand, pad_to_multiple, shrink
+from ddit.pipelines.generate import recorded
 from ddit.schedule import StepContext
 
 

@@ -10,12 +10,13 @@ import torch
 
 import tiny
 import tiny_audio
-from ddit import PatchAdapter, known
+from ddit import PatchAdapter
 from ddit.cli import main
 from ddit.eval import timing
 from ddit.eval.bench import Bench, count, counts_table, parse_schedule
-from ddit.known import meta_transformer, names
 from ddit.models import REGISTRY
+from ddit.pipelines import known
+from ddit.pipelines.known import meta_transformer, names
 
 
 def test_known_architectures_are_the_real_ones():

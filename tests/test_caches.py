@@ -280,8 +280,8 @@ def test_the_polynomial_and_the_change():
 
 
 def test_published_coefficients_belong_to_their_models():
-    from ddit.known import meta_transformer
     from ddit.models import architecture_for
+    from ddit.pipelines.known import meta_transformer
 
     for name, last in (("flux.1-dev", 0.264230861), ("wan2.1-1.3b", -0.0499875664), ("wan2.1-14b", -0.315583525)):
         told = architecture_for(meta_transformer(name)).teacache_coefficients()

@@ -234,7 +234,7 @@ def test_info_names_versions_and_models(capsys):
 
 
 def test_unknown_words_warn_with_near_ones(recwarn):
-    from ddit.loading import check_prompt
+    from ddit.pipelines.loading import check_prompt
 
     check_prompt("a blu circle on a sea background", "embedded")
     assert any("'blu'" in str(w.message) and "blue" in str(w.message) for w in recwarn.list)

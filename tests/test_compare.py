@@ -16,10 +16,10 @@ from ddit.config import FixedSchedule, PatchSchedule
 from ddit.eval import calibrate, compare
 from ddit.eval.parts import Part
 from ddit.eval.quality import parse_entry
-from ddit.generate import Method, recorded, run
-from ddit.methods import make_method
 from ddit.models import architecture_for
 from ddit.patches import detail_variance
+from ddit.pipelines.generate import Method, recorded, run
+from ddit.pipelines.methods import make_method
 from ddit.preset import Preset
 from ddit.teacache import polynomial
 

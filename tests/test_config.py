@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ddit.config import FULL, PAPER, Coarse, FixedSchedule, PatchSchedule, SkipSchedule
-from ddit.methods import make_method
+from ddit.pipelines.methods import make_method
 from ddit.preset import Preset
 
 NAN, INF = math.nan, math.inf

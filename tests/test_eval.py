@@ -18,8 +18,8 @@ from ddit.eval.grid import fewest_and_most
 from ddit.eval.parts import Part, Parts
 from ddit.eval.quality import parse_entry
 from ddit.eval.subjects import Pictures, Prompted
-from ddit.generate import recorded, run
-from ddit.methods import make_method
+from ddit.pipelines.generate import recorded, run
+from ddit.pipelines.methods import make_method
 from ddit.preset import Preset, QualityCurve
 from ddit.profile import ErrorProfile
 

@@ -30,10 +30,10 @@ import tiny_z_image
 from ddit import PatchAdapter
 from ddit.coarse import call_at
 from ddit.config import Coarse
-from ddit.known import meta_transformer
 from ddit.models import architecture_for
 from ddit.models.base import to_meta
 from ddit.models.flops import count
+from ddit.pipelines.known import meta_transformer
 
 PICTURE = dict(image_dim=16, added_kv_proj_dim=24)
 

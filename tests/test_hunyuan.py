@@ -14,9 +14,9 @@ import tiny_hunyuan
 from ddit import FixedSchedule
 from ddit.coarse import coarse_call, coarse_step
 from ddit.config import Coarse
-from ddit.generate import Method, run
 from ddit.models import architecture_for
 from ddit.patches import expand, pad_to_multiple, shrink
+from ddit.pipelines.generate import Method, run
 from ddit.teacache import TeaCacheConfig
 from families import call_of, check_flops
 from test_architectures import CASES, draw

@@ -21,9 +21,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 GROUPS = (
     ("ddit.cli",),
     ("ddit.train", "ddit.eval", "ddit.app"),
-    ("ddit.known", "ddit.methods"),
-    ("ddit.generate", "ddit.loading", "ddit.outputs", "ddit.sounds"),
-    ("ddit.modular",),
+    ("ddit.pipelines",),
     ("ddit.embedded",),
     ("ddit",),
     ("ddit.api",),
@@ -33,6 +31,7 @@ GROUPS = (
     ("ddit.models",),
     ("ddit.models.*",),
     ("ddit.models.flux",),
+    ("ddit.models.packed",),
     ("ddit.models.base",),
     ("ddit.models.flops",),
     ("ddit.pretrained", "ddit.preset", "ddit.teacache"),
@@ -41,28 +40,16 @@ GROUPS = (
         "ddit.schedule",
         "ddit.report",
         "ddit.config",
-        "ddit.progress",
-        "ddit.files",
-        "ddit.tables",
-        "ddit.memory",
         "ddit.low_rank",
-        "ddit.extras",
-        "ddit.kinds",
         "ddit.profile",
-        "ddit.tell",
+        "ddit.util",
     ),
 )
 OUTSIDE = {
     "ddit.config": set(),
     "ddit.report": {"matplotlib"},
-    "ddit.progress": {"rich"},
-    "ddit.files": set(),
-    "ddit.tables": set(),
-    "ddit.extras": set(),
-    "ddit.kinds": set(),
     "ddit.profile": set(),
-    "ddit.tell": set(),
-    "ddit.memory": {"torch"},
+    "ddit.util": {"rich", "torch"},
 }
 """Packages that modules of the last group may import; torch and einops where nothing is said here."""
 WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}}
@@ -76,7 +63,7 @@ ONLY = {
         "ddit.profile",
         "ddit.schedule",
         "ddit.config",
-        "ddit.tell",
+        "ddit.util",
     },
     "ddit.pretrained": set(),
     "ddit.teacache": set(),
@@ -86,13 +73,15 @@ ONLY = {
 IMPORTERS = {
     "ddit.skip": {
         "ddit",
-        *(f"ddit.{name}" for name in ("api", "embedded", "generate", "loading", "eval", "train", "cli")),
+        *(f"ddit.{name}" for name in ("api", "embedded", "pipelines", "eval", "train", "cli")),
     }
 }
 """All that import these: without ``skip=``, nothing of skipping is loaded."""
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
 LAST = len(GROUPS) - 1
-PACKAGES = ("ddit.cli", "ddit.train", "ddit.eval", "ddit.app", "ddit.embedded", "ddit.skip", "ddit.caches")
+PACKAGES = tuple(
+    f"ddit.{name}" for name in ("cli", "train", "eval", "app", "pipelines", "embedded", "skip", "caches", "util")
+)
 """Free to import inside themselves."""
 
 
@@ -240,10 +229,7 @@ CORE = (
         ("ddit.skip.skipper", "from ddit.adapter import PatchAdapter", 1),
         ("ddit.skip.skipper", "from ddit.handle import Handle", 1),
         ("ddit.api", "from ddit.skip.skipper import Skipper", 0),
-        ("ddit.generate", "from ddit.skip.corrector import ForecastCorrector", 0),
-        ("ddit.methods", "from ddit.skip.corrector import ForecastCorrector", 1),
-        ("ddit.loading", "from ddit.skip.corrector import ForecastCorrector", 0),
-        ("ddit.known", "from ddit.skip.corrector import ForecastCorrector", 1),
+        ("ddit.pipelines.generate", "from ddit.skip.corrector import ForecastCorrector", 0),
         *((f"ddit.{module}", "from ddit.skip.forecast import Reference", 1) for module in CORE),
         # models
         ("ddit.models.flux", "from ddit.models.base import Architecture\nfrom .flops import Costs", 0),

@@ -14,7 +14,7 @@ import ddit
 import tiny
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.eval import calibrate
-from ddit.known import cost_ratios
+from ddit.pipelines.known import cost_ratios
 from ddit.preset import Preset, QualityCurve
 from ddit.profile import ErrorProfile
 from ddit.skip.joint import SKIPPED, Segments, cheapest_steps, expected_error, nearest_steps

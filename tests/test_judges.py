@@ -19,8 +19,8 @@ from ddit.cli import main
 from ddit.eval import drawings, judges, paper, prompts
 from ddit.eval.imagereward import ImageReward
 from ddit.eval.metrics import FrechetTo
-from ddit.extras import has
 from ddit.preset import Preset
+from ddit.util.extras import has
 
 WORDS = ["a", "red", "blue", "circle", "square", "on", "sand"]
 TEXTS = ["a red circle", "a blue square", "a red square on sand", "a blue circle", "a circle on sand"]

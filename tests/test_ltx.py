@@ -21,11 +21,11 @@ import tiny_ltx
 from ddit import FixedSchedule
 from ddit.coarse import coarse_call
 from ddit.config import Coarse
-from ddit.known import compression
 from ddit.models import architecture_for
 from ddit.models.base import UnsupportedCall
 from ddit.models.ltx import LTX
 from ddit.patches import TokenLayout, pack, shrink, unpack
+from ddit.pipelines.known import compression
 from ddit.teacache import TeaCacheConfig
 from families import call_of, check_flops
 from test_architectures import CASES, draw

@@ -16,7 +16,7 @@ from ddit.eval.metrics import (
     similarity,
     ssim,
 )
-from ddit.outputs import eight_bits
+from ddit.pipelines.outputs import eight_bits
 
 
 def frechet_distance(a, b) -> float:

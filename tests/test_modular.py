@@ -17,10 +17,10 @@ from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.cli import main
 from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
-from ddit.generate import run
-from ddit.loading import load_pipeline
 from ddit.models import architecture_for
-from ddit.outputs import eight_bits
+from ddit.pipelines.generate import run
+from ddit.pipelines.loading import load_pipeline
+from ddit.pipelines.outputs import eight_bits
 from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops
 from test_architectures import CASES, draw

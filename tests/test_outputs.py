@@ -20,9 +20,9 @@ from ddit.embedded import VIDEO_MODEL_FOLDER
 from ddit.embedded.clip_judge import verdict
 from ddit.embedded.clips import clips, parse_clip
 from ddit.embedded.judge import load_judge
-from ddit.generate import check_call, draws_video
-from ddit.loading import EMBEDDED
-from ddit.outputs import frames, save
+from ddit.pipelines.generate import check_call, draws_video
+from ddit.pipelines.loading import EMBEDDED
+from ddit.pipelines.outputs import frames, save
 from ddit.preset import Preset
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from ddit.cli import main
-from ddit.files import replacing, replacing_folder, write_json
+from ddit.util.files import replacing, replacing_folder, write_json
 
 
 def test_a_link_is_written_through(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import ddit
-from ddit.extras import has
+from ddit.util.extras import has
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from ddit.eval.metrics import psnr, ssim
-from ddit.extras import EXTRA_OF
+from ddit.util.extras import EXTRA_OF
 
 BLOCKED = ("torchmetrics", *EXTRA_OF)
 CODE = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); from ddit.cli import main; sys.exit(main())"

@@ -14,10 +14,10 @@ import tiny_qwen
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
 from ddit.coarse import coarse_call, coarse_step
 from ddit.config import FULL, Coarse
-from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import first
 from ddit.patches import TokenLayout, pool_tokens
+from ddit.pipelines.generate import recorded
 from ddit.skip.corrector import ForecastCorrector
 from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops, check_large_patches

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import tiny
-from ddit import generate, outputs
 from ddit.config import FULL
+from ddit.pipelines import generate, outputs
 from ddit.preset import Preset
 
 httpx = pytest.importorskip("httpx")

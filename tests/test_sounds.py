@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import tiny_audio
-from ddit import sounds
 from ddit.cli import main
+from ddit.pipelines import sounds
 from ddit.preset import Preset
 
 

@@ -643,6 +643,6 @@ def test_a_dry_run_counts_the_work_of_a_size(base, capsys):
 
 
 def test_the_example_is_flux_dev():
-    from ddit.known import meta_transformer
+    from ddit.pipelines.known import meta_transformer
 
     assert sum(p.numel() for p in meta_transformer("flux.1-dev").parameters()) == 11_901_408_320

@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 
 import tiny
 from ddit.cli import main
-from ddit.generate import check_call
+from ddit.pipelines.generate import check_call
 from ddit.train import samples
 
 

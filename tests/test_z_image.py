@@ -15,10 +15,10 @@ import tiny_z_image
 from ddit import FixedSchedule
 from ddit.coarse import coarse_call
 from ddit.config import Coarse
-from ddit.generate import recorded
 from ddit.models import architecture_for
 from ddit.models.base import first
 from ddit.patches import TokenLayout, pad_to_multiple
+from ddit.pipelines.generate import recorded
 from families import COARSE, call_of, check_flops, check_landing, check_large_patches
 from test_architectures import CASES, draw
 from tiny_z_image import CALL, PICTURE, embeds

@@ -15,7 +15,7 @@ import tiny_z_image
 
 
 def called_as_others(pipe: Any) -> Any:
-    """It gives its latents in a tuple, whatever is asked for (`ddit.modular` has one that gives pictures)."""
+    """It gives its latents in a tuple, whatever is asked for (`ddit.pipelines.modular` has one that gives pictures)."""
 
     class Called(type(pipe)):
         def __call__(self, *, output_type: str = "", return_dict: bool = False, **call: Any) -> tuple[Tensor]:

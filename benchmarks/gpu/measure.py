@@ -14,7 +14,7 @@ import ddit
 from benchmarks.gpu.models import Loaded, graphs
 from ddit.eval import timing
 from ddit.handle import Handle
-from ddit.memory import with_peak
+from ddit.util.memory import with_peak
 
 Putting = Callable[[], AbstractContextManager[Any]]
 """Puts a method on a model for as long as the block lasts."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ddit.files import replacing
+from ddit.util.files import replacing
 
 PART = 14 * 2**20
 """Bytes of a part."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddit.files import write_json
+from ddit.util.files import write_json
 
 ROOT = Path(__file__).parents[2]
 """Of the repository; what is told of files is told from there."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ddit.files import write_json
+from ddit.util.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

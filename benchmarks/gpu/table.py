@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.record import read
 from benchmarks.gpu.train import CHAINS
-from ddit.files import replacing
+from ddit.util.files import replacing
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"

@@ -28,9 +28,9 @@ from benchmarks.yardstick.video import VideoKind
 from ddit.embedded import MODEL_FOLDER, VIDEO_MODEL_FOLDER
 from ddit.embedded.judge import JUDGE
 from ddit.eval.subjects import Clips, Pictures
-from ddit.files import replacing_folder, write_json
 from ddit.preset import Preset
 from ddit.train.parts import ATTENTION
+from ddit.util.files import replacing_folder, write_json
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.yardstick.config import Settings
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit, noise_from, precision
 from ddit.embedded.judge import to_model
-from ddit.files import replacing, replacing_folder
+from ddit.util.files import replacing, replacing_folder
 
 
 def train_vae(

@@ -14,7 +14,7 @@ from einops import rearrange
 from ddit.embedded.clips import clips, film
 from ddit.embedded.drawing import drawings
 from ddit.embedded.scenes import IMAGE_SIZE, MOST
-from ddit.files import replacing
+from ddit.util.files import replacing
 
 MASK_SIZE = 32
 """Height and width of the masks that are kept."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.yardstick.muon import multiplies_bfloat16
-from ddit.files import replacing
-from ddit.progress import progress
+from ddit.util.files import replacing
+from ddit.util.progress import progress
 
 Figures = dict[str, Tensor | float]
 Loss = Callable[[int, np.random.Generator], tuple[Tensor, Figures]]

@@ -10,7 +10,7 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
-from ddit.config import FULL, FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
 from ddit.handle import Handle
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
@@ -18,7 +18,7 @@ from ddit.plan import Plan
 from ddit.preset import Preset
 from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
 from ddit.seat import MARK, parallel_config
-from ddit.tell import warn
+from ddit.util.tell import warn
 
 if TYPE_CHECKING:
     from ddit.skip.corrector import ForecastCorrector
@@ -127,13 +127,6 @@ def _settle(
     variance = _variance(detail_variance or {}, scales, known)
     axes = architectures[0].axes
     guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
-    coarse = schedule.coarse if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule().coarse
-    coarse = coarse if adapter is None else adapter.coarse
-    if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
-        raise ValueError(
-            f"positions are {coarse.positions!r}, and a transformer compiled as a whole does not see them move; "
-            "compile its blocks alone (compile_repeated_blocks), or take positions='grid'"
-        )
     policy = _policy(schedule, guard)
     plan = _joint_plan(skip, patches, corrector, known, schedule.scales, adapter, guard)
     if plan is not None:
@@ -145,7 +138,7 @@ def _settle(
         pipe=pipe,
         policy=policy,
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
-        coarse=coarse,
+        coarse=_coarse(schedule, adapter, architectures),
         variance=variance,
         adapter=adapter,
         make_skipper=make_skipper,
@@ -165,6 +158,18 @@ def _variance(given: Mapping[int, Sequence[float]], scales: set[int], known: Pre
     if missing:
         raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
     return {s: torch.tensor(list(v)) for s, v in given.items()}
+
+
+def _coarse(schedule: Patches | Policy, adapter: PatchAdapter | None, architectures: list[Architecture]) -> Coarse:
+    """How coarse steps are made: as an adapter has learnt them, else as the schedule says."""
+    asked = schedule if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule()
+    coarse = asked.coarse if adapter is None else adapter.coarse
+    if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
+        raise ValueError(
+            f"positions are {coarse.positions!r}, and a transformer compiled as a whole does not see them move; "
+            "compile its blocks alone (compile_repeated_blocks), or take positions='grid'"
+        )
+    return coarse
 
 
 def _moves_unseen(architecture: Architecture) -> bool:

@@ -23,7 +23,7 @@ from ddit.report import Report
 from ddit.run import RunState
 from ddit.schedule import Rule
 from ddit.seat import Seat
-from ddit.tell import warn
+from ddit.util.tell import warn
 
 
 class Handle:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
-from ddit.files import write_json
 from ddit.profile import ErrorProfile
+from ddit.util.files import write_json
 
 FILE = "ddit.json"
 VERSION = 4

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddit import outputs
 from ddit.app.study import Study
 from ddit.config import PatchSchedule
-from ddit.generate import Method, Run, draws_video, run, warm_up
-from ddit.loading import check_prompt, load_adapter, load_corrector
-from ddit.methods import SKIP, make_method
+from ddit.pipelines import outputs
+from ddit.pipelines.generate import Method, Run, draws_video, run, warm_up
+from ddit.pipelines.loading import check_prompt, load_adapter, load_corrector
+from ddit.pipelines.methods import SKIP, make_method
 from ddit.preset import Preset
 from ddit.report import Report
 
@@ -22,13 +22,13 @@ KEPT = 16
 PATCHES = ("rule", "paper", "schedule", "off")
 """What may decide on patches; ``off`` is every step full."""
 SKIPPING = ("off", *SKIP)
-"""What may decide on skipped steps, by `ddit.methods.WORDS`."""
+"""What may decide on skipped steps, by `ddit.pipelines.methods.WORDS`."""
 
 
 def words_of(
     *, patches: str, threshold: float | None, schedule: str, skip: str, amount: float | None, adapter: str
 ) -> dict[str, Any]:
-    """What the knobs say, by `ddit.methods.WORDS`.
+    """What the knobs say, by `ddit.pipelines.methods.WORDS`.
 
     Args:
         patches: One of `PATCHES`.
@@ -123,8 +123,8 @@ class Studio:
         """Draw by a method, and plain unless that is kept from before.
 
         Args:
-            words: What makes it dynamic, by `ddit.methods.WORDS`.
-            on_step: As `ddit.generate.OnStep`, with the name of the run before.
+            words: What makes it dynamic, by `ddit.pipelines.methods.WORDS`.
+            on_step: As `ddit.pipelines.generate.OnStep`, with the name of the run before.
 
         Raises:
             ValueError: For an empty prompt, no steps, and settings that can't be honoured; before anything is drawn.

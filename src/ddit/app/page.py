@@ -14,10 +14,10 @@ from typing import Any
 
 import gradio as gr
 
-from ddit import outputs
 from ddit.app.draw import PATCHES, SKIPPING, Drawn, Studio, words_of
 from ddit.app.study import DATABASE, PICTURES, Study, markdown
 from ddit.config import PatchSchedule
+from ddit.pipelines import outputs
 
 FPS = 8
 """Of clips in the first tab; those of a study are files already."""

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ddit.tables import table
+from ddit.util.tables import table
 
 DATABASE, PICTURES = "study.db", "pictures"
 ANSWERS = ("left", "right", "equal", "bad")

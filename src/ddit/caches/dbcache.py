@@ -9,7 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 from ddit.caches.config import CacheDitConfig, unknown_blocks
-from ddit.extras import require
+from ddit.util.extras import require
 
 
 class DitContexts:

@@ -17,8 +17,8 @@ from ddit.cli.app import add_app
 from ddit.cli.common import add_command, add_flag, check_outputs, check_writable, command_line, environment, positive
 from ddit.cli.draw import add_draw
 from ddit.cli.measure import add_measure
-from ddit.files import write_json
 from ddit.train.config import TrainConfig
+from ddit.util.files import write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,8 +178,8 @@ def _plan(config: TrainConfig, path: Path | None) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from ddit.known import names
     from ddit.models import supported_models
+    from ddit.pipelines.known import names
 
     for name, value in environment("cpu").items():
         print(f"{name}: {value}")

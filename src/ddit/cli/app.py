@@ -18,10 +18,10 @@ from ddit.cli.common import (
     words_of,
 )
 from ddit.cli.draw import method_options
-from ddit.extras import require
-from ddit.files import write_json, write_text
-from ddit.methods import patches_of, skip_of
+from ddit.pipelines.methods import patches_of, skip_of
 from ddit.preset import Preset
+from ddit.util.extras import require
+from ddit.util.files import write_json, write_text
 
 
 def add_app(commands: Any) -> None:
@@ -66,11 +66,11 @@ def _app(args: argparse.Namespace) -> None:
     from ddit.app.study import Study
 
     study = None if args.study is None else Study.open(args.study)
-    from ddit import generate as lib
-    from ddit import loading, outputs
     from ddit.app import page
     from ddit.app.draw import Studio
-    from ddit.sounds import refuse_sound
+    from ddit.pipelines import generate as lib
+    from ddit.pipelines import loading, outputs
+    from ddit.pipelines.sounds import refuse_sound
 
     load = {"dtype": args.dtype, "device": args.device}
     pipe, preset = loading.load_pipeline(args.model, preset=args.preset, **load)
@@ -91,12 +91,12 @@ def _prepare(args: argparse.Namespace) -> None:
 
     check_run(args, [args.out / DATABASE])
     Study.check(args.out)
-    from ddit import loading
     from ddit.app.draw import draw_pairs
     from ddit.cli.drawing import Drawing
-    from ddit.progress import progress
-    from ddit.sounds import refuse_sound
+    from ddit.pipelines import loading
+    from ddit.pipelines.sounds import refuse_sound
     from ddit.train.sources import read_prompts
+    from ddit.util.progress import progress
 
     prompts = read_prompts(args.prompts)
     for prompt in prompts:

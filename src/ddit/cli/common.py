@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ddit import __version__
-from ddit.methods import WORDS
+from ddit.pipelines.methods import WORDS
 
 
 def add_command(commands: Any, name: str, run: Callable[..., None] | None, text: str) -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def words_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say, by `ddit.methods.WORDS`."""
+    """What the flags say, by `ddit.pipelines.methods.WORDS`."""
     words = {name: getattr(args, name) for name in WORDS}
     return {name: value for name, value in words.items() if value is not None}
 

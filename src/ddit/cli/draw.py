@@ -19,10 +19,10 @@ from ddit.cli.common import (
     words_of,
 )
 from ddit.config import Coarse, PatchSchedule, SkipSchedule
-from ddit.extras import require
-from ddit.files import write_json
-from ddit.methods import KINDS, SKIP, make_method, patches_of, skip_of
+from ddit.pipelines.methods import KINDS, SKIP, make_method, patches_of, skip_of
 from ddit.preset import Preset
+from ddit.util.extras import require
+from ddit.util.files import write_json
 
 DEMO_SIDE = 384
 """Height and width in pixels that its pictures are shown at."""
@@ -51,7 +51,7 @@ def add_draw(commands: Any) -> None:
 
 
 def method_options(command: argparse.ArgumentParser) -> None:
-    """A flag for each of `ddit.methods.WORDS`; what is not given is the model's preset's."""
+    """A flag for each of `ddit.pipelines.methods.WORDS`; what is not given is the model's preset's."""
     patches = command.add_argument_group(
         "patches", "which patches the model sees in a step (default: the paper's rule)"
     )
@@ -101,8 +101,8 @@ def _generate(args: argparse.Namespace) -> None:
         return
     if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4", ".wav"):
         raise ValueError(f"{args.out} must end in .png, for a video model in .mp4, or for sound in .wav")
-    from ddit import loading
     from ddit.cli.drawing import Drawing
+    from ddit.pipelines import loading
 
     loading.check_prompt(args.prompt, args.model)
     drawing = Drawing.load(args, args.device)
@@ -126,8 +126,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _files(out: Path, count: int) -> list[Path]:
-    """All that `ddit.outputs.save` writes, and `ddit.sounds.save`: beside a clip lies its contact sheet."""
-    from ddit import outputs, sounds
+    """All that the two ``save`` of `ddit.pipelines` write: beside a clip lies its contact sheet."""
+    from ddit.pipelines import outputs, sounds
 
     if out.suffix.lower() == ".wav":
         return sounds.names(out, count, compared=True)
@@ -140,8 +140,8 @@ def _demo(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"{args.out} must end in .png")
     check_outputs([args.out, args.out.with_suffix(".json")])
-    from ddit import generate as lib
-    from ddit import loading, outputs
+    from ddit.pipelines import generate as lib
+    from ddit.pipelines import loading, outputs
 
     pipe, preset = loading.load_pipeline("embedded")
     load = {"load_adapter": loading.load_adapter, "load_corrector": loading.load_corrector}
@@ -179,10 +179,10 @@ def _draw_many(args: argparse.Namespace) -> None:
     """
     from accelerate import PartialState
 
-    from ddit import loading
     from ddit.cli.drawing import Drawing
-    from ddit.progress import progress
+    from ddit.pipelines import loading
     from ddit.train.sources import read_prompts
+    from ddit.util.progress import progress
 
     if args.json is not None or args.plot is not None:
         raise ValueError("with --prompts each output has its report beside it; leave --json and --plot out")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ddit import generate as lib
-from ddit import loading, outputs, sounds
 from ddit.cli.common import call_options, command_line, environment, words_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
-from ddit.files import replacing
-from ddit.methods import make_method
+from ddit.pipelines import generate as lib
+from ddit.pipelines import loading, outputs, sounds
+from ddit.pipelines.methods import make_method
+from ddit.util.files import replacing
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Drawing:
     pipe: Any
     method: lib.Method
     words: dict[str, Any]
-    """What was asked for, by `ddit.methods.WORDS`."""
+    """What was asked for, by `ddit.pipelines.methods.WORDS`."""
     settings: dict[str, Any]
     """Arguments of the pipeline's call."""
     suffix: str

@@ -17,8 +17,8 @@ from ddit.cli.common import (
     positive,
 )
 from ddit.config import PatchSchedule
-from ddit.extras import require
-from ddit.files import write_json, write_text
+from ddit.util.extras import require
+from ddit.util.files import write_json, write_text
 
 PAPER = "paper"
 EMBEDDED_SUITES = ("embedded", "embedded-video")
@@ -173,7 +173,7 @@ def _refuse_paper_options(args: argparse.Namespace) -> None:
 
 def _texts(args: argparse.Namespace) -> list[str]:
     """Prompts of the user's own, if there are any."""
-    from ddit.loading import EMBEDDED
+    from ddit.pipelines.loading import EMBEDDED
 
     if args.prompt_file is not None:
         from ddit.eval.prompts import read
@@ -192,12 +192,12 @@ def _texts(args: argparse.Namespace) -> list[str]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    from ddit import generate as lib
-    from ddit import loading
     from ddit.eval.calibrate import calibrate
     from ddit.eval.suites import subject_of
+    from ddit.pipelines import generate as lib
+    from ddit.pipelines import loading
+    from ddit.pipelines.sounds import refuse_sound
     from ddit.preset import FILE
-    from ddit.sounds import refuse_sound
     from ddit.train.sources import read_prompts
 
     if args.prompts is None and args.model not in loading.EMBEDDED:
@@ -248,7 +248,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[str, Any]) -> list[dict[str, Any]]:
     from ddit.eval import bench
-    from ddit.progress import progress
+    from ddit.util.progress import progress
 
     how = {name: getattr(args, name) for name in ("dtype", "device", "random_weights", "compile", "attention")}
     results, loaded = [], None

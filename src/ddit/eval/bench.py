@@ -14,10 +14,10 @@ from ddit.adapter import PatchAdapter
 from ddit.coarse import call_at
 from ddit.config import Coarse
 from ddit.eval import timing
-from ddit.known import example, meta_transformer, transformer
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, to_meta
-from ddit.tables import table
+from ddit.pipelines.known import example, meta_transformer, transformer
+from ddit.util.tables import table
 
 
 def count(
@@ -34,7 +34,7 @@ def count(
     """Tokens and floating-point operations of one forward of one sample.
 
     Args:
-        model: See `ddit.known.meta_transformer`, as for ``blocks``.
+        model: See `ddit.pipelines.known.meta_transformer`, as for ``blocks``.
         height, width, frames: Of the picture or clip.
         seconds: Of sound.
         rank: Count an adapter of this rank along.
@@ -69,13 +69,13 @@ class Bench:
     """A transformer on a device, to be timed at several sizes.
 
     Args:
-        model: See `ddit.known.transformer`, as for the other arguments.
+        model: See `ddit.pipelines.known.transformer`, as for the other arguments.
         compile: Compile the repeated blocks, as diffusers recommends.
         attention: Name of one of diffusers' attention backends.
         rank: Time an adapter of this rank along, untrained.
 
     Raises:
-        ValueError: See `ddit.known.transformer`; also for an attention backend that does not run here.
+        ValueError: See `ddit.pipelines.known.transformer`; also for an attention backend that does not run here.
     """
 
     def __init__(

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from ddit.config import SkipSchedule
 from ddit.eval.metrics import decibels
 from ddit.eval.step_errors import Errors, measured_errors, profile_of
-from ddit.files import write_json
-from ddit.generate import Method, recorded, run
 from ddit.models import architecture_for
 from ddit.models.base import first
 from ddit.patches import detail_variance
+from ddit.pipelines.generate import Method, recorded, run
 from ddit.preset import FILE, Preset, QualityCurve
 from ddit.pretrained import config_hash
-from ddit.progress import progress
 from ddit.skip.joint import expected_error
 from ddit.teacache import relative_change
+from ddit.util.files import write_json
+from ddit.util.progress import progress
 
 DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddit.eval.quality import adherence_change
-from ddit.methods import SKIP
-from ddit.tables import table
+from ddit.pipelines.methods import SKIP
+from ddit.util.tables import table
 
 SPEEDS = (1.5, 2, 3, 4, 5)
 THRESHOLDS = (0.002, 0.008, 0.032)
@@ -61,7 +61,7 @@ def methods(run_steps: Sequence[int], *, teacache: bool, adapter: str | None, pl
         run_steps: The first is what all is compared with.
         teacache: Whether the model has coefficients.
         adapter: Name of an adapter for large patches.
-        planned: Whether a speedup is planned over patches and skipping (`ddit.methods.planned_jointly`).
+        planned: Whether a speedup is planned over patches and skipping (`ddit.pipelines.methods.planned_jointly`).
     """
     first = run_steps[0]
     chosen = ["plain", *(f"plain:run_steps={max(round(first / speed), 2)}" for speed in SPEEDS)]

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ddit.eval.quality import Entry
-from ddit.files import add_lines, read_lines, write_json
-from ddit.generate import run
-from ddit.outputs import eight_bits, save_png
-from ddit.progress import progress
-from ddit.tell import warn
+from ddit.pipelines.generate import run
+from ddit.pipelines.outputs import eight_bits, save_png
+from ddit.util.files import add_lines, read_lines, write_json
+from ddit.util.progress import progress
+from ddit.util.tell import warn
 
 
 class Drawings:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ddit.eval.metrics import MOST, FrechetTo, psnr, ssim
-from ddit.files import replacing
-from ddit.progress import progress
+from ddit.util.files import replacing
+from ddit.util.progress import progress
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddit.outputs import eight_bits
+from ddit.pipelines.outputs import eight_bits
 
 Statistic = Callable[[Tensor], Tensor]
 """``[N, ...]`` -> one number; must not depend on the order of the N."""

@@ -21,12 +21,12 @@ from ddit.eval.judges import Clip, Inception, Judge, Lpips, Psnr, Ssim, distance
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval
 from ddit.eval.parts import digest
 from ddit.eval.quality import Entry
-from ddit.extras import require
-from ddit.files import add_lines, read_lines, write_text
-from ddit.outputs import frames
-from ddit.progress import progress
-from ddit.tables import table
-from ddit.tell import warn
+from ddit.pipelines.outputs import frames
+from ddit.util.extras import require
+from ddit.util.files import add_lines, read_lines, write_text
+from ddit.util.progress import progress
+from ddit.util.tables import table
+from ddit.util.tell import warn
 
 METHODS = ("plain", "ddit", "ddit:speedup=3")
 """Unless others are named."""

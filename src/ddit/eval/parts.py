@@ -14,9 +14,9 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from ddit.files import replacing, write_json
-from ddit.generate import Run
-from ddit.outputs import eight_bits
+from ddit.pipelines.generate import Run
+from ddit.pipelines.outputs import eight_bits
+from ddit.util.files import replacing, write_json
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddit.extras import require
+from ddit.util.extras import require
 
 HUB = "dataset:"
 USUAL = ("prompt", "prompts", "caption", "captions", "text")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ddit.models.base import Architecture
-from ddit.tables import table
+from ddit.util.tables import table
 
 STEPS = 50
 """Of the plain run, as in the publications."""

@@ -19,12 +19,12 @@ from ddit.embedded.scenes import Split
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.subjects import Subject, Verdict
-from ddit.generate import Method, run
-from ddit.memory import with_peak
-from ddit.outputs import frames
+from ddit.pipelines.generate import Method, run
+from ddit.pipelines.outputs import frames
 from ddit.preset import Preset
-from ddit.progress import progress
-from ddit.tables import table
+from ddit.util.memory import with_peak
+from ddit.util.progress import progress
+from ddit.util.tables import table
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Entry:
 
 
 MakeMethod = Callable[[dict[str, Any]], Method]
-"""From words (`ddit.methods.WORDS`) to a method."""
+"""From words (`ddit.pipelines.methods.WORDS`) to a method."""
 
 
 def parse_entry(text: str, run_steps: int, make: MakeMethod) -> Entry:
     """Read ``plain``, ``progressive:fraction=0.5`` or ``ddit:word=value,...``; each also takes ``run_steps``.
 
-    Words are those of `ddit.methods`: ``ddit:speedup=3,patches=full``. ``plain`` takes ``cache`` too. Lists are joined
-    by ``/``: ``ddit:schedule=1/1/2``.
+    Words are those of `ddit.pipelines.methods`: ``ddit:speedup=3,patches=full``. ``plain`` takes ``cache`` too. Lists
+    are joined by ``/``: ``ddit:schedule=1/1/2``.
     """
     kind, _, rest = text.partition(":")
     values: dict[str, Any] = {}
@@ -119,26 +119,24 @@ def draw_all(
         parts: Finished batches are taken from here, and kept here.
         costs: See `Part.of`.
     """
-    results: list[Results] = [[] for _ in methods]
     prompts = [scene.prompt for scene in asked]
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
     device = torch.device(pipe.device)
+    starts = range(0, len(prompts), batch)
+    turns: list[list[Part]] = []
+    warm = False
 
     def call(entry: Entry, part: slice, steps: int) -> Part:
         chosen = {**settings, "num_inference_steps": steps}
         asked = (pipe, prompts[part], seeds[part], chosen)
         return Part.of(*with_peak(partial(run, *asked, method=entry.method), device), costs=costs)
 
-    warm = False
-    starts = range(0, len(prompts), batch)
     with progress("evaluate", len(starts) * len(methods)) as advance:
         for turn, start in enumerate(starts):
             drawn = parts.load(turn) if parts else None
             if drawn is None:
-                for method in [] if warm else methods:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # so few steps are not what anyone asked for
-                        call(method, slice(0, batch), 5)
+                if not warm:
+                    _warm_up(call, methods, batch)
                 warm, new = True, {}
                 for k in range(len(methods)):
                     i = (k + turn) % len(methods)
@@ -150,9 +148,16 @@ def draw_all(
             else:
                 for _ in drawn:
                     advance()
-            for result, part in zip(results, drawn, strict=True):
-                result.append(part)
-    return results
+            turns.append(drawn)
+    return [list(results) for results in zip(*turns, strict=True)] if turns else [[] for _ in methods]
+
+
+def _warm_up(call: Callable[[Entry, slice, int], Part], methods: Sequence[Entry], batch: int) -> None:
+    """Call every method for a few steps, of which nothing is kept."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few steps are not what anyone asked for
+        for method in methods:
+            call(method, slice(0, batch), 5)
 
 
 def stacked(results: Results) -> np.ndarray:

@@ -46,7 +46,7 @@ def measured_errors(
     """Of the first guidance pass of a plain run.
 
     Args:
-        calls: The transformer's, in order (`ddit.generate.recorded`).
+        calls: The transformer's, in order (`ddit.pipelines.generate.recorded`).
         scales: Above 1.
     """
     steps: dict[float, tuple[Inputs, Tensor]] = {}

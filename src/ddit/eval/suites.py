@@ -19,15 +19,15 @@ from ddit.eval.drawings import Drawings, draw
 from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts, digest
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
-from ddit.files import write_json, write_text
-from ddit.generate import Method, call_settings, check_call, draws_video
-from ddit.known import cost_ratios
-from ddit.loading import load_adapter, load_corrector, load_pipeline
-from ddit.methods import make_method
 from ddit.models import architecture_for
+from ddit.pipelines.generate import Method, call_settings, check_call, draws_video
+from ddit.pipelines.known import cost_ratios
+from ddit.pipelines.loading import load_adapter, load_corrector, load_pipeline
+from ddit.pipelines.methods import make_method
+from ddit.pipelines.sounds import refuse_sound
 from ddit.preset import Preset
 from ddit.skip.corrector import ForecastCorrector
-from ddit.sounds import refuse_sound
+from ddit.util.files import write_json, write_text
 
 DEFAULT_METHODS = (
     "plain",
@@ -65,7 +65,7 @@ class SuiteConfig:
     texts: tuple[str, ...] = ()
     """Prompts of the user's own in place of the model's grammar; but for the paper's suite only likeness is judged."""
     costs: str | None = None
-    """Name of a model (`ddit.known.names`) at whose costs work is planned and told, instead of this model's own."""
+    """Name of a model (`ddit.pipelines.known.names`) at whose costs work is planned and told, not at its own."""
     judges: tuple[str, ...] = ()
     """Of the paper's suite, as the next two; see `ddit.eval.paper.jury`."""
     weights: dict[str, str] = field(default_factory=dict)

@@ -18,12 +18,12 @@ from ddit.adapter import PatchAdapter
 from ddit.api import apply
 from ddit.coarse import call_at, coarse_call, coarse_step
 from ddit.config import Coarse, FixedSchedule, PatchSchedule
-from ddit.memory import with_peak
 from ddit.models.base import Architecture, Inputs, first, to_meta
 from ddit.run import RunState
 from ddit.schedule import Rule
 from ddit.skip.policy import SkipPlan
 from ddit.skip.skipper import Skipper
+from ddit.util.memory import with_peak
 
 WARM_UP = 3
 """Turns that are not counted: the first ones load, allocate and, with ``torch.compile``, compile."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ddit.eval.drawings import Drawings
-from ddit.files import read_lines, write_json, write_text
-from ddit.outputs import check_video_writer
+from ddit.pipelines.outputs import check_video_writer
+from ddit.util.files import read_lines, write_json, write_text
 
 NAME = "vbench"
 DIMENSIONS = (

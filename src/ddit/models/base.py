@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ddit.models.flops import Costs, count
-from ddit.patches import TokenLayout, pack, pool_tokens, unpack
+from ddit.patches import TokenLayout, pool_tokens
 
 Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
@@ -268,36 +267,6 @@ class Architecture(ABC):
         if key not in self._counted:
             self._counted[key] = count(self, inputs, config, scale)
         return self._counted[key]
-
-
-class PackedArchitecture(Architecture):
-    """One whose pipeline packs squares of latent pixels into tokens ``[B, N, C p p]`` for the transformer.
-
-    Further features of a token are a condition. Tokens behind those of the grid are reference images', which stay.
-    """
-
-    def unpacked(self, tokens: Tensor, sigma: Tensor, grid: Sequence[int]) -> Noisy:
-        """What tokens ``[B, N + references, (C + K) p p]`` say about a grid of (..., rows, columns)."""
-        *frames, rows, columns = grid
-        size = (*frames, rows * self.patch_size, columns * self.patch_size)
-        channels = tokens.shape[-1] // self.patch_size**2
-        z = unpack(self.own(tokens, prod(grid)), self.patch_size, (len(tokens), channels, *size))
-        return Noisy(z[:, : self.channels], sigma, z[:, self.channels :] if channels > self.channels else None)
-
-    def packed(self, noisy: Noisy, references: Tensor) -> Tensor:
-        """The inverse, with the tokens ``[B, references, (C + K) p p]`` behind."""
-        parts = [noisy.latents] if noisy.condition is None else [noisy.latents, noisy.condition.to(noisy.latents)]
-        tokens = pack(torch.cat(parts, dim=1), self.patch_size)
-        return torch.cat([tokens, references.to(tokens)], dim=1) if references.shape[1] else tokens
-
-    def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
-        tokens = self.own(output, prod(size) // self.patch_size**2)
-        return unpack(tokens, self.patch_size, (len(output), self.channels, *size))
-
-    def output(self, velocity: Tensor, inputs: Inputs) -> Tensor:
-        tokens = pack(velocity, self.patch_size)
-        others = inputs[self.batched[0]].shape[1] - tokens.shape[1]
-        return torch.cat([tokens, tokens.new_zeros(len(tokens), others, tokens.shape[2])], dim=1) if others else tokens
 
 
 def check_arguments(given: Mapping[str, Any] | None, harmless: set[str]) -> None:

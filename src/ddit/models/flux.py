@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddit.models.base import Inputs, Noisy, PackedArchitecture, UnsupportedCall, check_arguments
+from ddit.models.base import Inputs, Noisy, UnsupportedCall, check_arguments
 from ddit.models.flops import Costs
+from ddit.models.packed import PackedArchitecture
 from ddit.patches import TokenLayout
 
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit.models.base import Inputs, Noisy, PackedArchitecture, UnsupportedCall
+from ddit.models.base import Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
+from ddit.models.packed import PackedArchitecture
 from ddit.patches import TokenLayout, pack
 
 _SPREAD = (8 / 25, 32.0, 32.0)

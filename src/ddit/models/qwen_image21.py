@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit.models.base import Inputs, Noisy, PackedArchitecture
+from ddit.models.base import Inputs, Noisy
 from ddit.models.flops import Costs
+from ddit.models.packed import PackedArchitecture
 from ddit.patches import TokenLayout, pack
 
 _SLOT = 4

@@ -12,7 +12,7 @@ from ddit.profile import ErrorProfile
 from ddit.schedule import Guard, StepContext
 from ddit.skip.forecast import amplified, half_log_snr
 from ddit.skip.policy import known_levels
-from ddit.tell import warn
+from ddit.util.tell import warn
 
 SKIPPED = 0
 """In a plan, in place of a scale."""

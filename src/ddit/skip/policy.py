@@ -11,7 +11,7 @@ from torch import Tensor
 from ddit.patches import where_rows
 from ddit.schedule import StepContext, statistics
 from ddit.skip.forecast import SPLIT, amplified, difference_per_sigma, growth, half_log_snr
-from ddit.tell import warn
+from ddit.util.tell import warn
 
 NODES = 3
 """Called steps that the rule looks back on, so that its difference is of the paper's order."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ddit.config import Positions, Start
-from ddit.kinds import fits, told
+from ddit.util.kinds import fits, told
 
 OptimizerName = Literal["prodigy", "adamw"]
 Weighting = Literal["relative", "bounded", "none", "sigma_sqrt", "cosmap"]

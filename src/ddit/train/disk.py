@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ddit.files import read_lines, replacing, write_text
-from ddit.loading import model_folder
+from ddit.pipelines.loading import model_folder
 from ddit.pretrained import TrainedPart, model_card
 from ddit.train.config import TrainConfig
+from ddit.util.files import read_lines, replacing, write_text
 
 
 def check_settings(config: TrainConfig, saved: Path) -> None:

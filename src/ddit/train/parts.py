@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ddit.adapter import PatchAdapter
-from ddit.extras import require
 from ddit.skip.corrector import ForecastCorrector
 from ddit.train.config import TrainConfig
+from ddit.util.extras import require
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's, whose backward pass failed or gave NaN on sequences of 40 and 88 tokens (H200, PyTorch 2.11)."""

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ddit.generate import pixels_per_latent
 from ddit.models import architecture_for
 from ddit.models.base import Inputs
+from ddit.pipelines.generate import pixels_per_latent
 
 
 def check_encodes(pipe: Any) -> None:
@@ -56,7 +56,7 @@ def noised(pipe: Any, calls: Sequence[tuple[Inputs, Tensor]], paths: Sequence[Pa
     The noise is the run's own, with which it begins. Where the run ends they are clean.
 
     Args:
-        calls: The transformer's so far, which grow while the pipeline runs (`ddit.generate.recorded`).
+        calls: The transformer's so far, which grow while the pipeline runs (`ddit.pipelines.generate.recorded`).
     """
     check_encodes(pipe)
     architecture, scheduler = architecture_for(pipe.transformer), pipe.scheduler

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ddit.coarse import call_at
-from ddit.known import example, meta_transformer
 from ddit.models import architecture_for
+from ddit.pipelines.known import example, meta_transformer
 from ddit.train.config import TrainConfig
 from ddit.train.parts import make_optimizer, new_part
 

@@ -22,17 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ddit.files import replacing, write_json
-from ddit.generate import call_settings, check_call, recorded
 from ddit.models import architecture_for
 from ddit.models.base import Inputs
+from ddit.pipelines.generate import call_settings, check_call, recorded
 from ddit.preset import Preset, for_batch
 from ddit.pretrained import config_hash
-from ddit.progress import progress
 from ddit.train.arguments import arguments, is_list_of_tensors, optional_masks, padded
 from ddit.train.config import TrainConfig
 from ddit.train.pictures import noised
 from ddit.train.sources import Source
+from ddit.util.files import replacing, write_json
+from ddit.util.progress import progress
 
 MANIFEST = "samples.json"
 VERSION = 5

@@ -21,13 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from ddit.adapter import PatchAdapter
-from ddit.extras import require
-from ddit.files import add_lines, read_lines, replacing, replacing_folder, write_json
-from ddit.loading import load_pipeline
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
+from ddit.pipelines.loading import load_pipeline
 from ddit.preset import Preset
-from ddit.progress import progress
 from ddit.skip.corrector import ForecastCorrector
 from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
@@ -39,6 +36,9 @@ from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_sets
 from ddit.train.sources import Source, read_source
 from ddit.train.validation import errors_of, save_pictures, validate, validate_runs
+from ddit.util.extras import require
+from ddit.util.files import add_lines, read_lines, replacing, replacing_folder, write_json
+from ddit.util.progress import progress
 
 
 def train(config: TrainConfig) -> Path:

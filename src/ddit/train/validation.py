@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ddit import sounds
 from ddit.config import FULL, FixedSchedule, SkipSchedule
-from ddit.generate import Method
-from ddit.generate import run as generate
-from ddit.outputs import frames, save_png
+from ddit.pipelines import sounds
+from ddit.pipelines.generate import Method
+from ddit.pipelines.generate import run as generate
+from ddit.pipelines.outputs import frames, save_png
 from ddit.train import rollout
 from ddit.train.distill import Draw
 

@@ -20,13 +20,13 @@ from ddit.api import apply
 from ddit.caches import Config as CacheConfig
 from ddit.config import FixedSchedule, Patches, SkipSchedule
 from ddit.handle import Handle
-from ddit.kinds import fits, told
 from ddit.models import architecture_for
 from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
 from ddit.report import Report
 from ddit.schedule import Policy
 from ddit.skip.corrector import ForecastCorrector
+from ddit.util.kinds import fits, told
 
 OnStep = Callable[[int, int, list[int]], None]
 """Called after each step with its number from 1, the number of steps, and the scales of the step's samples."""
@@ -157,11 +157,25 @@ def run(
     Raises:
         ValueError: When the pipeline raises before its first step is done; the message names the settings as well.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     settings = for_batch(pipe, settings, len(prompts))
-    handle: Handle | None = None
-    if method is not None:
-        handle = method.apply(pipe)
+    handle = None if method is None else method.apply(pipe)
+    try:
+        pictures, seconds = _called(pipe, prompts, seeds, settings, handle, on_step)
+        return Run(pictures, seconds, handle.report if handle else None)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _called(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    settings: dict[str, Any],
+    handle: Handle | None,
+    on_step: OnStep | None,
+) -> tuple[np.ndarray, float]:
+    """What a pipeline draws, and the seconds of its call; see `run`."""
     stepped = False
 
     def callback(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -175,26 +189,16 @@ def run(
     # HunyuanVideo 1.5 calls nobody back.
     takes = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     calls_back = {"callback_on_step_end": callback} if takes else {}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    started = time.perf_counter()
     try:
-        started = time.perf_counter()
-        pictures = pipe(
-            prompts,
-            generator=generators,
-            output_type="np",
-            return_dict=False,
-            **calls_back,
-            **settings,
-        )[0]
-        seconds = time.perf_counter() - started
-        return Run(np.asarray(pictures), seconds, handle.report if handle else None)
+        made = pipe(prompts, generator=generators, output_type="np", return_dict=False, **calls_back, **settings)[0]
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if stepped:
             raise
         called = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         raise ValueError(f"{error} ({type(pipe).__name__} was called with {called})") from error
-    finally:
-        if handle is not None:
-            handle.remove()
+    return np.asarray(made), time.perf_counter() - started
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-OURS = str(Path(__file__).parent)
+OURS = str(Path(__file__).parents[1])
 BETWEEN = ("torch", "diffusers", "accelerate", "functools", "contextlib")
 """Packages and modules that lie between a user's call and ours."""
 

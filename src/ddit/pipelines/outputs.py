@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddit.files import replacing
+from ddit.util.files import replacing
 
 LEAST_HEIGHT = 256
 """Of an MP4: smaller clips are enlarged by a whole factor, since video codecs halve the resolution of colours."""

@@ -13,12 +13,12 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.coarse import call_at
 from ddit.config import Coarse
-from ddit.loading import check_device, model_folder, model_source
 from ddit.models import REGISTRY, architecture_class, architecture_for, unsupported
 from ddit.models.base import Architecture, Inputs
+from ddit.pipelines.loading import check_device, model_folder, model_source
 from ddit.preset import Preset
 
-FOLDER = Path(__file__).parent / "models" / "configs"
+FOLDER = Path(__file__).parents[1] / "models" / "configs"
 
 
 def names() -> list[str]:

@@ -11,13 +11,13 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from ddit import modular
 from ddit.adapter import PatchAdapter
 from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER, VIDEO_ADAPTER_FOLDER, VIDEO_MODEL_FOLDER
+from ddit.pipelines import modular
 from ddit.preset import Preset
 from ddit.pretrained import Part
 from ddit.skip.corrector import ForecastCorrector
-from ddit.tell import warn
+from ddit.util.tell import warn
 
 EMBEDDED: dict[str, Path] = {"embedded": MODEL_FOLDER, "embedded-video": VIDEO_MODEL_FOLDER}
 """Names of the models that ship with ddit -> folder."""

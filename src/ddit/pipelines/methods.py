@@ -10,7 +10,7 @@ from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, Ski
 from ddit.preset import Preset
 
 if TYPE_CHECKING:
-    from ddit.generate import Method
+    from ddit.pipelines.generate import Method
 
 KINDS = ("rule", "paper", "full")
 """Of patches by name: the model's preset or the rule; the rule as the paper has it; none."""
@@ -36,7 +36,7 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
         ValueError: For unknown words, and words that have no meaning together.
     """
     from ddit.caches import make_cache
-    from ddit.generate import Method
+    from ddit.pipelines.generate import Method
 
     unknown = sorted(set(values) - set(WORDS))
     if unknown:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ddit.files import replacing
+from ddit.util.files import replacing
 
 
 def sample_rate(pipe: Any) -> int | None:
