@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from benchmarks.yardstick.config import JudgeSettings, Settings, gpu
 from benchmarks.yardstick.data import cached_clips, cached_drawings, sheet
@@ -29,7 +29,7 @@ from ddit.embedded import MODEL_FOLDER, VIDEO_MODEL_FOLDER
 from ddit.embedded.judge import JUDGE
 from ddit.eval.subjects import Clips, Pictures
 from ddit.preset import Preset
-from ddit.train.parts import ATTENTION
+from ddit.train.parts import attention_backends
 from ddit.util.files import replacing_folder, write_json
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())}
@@ -38,8 +38,7 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())
 def main() -> None:
     args = _parser().parse_args()
     torch.set_num_threads(args.threads)
-    # A CPU's flash attention goes backwards four times as slowly as plain products do on sequences this short.
-    with sdpa_kernel(SDPBackend.MATH if args.device == "cpu" else ATTENTION):
+    with sdpa_kernel(attention_backends(args.device)):
         args.run(args)
 
 

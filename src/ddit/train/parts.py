@@ -18,10 +18,19 @@ from ddit.skip.corrector import ForecastCorrector
 from ddit.train.config import TrainConfig
 from ddit.util.extras import require
 
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's, whose backward pass failed or gave NaN on sequences of 40 and 88 tokens (H200, PyTorch 2.11)."""
 KEPT = ("base_hash", "scales", "rank", "start", "positions", "residual", "size_vector", "layers")
 """What an adapter keeps when it is trained on."""
+
+
+def attention_backends(device: str) -> list[SDPBackend]:
+    """By which attention goes backwards on a type of device.
+
+    Not cuDNN's, which failed or gave NaN on sequences of 40 and 88 tokens (H200, PyTorch 2.11). A CPU's flash attention
+    takes up to four times as long as plain products on sequences that short, and trains on no longer ones.
+    """
+    if device == "cpu":
+        return [SDPBackend.MATH]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def earlier_adapter(transformer: Any, config: TrainConfig) -> PatchAdapter | None:

@@ -29,7 +29,7 @@ from ddit.skip.corrector import ForecastCorrector
 from ddit.train import disk, rollout
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
-from ddit.train.parts import ATTENTION, earlier_adapter, make_lr, make_optimizer, new_part, sum_over_processes
+from ddit.train.parts import attention_backends, earlier_adapter, make_lr, make_optimizer, new_part, sum_over_processes
 from ddit.train.pictures import check_encodes
 from ddit.train.rollout import Course
 from ddit.train.sampler import Sampler
@@ -68,7 +68,8 @@ def train(config: TrainConfig) -> Path:
         accelerator.print(f"{config.out} has its {run.step} steps; ask for more with --steps")
     run.make_up()
     hidden = not accelerator.is_main_process
-    with sdpa_kernel(ATTENTION), progress("train", config.steps, done=run.step, hidden=hidden) as advance:
+    backends = attention_backends(accelerator.device.type)
+    with sdpa_kernel(backends), progress("train", config.steps, done=run.step, hidden=hidden) as advance:
         while run.step < config.steps:
             started = time.perf_counter()
             loss = run.advance()
