@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddit import FixedSchedule, PatchSchedule
+from ddit import FixedSchedule, PatchAdapter, PatchSchedule
 
 PLAIN = PatchSchedule(threshold=0.0)
 COARSE = PatchSchedule(threshold=1e9, careful=False)
@@ -115,3 +115,13 @@ def kept(handle) -> int:
 
     look(handle)
     return sum(numbers.values())
+
+
+def random_adapter(model) -> PatchAdapter:
+    """An adapter that changes something."""
+    torch.manual_seed(0)
+    adapter = PatchAdapter.for_model(model, rank=2)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return adapter

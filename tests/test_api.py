@@ -322,3 +322,21 @@ def test_the_paper_draws_what_it_always_drew(pipe):
 
 GOLDEN = [-2.4342, -0.1977, 1.4151, 0.1333, -1.8682]
 GOLDEN_STD = 1.1174
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(patches="paper"), "patches is 'paper'; it must be a PatchSchedule"),
+        (dict(patches=[1, 2]), "a list of scales"),
+        (dict(skip=2), "skip is 2; it must be a SkipSchedule"),
+        (dict(patches=fixed(1, 2), detail_variance={2: [0.1] * 16}), "each of the 4 channels"),
+        (dict(patches=fixed(1, 2), detail_variance={2: [-0.1] * 4}), "at least 0"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(pipe, settings, told):
+    before = facts(pipe)
+    with pytest.raises(ValueError, match=told):
+        ddit.apply(pipe, **settings)
+    assert facts(pipe) == before
+    ddit.apply(pipe, patches=fixed(1, 2), detail_variance={"2": [0.1] * 4}).remove()  # as JSON has it

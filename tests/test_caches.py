@@ -313,7 +313,8 @@ def test_magcache_is_told_the_number_of_steps():
     config = make_cache("magcache:0.06")
     with ddit.apply(pipe, patches=FIXED, cache=config):
         draw(pipe, case)
-    assert config.num_inference_steps == case.steps == len(config.mag_ratios)
+        used = pipe.transformer._cache_config
+    assert used.num_inference_steps == case.steps == len(used.mag_ratios)
 
 
 @pytest.mark.parametrize(("name", "cache"), NOT_KNOWN)
@@ -351,3 +352,18 @@ def test_pairs_that_cannot_work_are_refused():
     assert torch.equal(tiny.sample(pipe), before)
     with pytest.raises(ValueError, match="above 0"):
         TeaCacheConfig(0.0)
+
+
+def test_settings_of_magcache_stay_the_users(pipe):
+    """They are fitted to a run's number of steps on a copy, so that the next run starts from all of them."""
+    config = make_cache("magcache:0.06")
+    ratios = config.mag_ratios.clone()
+    with ddit.apply(pipe, patches=FULL, cache=config):
+        tiny.sample(pipe, steps=4)
+    assert torch.equal(config.mag_ratios, ratios) and config.num_inference_steps == len(ratios)
+
+
+@pytest.mark.parametrize("text", ["taylorseer:inf", "first-block:nan", "teacache:inf"])
+def test_numbers_of_caches_are_finite(text):
+    with pytest.raises(ValueError, match="such as teacache"):
+        make_cache(text)

@@ -1,5 +1,6 @@
 """torch.compile: decisions stay outside of compiled code, three scales are three shapes, then no recompiles."""
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 import ddit
 import tiny
 import tiny_z_image
-from ddit import FixedSchedule, PatchAdapter, PatchSchedule
+from ddit import FixedSchedule, ForecastCorrector, PatchSchedule
+from ddit.config import FULL
+from helpers import random_adapter
 
 SCALES = FixedSchedule(steps=(1, 2, 4, 2, 1, 4))
 STEPS = 6
@@ -17,14 +20,19 @@ TWO = FixedSchedule(steps=(1, 2, 1, 2))
 
 
 class Counter:
-    """A backend that runs the graph as it is and counts how often one is made."""
+    """A backend that runs the graph as it is and counts how often one is made, and how often one runs."""
 
     def __init__(self):
-        self.graphs = 0
+        self.graphs = self.runs = 0
 
     def __call__(self, graph, example_inputs):
         self.graphs += 1
-        return graph.forward
+
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +85,9 @@ def test_a_compiled_transformer_is_accepted_and_given_back(pipe):
     wrapper, model = dict(vars(pipe.transformer)), dict(vars(pipe.transformer._orig_mod))
     with ddit.apply(pipe, patches=TWO) as handle:
         torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
-        graphs = backend.graphs
+        graphs, runs = backend.graphs, backend.runs
         tiny.sample(pipe, steps=STEPS)
-        assert backend.graphs == graphs
+        assert backend.graphs == graphs and backend.runs >= runs + STEPS
         assert handle.report.strip() == "1 2 1 2 2 2" and handle.report.flops == costs
     assert dict(vars(pipe.transformer)) == wrapper and dict(vars(pipe.transformer._orig_mod)) == model
     assert torch.equal(tiny.sample(pipe), compiled)
@@ -96,8 +104,9 @@ def test_a_transformer_compiled_in_place_stays_compiled(pipe):
     with ddit.apply(pipe, patches=TWO) as handle:
         torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
         assert backend.graphs == 2 * graphs
+        runs = backend.runs
         tiny.sample(pipe, steps=STEPS)
-        assert backend.graphs == 2 * graphs
+        assert backend.graphs == 2 * graphs and backend.runs >= runs + STEPS
         assert handle.report.strip() == "1 2 1 2 2 2"
     assert dict(vars(pipe.transformer)) == before
     assert torch.equal(tiny.sample(pipe), compiled)
@@ -105,24 +114,40 @@ def test_a_transformer_compiled_in_place_stays_compiled(pipe):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_compiling_after_apply(pipe, in_place):
-    """ddit sits inside: decisions are left out of compiled code, and the result is the same."""
+    """ddit sits inside, where nothing is compiled: the result is the same, and a warning says what to do."""
     handle = ddit.apply(pipe, patches=TWO)
     coarse = tiny.sample(pipe, steps=STEPS)
     if in_place:
         pipe.transformer.compile(backend="eager")
     else:
         pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="is not compiled now: apply ddit again"):
+        torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
     assert handle.report.strip() == "1 2 1 2 2 2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ddit.apply(pipe, patches=TWO)
+        torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), coarse, rtol=1e-4, atol=1e-5)
 
 
-def random_adapter(model) -> PatchAdapter:
-    torch.manual_seed(0)
-    adapter = PatchAdapter.for_model(model, rank=2)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    return adapter
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_adapter_on_what_is_compiled_as_a_whole(pipe, in_place):
+    """And a corrector: compiled code does not look for hooks that come later by itself."""
+    adapter = random_adapter(pipe.transformer)
+    with ddit.apply(pipe, adapter=adapter, patches=TWO):
+        expected = tiny.sample(pipe, steps=STEPS)
+    if in_place:
+        pipe.transformer.compile(backend="eager", dynamic=False)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager", dynamic=False)
+    tiny.sample(pipe, steps=2)
+    with ddit.apply(pipe, adapter=adapter, patches=TWO):
+        torch.testing.assert_close(tiny.sample(pipe, steps=STEPS), expected, rtol=1e-4, atol=1e-5)
+    tiny.sample(pipe, steps=2)
+    corrector = ForecastCorrector.for_model(pipe.transformer)
+    with ddit.apply(pipe, patches=FULL, speedup=2, corrector=corrector) as handle:
+        tiny.sample(pipe)
+        assert handle.report.counts[0] > 0
 
 
 @pytest.mark.slow

@@ -297,3 +297,10 @@ def test_it_has_no_forward_of_its_own(pipe):
         corrector_for(pipe.transformer)()
     with pytest.raises(ValueError, match="Linear is not supported"):
         ForecastCorrector.for_model(torch.nn.Linear(2, 2))
+
+
+def test_two_transformers_take_no_corrector():
+    pipe = tiny.wan_pipeline(two=True)
+    corrector = ForecastCorrector.for_model(pipe.transformer)
+    with pytest.raises(ValueError, match="correctors serve one transformer and this pipeline has two"):
+        ddit.apply(pipe, patches=FULL, speedup=2, corrector=corrector)

@@ -11,6 +11,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -18,6 +19,8 @@ import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
 from ddit.config import FULL, Coarse, Positions, Start
+from ddit.preset import Preset
+from ddit.profile import ErrorProfile
 from helpers import COARSE, GUIDED, PLAIN, STEPS, Record, call_inputs, denoise, facts, fixed, kept, noise
 from test_corrector import skipping
 
@@ -661,3 +664,55 @@ def test_fewer_steps_at_another_size_follow_a_long_run(pipe, settings):
     assert torch.equal(tiny.sample(fresh, steps=8, size=(16, 48)), after)
     assert report.scales == expected.report.scales
     assert [step.sigma for step in report.steps] == [step.sigma for step in expected.report.steps]
+
+
+SKIPS: dict[str, dict[str, Any]] = {
+    "rule": {"patches": FULL, "skip": SkipSchedule(threshold=0.05)},
+    "plan": {"patches": fixed(1, 1, 2), "speedup": 2},
+    "both": {"preset": Preset(profile=ErrorProfile(sigmas=(0.1, 0.9), coarse={2: (0.3, 0.0)}, bend=(0.1, 0.1)))},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("forced", [0, 3])
+@pytest.mark.parametrize("name", SKIPS)
+def test_skipping_goes_on_after_a_forced_step(pipe, name, forced):
+    """Whose call says something that large patches can't: it is full, and its work counts."""
+    odd = {"attention_mask": None}
+
+    def between(pipe, index, *_):
+        pipe._joint_attention_kwargs = odd if index + 1 == forced else {}
+        return {}
+
+    settings = {"speedup": 2, **SKIPS[name]} if name == "both" else SKIPS[name]
+    handle = ddit.apply(pipe, **settings)
+    tiny.sample(pipe, steps=12, callback_on_step_end=between, joint_attention_kwargs={} if forced else odd)
+    report = handle.report
+    assert len(report.steps) == 12 and report.steps[forced].scales == (1,) and report.counts[0] > 0
+    if "speedup" in settings:
+        assert 0.3 < report.flops_fraction < 0.6
+
+
+@pytest.mark.parametrize("name", ["plan", "both"])
+def test_broken_latents_are_one_step_for_all_passes(pipe, name):
+    """NaN equals itself: a guidance pass on it is no new step."""
+    torch.nn.init.constant_(pipe.transformer.proj_out.bias, torch.nan)
+    handle = ddit.apply(pipe, **{"speedup": 2, **SKIPS[name]})
+    assert not tiny.sample(pipe, **GUIDED).isfinite().any()
+    assert len(handle.report.steps) == STEPS
+
+
+@pytest.mark.parametrize("sampler", [UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+def test_bfloat16_statistics_of_a_multistep_sampler(sampler):
+    """UniPC's steps are made of earlier answers as well: dropped with the rounding, half of the statistic would go."""
+    tables = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = tiny.wan_pipeline(scheduler=sampler)
+        pipe.transformer.to(dtype)
+        handle = ddit.apply(pipe, patches=PLAIN)
+        words = {"prompt_embeds": tiny.embeds(0).to(dtype), "negative_prompt_embeds": tiny.embeds(1).to(dtype)}
+        size = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 20, "output_type": "latent"}
+        pipe(**words, **size, generator=torch.Generator().manual_seed(0))
+        tables.append(torch.tensor([step.statistics[0][2] for step in handle.report.steps[3:]]))
+    ratio = tables[1] / tables[0]
+    assert ratio.min() > 0.9 and ratio.max() < 1.25, ratio

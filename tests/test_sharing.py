@@ -3,16 +3,19 @@
 import copy
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch import Tensor
 
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
 from ddit.caller import calling_pipeline
 from ddit.config import FULL
+from helpers import random_adapter
 
 METHODS = {
     "rule": {"patches": PatchSchedule(threshold=1e9, careful=False)},
@@ -144,3 +147,82 @@ def test_pickling_is_refused_with_a_reason_while_applied(pipe):
         pickle.dumps(pipe.transformer)
     back = pickle.loads(pickle.dumps(pipe.transformer))
     assert torch.equal(back.proj_out.weight, pipe.transformer.proj_out.weight)
+
+
+def test_a_copy_made_under_an_adapter_takes_it_anew(pipe):
+    adapter = random_adapter(pipe.transformer)
+    with ddit.apply(pipe, patches=METHODS["fixed"]["patches"], adapter=adapter):
+        ours = tiny.sample(pipe)
+        twin = copy.deepcopy(pipe.transformer)
+    plain = tiny.sample(pipe)
+    other = FluxPipeline(**{**pipe.components, "transformer": twin})
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(tiny.sample(other), plain)
+    with ddit.apply(other, patches=METHODS["fixed"]["patches"], adapter=adapter):
+        assert torch.equal(tiny.sample(other), ours)
+
+
+@pytest.mark.parametrize("then", ["remove", "apply"])
+def test_what_is_removed_while_it_draws_ends_that_step(pipe, then):
+    """In another thread: the step under way is finished first, and the others are plain, or by the new schedule."""
+    adapter = random_adapter(pipe.transformer)
+    handle = ddit.apply(pipe, patches=FixedSchedule(steps=(2,)), adapter=adapter)
+    inside, go_on, broken = threading.Event(), threading.Event(), []
+
+    def hold(*_) -> None:
+        if len(handle.scales) and handle.report.steps[2:]:
+            inside.set()
+            go_on.wait(10)
+
+    probe = pipe.transformer.transformer_blocks[0].norm1.register_forward_pre_hook(hold)
+
+    def draw() -> None:
+        try:
+            tiny.sample(pipe)
+        except Exception as error:
+            broken.append(error)
+
+    def change() -> None:
+        handle.remove() if then == "remove" else ddit.apply(pipe, patches=FixedSchedule(steps=(4,)))
+
+    drawing, changing = threading.Thread(target=draw), threading.Thread(target=change)
+    drawing.start()
+    assert inside.wait(10)
+    changing.start()
+    go_on.set()
+    for thread in (drawing, changing):
+        thread.join(30)
+    probe.remove()
+    assert not broken and not drawing.is_alive() and not changing.is_alive()
+
+
+def test_removed_from_inside_the_call(pipe):
+    plain, handle = tiny.sample(pipe), ddit.apply(pipe, patches=FULL)
+    probe = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: handle.remove())
+    assert torch.equal(tiny.sample(pipe), plain)
+    probe.remove()
+
+
+def test_a_cache_is_free_after_a_run_that_broke_off(pipe):
+    """In a worker that lives on: its pipeline's call is over, so that another worker may draw."""
+    lock = threading.Lock()
+
+    def draw(cancel: bool) -> Tensor:
+        def stop(_, index, *__):
+            if cancel and index == 2:
+                raise InterruptedError
+            return {}
+
+        with lock:
+            return tiny.sample(shared(pipe), callback_on_step_end=stop)
+
+    with (
+        ddit.apply(pipe, patches=FULL, cache="first-block:0.5"),
+        ThreadPoolExecutor(1) as one,
+        ThreadPoolExecutor(1) as two,
+    ):
+        expected = two.submit(draw, False).result()
+        with pytest.raises(InterruptedError):
+            one.submit(draw, True).result()
+        for worker in (two, one, two):
+            assert torch.equal(worker.submit(draw, False).result(), expected)

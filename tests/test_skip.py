@@ -195,7 +195,8 @@ def test_the_rule_sums_what_forecasts_since_the_last_call_are_off_by():
         moved = None
         if i:
             moved = (sigma - sigmas[i - 1]) * (x[0] + x[1] * levels[i - 1] + x[2] * levels[i - 1] ** 2)
-        rule.choose(StepContext(i, 10, [{}], sigma, sigmas), moved, called[i - 1 : i] or [False])
+        end = [*sigmas[1:], 0.0][i]
+        rule.choose(StepContext(i, 10, [{}], sigma, sigmas, end=end), moved, called[i - 1 : i] or [False])
         measured.append((rule._owed[0], rule._measured[0]))
     # At step 6 the nodes are steps 1, 2, 3; steps 4, 5 and 6 are forecast.
     gap = sum(0.02 * (levels[k] - levels[2]) * (levels[k] - levels[3]) for k in range(4, 7))

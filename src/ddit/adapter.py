@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddit.config import Coarse, Positions, Start
-from ddit.low_rank import CurrentScale, LayerParts, LowRank, has_parts, key, put_on, take_off
+from ddit.low_rank import CurrentScale, Hook, LayerParts, LowRank, has_parts, key, put_on, take_off
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, channels_first
 from ddit.pretrained import TrainedPart, config_hash
@@ -177,8 +177,8 @@ class PatchAdapter(TrainedPart):
         if rank < 0:
             raise ValueError(f"rank is {rank}; it must be at least 0, and 0 leaves LoRA out")
         return cls(
-            base=type(transformer).__name__,
-            base_hash=config_hash(transformer),
+            base=type(architecture.transformer).__name__,
+            base_hash=config_hash(architecture.transformer),
             features=architecture.features,
             width=architecture.width,
             layers={name: [layer.in_features, layer.out_features] for name, layer in architecture.feed_forward()},
@@ -249,13 +249,13 @@ class PatchAdapter(TrainedPart):
         if any(has_parts(layer) for _, layer in layers):
             raise ValueError("there is an adapter on this transformer; remove it first")
         embedding = architecture.layer(architecture.embedding)
-        handles = [embedding.register_forward_hook(self._embed), head.register_forward_hook(self._head)]
+        handles = [
+            embedding.register_forward_hook(Hook(self._embed)),
+            head.register_forward_hook(Hook(self._head)),
+        ]
         for name, layer in layers:
             lora = {s: self._parts(s).lora[key(name)] for s in self.scales}
             handles.append(put_on(layer, LayerParts(self._state, lora)))
-        if any(getattr(m, "_compiled_call_impl", None) is not None for m in transformer.modules()):
-            # Compiled code does not look for hooks that came later (torch._dynamo.config.skip_nnmodule_hook_guards).
-            torch._dynamo.reset()
         return Attachment(handles, [layer for _, layer in layers])
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ def apply(
     transformers = found or [pipe_or_transformer]
     plan = _settle(
         [architecture_for(transformer) for transformer in transformers],
+        transformers,
         pipe_or_transformer if found else None,
         patches=patches,
         skip=skip,
@@ -105,6 +107,7 @@ def apply(
 
 def _settle(
     architectures: list[Architecture],
+    called: Sequence[Any],
     pipe: Any,
     *,
     patches: Patches | Policy | None,
@@ -119,12 +122,12 @@ def _settle(
     asked = {"patches": patches, "skip": skip}
     if known.origin:
         warn(f"the preset holds {known.origin}; 'ddit calibrate' measures this model's own")
-    schedule = known.patches if patches is None else patches
+    schedule = _checked(known.patches if patches is None else patches, skip)
     if adapter is not None:
         adapter = _load_adapter(adapter, architectures, schedule)
         detail_variance = detail_variance or adapter.detail_variance
     scales = {s for s in schedule.scales if s > 1}
-    variance = _variance(detail_variance or {}, scales, known)
+    variance = _variance(detail_variance or {}, scales, known, architectures[0].channels)
     axes = architectures[0].axes
     guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
     policy = _policy(schedule, guard)
@@ -132,9 +135,10 @@ def _settle(
     if plan is not None:
         policy, make_skipper = _halves(plan)
     else:
-        make_skipper, corrector = _skipping(skip, corrector, architectures[0], pipe, scales)
+        make_skipper, corrector = _skipping(skip, corrector, architectures, pipe, scales)
     return Plan(
         architectures=architectures,
+        called=called,
         pipe=pipe,
         policy=policy,
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
@@ -150,10 +154,31 @@ def _settle(
     )
 
 
-def _variance(given: Mapping[int, Sequence[float]], scales: set[int], known: Preset) -> dict[int, torch.Tensor]:
+def _checked(schedule: Any, skip: Any) -> Patches | Policy:
+    """The schedule of patches; refuses what is of another kind, and a skip schedule that is none."""
+    if not isinstance(getattr(schedule, "scales", None), Sequence):
+        raise ValueError(
+            f"patches is {schedule!r}; it must be a PatchSchedule, a FixedSchedule or a policy "
+            "(PatchSchedule.paper() is the paper's, FixedSchedule(steps=[...]) a list of scales)"
+        )
+    if not (skip is None or isinstance(skip, SkipSchedule)):
+        raise ValueError(f"skip is {skip!r}; it must be a SkipSchedule, such as SkipSchedule(speedup=3)")
+    return schedule
+
+
+def _variance(
+    given: Mapping[int, Sequence[float]], scales: set[int], known: Preset, channels: int
+) -> dict[int, torch.Tensor]:
     """Scale -> variance of the detail per channel: what is given, else what is known of all scales, else none."""
     if not given and scales <= set(known.detail_variance):
         given = known.detail_variance
+    given = {int(scale): values for scale, values in given.items()}
+    for scale, values in given.items():
+        if len(values) != channels or not all(math.isfinite(v) and v >= 0 for v in values):
+            raise ValueError(
+                f"detail_variance of scale {scale} is {list(values)}; it must be a number of at least 0 for each of "
+                f"the {channels} channels: 'ddit calibrate' measures it"
+            )
     missing = sorted(scales - set(given)) if given else []
     if missing:
         raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
@@ -240,11 +265,7 @@ def _load_adapter(
     adapter: PatchAdapter | str | Path, architectures: Sequence[Architecture], schedule: Patches | Policy
 ) -> PatchAdapter:
     transformer: Any = architectures[0].transformer
-    if len(architectures) > 1:
-        raise ValueError(
-            "an adapter serves one transformer and this pipeline has two; leave it out (--adapter none), "
-            "or apply it to one of them"
-        )
+    _refuse_two("adapter", architectures)
     if parallel_config(transformer) is not None:
         raise ValueError(
             "an adapter does not work where tokens are spread over several devices; "
@@ -267,10 +288,19 @@ def _load_adapter(
     return adapter
 
 
+def _refuse_two(noun: str, architectures: Sequence[Architecture]) -> None:
+    """Refuse a trained part where two transformers take turns."""
+    if len(architectures) > 1:
+        raise ValueError(
+            f"{noun}s serve one transformer and this pipeline has two; leave it out (--{noun} none), "
+            "or apply it to one of them"
+        )
+
+
 def _skipping(
     skip: SkipSchedule | None,
     corrector: Any,
-    architecture: Architecture,
+    architectures: Sequence[Architecture],
     pipe: Any,
     coarse_scales: set[int],
 ) -> tuple[Any, Any]:
@@ -288,7 +318,8 @@ def _skipping(
         corrector = (
             corrector if isinstance(corrector, ForecastCorrector) else ForecastCorrector.from_pretrained(corrector)
         )
-        corrector.check(architecture.transformer)
+        _refuse_two("corrector", architectures)
+        corrector.check(architectures[0].transformer)
         if coarse_scales:
             raise ValueError(
                 "a corrector has learnt from full steps; leave it out (--corrector none), "
@@ -300,7 +331,7 @@ def _skipping(
                 f"the corrector learnt under {learnt} and this pipeline samples by {sampler}, under which it may "
                 "lose; compare with corrector=None (--corrector none)"
             )
-    speedup, threshold, patch = skip.speedup, skip.threshold, architecture.patch_size
+    speedup, threshold, patch = skip.speedup, skip.threshold, architectures[0].patch_size
 
     def make(correction: float) -> Skipper:
         if speedup is not None:

@@ -58,21 +58,29 @@ class Current:
         self.pipe, self._timesteps = pipe, timesteps
 
 
-def calling_pipeline(transformer: Any) -> Any:
+def calling_pipeline(transformer: Any, thread: int | None = None) -> Any:
     """The pipeline whose call this is, ``None`` for a bare transformer.
 
     Several pipelines may share a transformer (``from_pipe``), each with a scheduler and a thread of its own; the
     transformer is told of none. So the pipeline is looked for among the callers.
+
+    Args:
+        thread: Whose; by default this one's.
     """
-    frame = sys._getframe(1)
+    frame = sys._getframe(1) if thread is None else sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and frame.f_code.co_varnames[:1] == ("self",):
             caller = frame.f_locals["self"]
-            held = [getattr(caller, name, None) for name in ("transformer", "transformer_2")]
-            if hasattr(caller, "scheduler") and any(getattr(x, "_orig_mod", x) is transformer for x in held):
+            if hasattr(caller, "scheduler") and held_by(caller, transformer) is not None:
                 return caller
         frame = frame.f_back
     return None
+
+
+def held_by(pipe: Any, transformer: Any) -> Any:
+    """What a pipeline calls for a transformer: itself or ``torch.compile``'s wrapper; ``None`` if it has neither."""
+    held = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return next((x for x in held if x is not None and getattr(x, "_orig_mod", x) is transformer), None)
 
 
 CLOSE = 2**-8
@@ -94,6 +102,15 @@ def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[fl
     if sigmas is None or len(sigmas) <= total:
         return total, []
     return total, torch.as_tensor(sigmas[:-1][-total:]).tolist()  # the last one is where the run ends
+
+
+def remembered(scheduler: Any) -> int:
+    """Of how many steps a sampler of diffusers takes the model's answers into its next move: 1 for Euler's method.
+
+    A multistep sampler's order is how many it predicts from; UniPC corrects that by the answer it gets.
+    """
+    order = getattr(scheduler, "config", {}).get("solver_order", 1)
+    return 1 if order == 1 else order + 1
 
 
 def adds_noise(scheduler: Any) -> bool:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.caches import Cache
-from ddit.caller import Current, adds_noise, calling_pipeline, run_of
+from ddit.caller import Current, adds_noise, calling_pipeline, held_by, remembered, run_of
 from ddit.coarse import coarse_call, coarse_step
 from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first, to_meta
 from ddit.plan import Plan
 from ddit.report import Report
 from ddit.run import RunState
 from ddit.schedule import Rule
-from ddit.seat import Seat
+from ddit.seat import Seat, is_compiled
 from ddit.util.tell import warn
 
 
@@ -34,8 +34,8 @@ class Handle:
         self._local = threading.local()
         self._lock = threading.RLock()
         """Held during a call: threads take turns step by step, each with a run of its own."""
-        self._drawing: set[int] = set()
-        """Threads with a run under way."""
+        self._drawing: dict[int, bool] = {}
+        """Threads with a run under way -> whether it is a pipeline's."""
         self._latest: RunState | None = None
         self._share = 0.0
         self._warned: set[str] = set()
@@ -46,33 +46,36 @@ class Handle:
 
     def put_on(self) -> None:
         """Change the transformers. Where that fails, they are as before."""
-        plan = self.plan
-        try:
-            for part in (plan.adapter, plan.corrector):
-                if part is not None:
-                    self._attachments.append(part.attach(plan.architectures[0].transformer))
-            caches: list[Cache] = []
+        with self._lock:
             try:
-                for architecture in plan.architectures:
-                    caches.append(Cache(architecture, plan.cache))
+                self._attach()
             except BaseException:
-                for put_on in caches:
-                    put_on.remove()
+                self._take_off()
                 raise
-            self._seats = [
-                Seat(a, c, self._call, self._end, self) for a, c in zip(plan.architectures, caches, strict=True)
-            ]
+            self._active = True
+
+    def _attach(self) -> None:
+        plan, caches = self.plan, list[Cache]()
+        for part in (plan.adapter, plan.corrector):
+            if part is not None:
+                self._attachments.append(part.attach(plan.architectures[0].transformer))
+        if self._attachments and any(map(is_compiled, plan.called)):
+            # Compiled code does not look for hooks that came later (torch._dynamo.config.skip_nnmodule_hook_guards).
+            torch._dynamo.reset()
+        try:
+            for architecture in plan.architectures:
+                caches.append(Cache(architecture, plan.cache))
         except BaseException:
-            self._take_off()
+            for cache in caches:
+                cache.remove()
             raise
-        self._active = True
+        for architecture, called, cache in zip(plan.architectures, plan.called, caches, strict=True):
+            self._seats.append(Seat(architecture, called, cache, self._call, self._end, self))
 
     def _take_off(self) -> None:
-        for attachment in self._attachments:
-            attachment.remove()
-        for seat in self._seats:
-            seat.remove()
-        self._attachments = []
+        for part in (*self._attachments, *self._seats):
+            part.remove()
+        self._attachments, self._seats = [], []
 
     @property
     def adapter(self) -> PatchAdapter | None:
@@ -103,11 +106,13 @@ class Handle:
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
-        if not self._active:
-            return
-        self._active = False
-        self._take_off()
-        self._start_over()
+        with self._lock:
+            if self._active:
+                self._active = False
+                try:
+                    self._start_over()
+                finally:
+                    self._take_off()
 
     def __enter__(self) -> Handle:
         return self
@@ -134,14 +139,14 @@ class Handle:
     # One call of the transformer
 
     def _call(self, seat: Seat, *args: Any, **kwargs: Any) -> Any:
-        if not self._active:
-            return seat.forward(*args, **kwargs)
         with self._lock:
-            try:
-                return self._step(seat, args, kwargs)
-            except BaseException:
-                self._forget()
-                raise
+            if self._active:
+                try:
+                    return self._step(seat, args, kwargs)
+                except BaseException:
+                    self._forget()
+                    raise
+        return seat.forward(*args, **kwargs)
 
     @property
     def _current(self) -> Current:
@@ -156,10 +161,13 @@ class Handle:
 
     def _step(self, seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
-        seat.check()
         arch = seat.architecture
         inputs = arch.bind(args, kwargs)
-        self._current.follow(calling_pipeline(arch.transformer) or self.plan.pipe, self._start_over)
+        pipe = calling_pipeline(arch.transformer) or self.plan.pipe
+        lost = seat.check(held_by(pipe, arch.transformer))
+        if lost is not None:
+            self._warn(lost)
+        self._current.follow(pipe, self._start_over)
         try:
             noisy = arch.read(inputs)
         except UnsupportedCall as reason:
@@ -180,7 +188,8 @@ class Handle:
         else:
             velocity = self._mixed_step(seat, inputs, noisy, scales)
             answer = arch.answer(velocity.to(z.dtype), inputs)
-        self._state.record(velocity.detach(), scales, time.perf_counter() - started)
+        if self._active:  # it may have been taken off from inside the call
+            self._state.record(velocity.detach(), scales, time.perf_counter() - started)
         return answer
 
     def _mixed_step(self, seat: Seat, inputs: Inputs, noisy: Noisy, scales: Sequence[int]) -> Tensor:
@@ -249,7 +258,8 @@ class Handle:
         self._state.forced = reason
         self._warn(f"ddit keeps every step full: {reason}")
         answer = self._full(seat, range(len(tokens)), *args, **kwargs)
-        self._state.record_full(time.perf_counter() - started)
+        if self._active:
+            self._state.record_full(time.perf_counter() - started)
         return answer
 
     def _warn(self, message: str) -> None:
@@ -270,20 +280,32 @@ class Handle:
             self._start_over()
         if not self._current.begun:
             self._refuse_shared_cache()
-            self._drawing.add(threading.get_ident())
+            self._drawing[threading.get_ident()] = calling_pipeline(arch.transformer) is not None
             self._current.state = self._new_run(arch, inputs, noisy)
             self._current.begun = True
         elif noisy is not None and len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
             self._state.examples = self._examples(arch, inputs, noisy)
+            self._state.costs = self._costs(arch, self._state.examples)
 
     def _refuse_shared_cache(self) -> None:
         """Caches of other libraries reset all their states when a run ends, those of other threads too."""
-        others = (self._drawing - {threading.get_ident()}) & {thread.ident for thread in threading.enumerate()}
+        others = [thread for thread in list(self._drawing) if not self._has_ended(thread)]
         if others and any(seat.cache.active for seat in self._seats):
             raise RuntimeError(
                 "a cache serves one run at a time, and another thread draws with this transformer: "
                 "put a lock around the pipeline's call, or leave the cache out"
             )
+
+    def _has_ended(self, thread: int) -> bool:
+        """Whether a thread's run is over, even if nobody said so: it died, or its pipeline's call was broken off."""
+        alive = thread in {other.ident for other in threading.enumerate()}
+        calls = any(calling_pipeline(seat.transformer, thread) is not None for seat in self._seats)
+        if thread != threading.get_ident() and alive and (calls or not self._drawing[thread]):
+            return False
+        del self._drawing[thread]
+        for seat in self._seats:
+            seat.cache.start_over(thread)
+        return True
 
     def _new_run(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> RunState:
         plan, scheduler = self.plan, self._current.scheduler
@@ -294,16 +316,30 @@ class Handle:
                 f"{type(scheduler).__name__} adds noise of its own, so that latents do not tell what comes next: "
                 "ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
             )
-        examples, costs, skipper, correction = self._examples(arch, inputs, noisy), {}, None, 0
+        examples, skipper, correction = self._examples(arch, inputs, noisy), None, 0
         if plan.corrector is not None and noisy is not None:
             correction = plan.corrector.count_flops(noisy.latents)
         if plan.make_skipper is not None:
-            flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-            costs = {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **plan.costs}
-            skipper = plan.make_skipper(correction / flops[1])
-        state = RunState(plan.policy, plan.measure, skipper, deterministic, total, sigmas, costs)
-        state.examples, state.correction_flops = examples, correction
-        return state
+            skipper = plan.make_skipper(correction / arch.count_flops(examples[1]))
+        return RunState(
+            plan.policy,
+            plan.measure,
+            skipper,
+            deterministic=deterministic,
+            remembers=remembered(scheduler),
+            total=total,
+            sigmas=sigmas,
+            costs=self._costs(arch, examples),
+            examples=examples,
+            correction_flops=correction,
+        )
+
+    def _costs(self, arch: Architecture, examples: dict[int, Inputs]) -> dict[int, float]:
+        """Scale -> work of a step in full steps, where skipping asks."""
+        if self.plan.make_skipper is None:
+            return {}
+        flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
+        return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **self.plan.costs}
 
     def _examples(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> dict[int, Inputs]:
         """Inputs of one sample at every scale, without data: from these, costs are counted when asked for."""
@@ -334,7 +370,7 @@ class Handle:
     def _forget(self) -> None:
         """Forget the run under way."""
         self._current.state, self._current.begun = RunState(self.plan.policy, self.plan.measure), False
-        self._drawing.discard(threading.get_ident())
+        self._drawing.pop(threading.get_ident(), None)
         for seat in self._seats:
             seat.cache.start_over(threading.get_ident())
 
@@ -343,7 +379,7 @@ class Handle:
         chosen, said = [step.scales for step in run.steps], None
         if self.adapter is not None:
             said = self.adapter.remark([step.sigma for step in run.steps], chosen)
-        if said is None and isinstance(run.policy, Rule) and not run.forced and run.deterministic:
+        if said is None and isinstance(run.policy, Rule):
             said = run.policy.remark(chosen, [step.statistics for step in run.steps])
         if said is not None and not self._warned:
             self._warn(said)

@@ -37,9 +37,32 @@ class LayerParts:
     scales: dict[int, Any]
     """Scale -> `LowRank`."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the layer has no adapter on it."""
+
+
+class Hook:
+    """A forward hook that a copy of its layer does not have."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+        return self.run(layer, args, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _nothing
+
+
+def _nothing(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """What a copied layer has in the place of a `Hook`."""
+
 
 def put_on(layer: nn.Module, parts: LayerParts) -> RemovableHandle:
     """Let a layer add what belongs to the current scale."""
+    for number, hook in list(layer._forward_hooks.items()):
+        if hook is _add:  # of the layer that this one is a copy of
+            del layer._forward_hooks[number]
     # Past nn.Module's setattr: no submodule of the base, no weights in its state_dict.
     vars(layer)[_PARTS] = parts
     return layer.register_forward_hook(_add)
@@ -52,7 +75,7 @@ def take_off(layer: nn.Module) -> None:
 
 def has_parts(layer: nn.Module) -> bool:
     """Whether an adapter is on a layer."""
-    return _PARTS in vars(layer)
+    return vars(layer).get(_PARTS) is not None
 
 
 def key(name: str) -> str:
@@ -66,8 +89,8 @@ def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | No
     One function for all layers, which finds its weights through the layer: compiled code of one block then serves
     all blocks of its class, where a closure per layer would be compiled anew for each.
     """
-    parts: LayerParts = vars(layer)[_PARTS]
-    if parts.state.scale == 1:
+    parts: LayerParts | None = vars(layer).get(_PARTS)
+    if parts is None or parts.state.scale == 1:
         return None
     low_rank = parts.scales[parts.state.scale]
     return output + low_rank(args[0].to(low_rank.down.weight.dtype)).to(output.dtype)

@@ -21,6 +21,8 @@ class Plan:
     """All that `ddit.apply` has settled, before anything is changed."""
 
     architectures: Sequence[Architecture]
+    called: Sequence[Any]
+    """What the pipeline calls: their transformers, or ``torch.compile``'s wrappers around these."""
     pipe: Any
     policy: Policy
     measure: PatchSchedule

@@ -80,7 +80,8 @@ class TrainedPart(ModelMixin, ConfigMixin):
         Raises:
             ValueError: Naming what it expects and what the transformer has.
         """
-        here = (type(transformer).__name__, config_hash(transformer))
+        model = getattr(transformer, "_orig_mod", transformer)  # inside of torch.compile's wrapper
+        here = (type(model).__name__, config_hash(model))
         made_for = (self.config["base"], self.config["base_hash"])
         if here != made_for:
             raise ValueError(

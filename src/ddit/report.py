@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Report:
-    """One generation, finished or under way. Costs are counted by PyTorch, per forward of one sample."""
+    """One generation, finished or under way. Costs are those of one sample, in closed form (`ddit.models.flops`)."""
 
     steps: tuple[Step, ...]
     tokens: Mapping[int, int]

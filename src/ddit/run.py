@@ -64,7 +64,7 @@ class Path:
         """Take in latents ``[B, C, ..., H, W]``; gives how they moved, if anybody watches and they did.
 
         Args:
-            velocities: What the guidance passes of the step before were answered.
+            velocities: Answers of the steps that the sampler made this move of.
         """
         if not self.keep:
             self.seen = z.clone()
@@ -84,7 +84,12 @@ class Path:
 
 def period(z: Tensor) -> int:
     """After how many samples a batch ``[B, ...]`` begins again: fewer than B where guidance is stacked in one call."""
-    return next(n for n in range(1, len(z) + 1) if len(z) % n == 0 and torch.equal(z[n:], z[:-n]))
+    return next(n for n in range(1, len(z) + 1) if len(z) % n == 0 and same(z[n:], z[:-n]))
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is itself."""
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @dataclass
@@ -98,6 +103,8 @@ class RunState:
     skipper: Skipping | None = None
     deterministic: bool = True
     """Whether the sampler adds no noise; where it does, latents tell nothing of the next step."""
+    remembers: int = 1
+    """Number of steps whose answers the sampler makes a move of."""
     total: int | None = None
     """Number of steps, where known."""
     sigmas: Sequence[float] = ()
@@ -113,8 +120,10 @@ class RunState:
     """Guidance passes of the current step that are answered."""
     answered: list[int] = field(default_factory=list)
     """Per sample, how many of these the model answered."""
-    velocities: list[Tensor] = field(default_factory=list)
-    """Their answers, where the next step of the path has to be projected onto them."""
+    velocities: list[list[Tensor]] = field(default_factory=list)
+    """Answers of the last steps, newest last, where the next move of the path has to be projected onto them."""
+    end: float = 0.0
+    """Noise level where the current step ends."""
     scales: list[int] = field(default_factory=list)
     """Decision on the current step: the scale of each sample, 0 where the model is not called."""
     cached: set[int] = field(default_factory=set)
@@ -157,7 +166,7 @@ class RunState:
         if not self.levels or sigma != self.levels[-1] or not self._like(z):
             return False
         copies = self._seen.unflatten(0, (-1, len(z)))
-        return torch.equal(z.expand_as(copies), copies)
+        return same(z.expand_as(copies), copies)
 
     def continues(self, z: Tensor, sigma: float) -> bool:
         """Whether a call belongs to this run: the noise level does not rise, and the latents are alike.
@@ -183,25 +192,30 @@ class RunState:
         """
         copies = len(self.scales) // len(z)
         z = z.repeat(copies, *[1] * (z.ndim - 1)) if copies > 1 else z
-        called = self._called()
-        moved = self.path.add(z, self.velocities)
+        called, spent = self._called(), self._count(len(z))
+        moved = self.path.add(z, [velocity for step in self.velocities for velocity in step])
         stats = self._statistics(len(z), patch_size)
         self.broken = self.broken or any(math.isnan(value) for sample in stats for value in sample.values())
         self.levels = [*self.levels, sigma][-2:]
-        self.velocities, self.passes, self.cached_in_step = [], 0, set()
-        spent = self._count(len(z))
-        context = StepContext(len(self.steps), self.total, stats, sigma, self.sigmas, spent, self.costs, self.chosen)
+        self.end, told = self._end(), (self.sigmas, spent, self.costs, self.chosen)
+        context = StepContext(len(self.steps), self.total, stats, sigma, *told, self.end)
         chosen, allowed = self._choose(context), self.policy.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         skipped = [False] * len(z)
         if self.skipper is not None and self.deterministic:
             skipped = self.skipper.choose(context, moved, called)
-        self.scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
-        self.answered = [0] * len(z)
-        self.steps.append(Step(sigma, tuple(self.scales), tuple(stats), 0.0))
-        self.chosen.append(list(chosen))
+        scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
+        self._open(sigma, scales, chosen, stats)
         return self.scales
+
+    def _open(self, sigma: float, scales: Sequence[int], chosen: Sequence[int], stats: Sequence[Any]) -> None:
+        """Begin a step that is decided on."""
+        self.scales, self.answered, self.passes = list(scales), [0] * len(scales), 0
+        self.cached, self.cached_in_step = set(), set()
+        self.velocities = [*self.velocities, []][-self.remembers :]
+        self.steps.append(Step(sigma, tuple(scales), tuple(stats), 0.0))
+        self.chosen.append(list(chosen))
 
     def _count(self, batch: int) -> list[float]:
         """`spent` with the last step; that of a step is known when all its passes are answered."""
@@ -231,14 +245,13 @@ class RunState:
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to be full and whose latents can't be read; the path starts anew after it."""
+        self._count(len(tokens))
         self.path = Path(self.path.keep, seen=tokens.clone())
-        self.levels, self.velocities, self.passes = [sigma], [], 0
+        self.levels, self.velocities = [sigma], []
         if self.skipper is not None:
             self.skipper.forget()
-        self.scales, self.answered = [1] * len(tokens), [0] * len(tokens)
-        self.chosen.append([1] * len(tokens))
-        self.cached, self.cached_in_step = set(), set()
-        self.steps.append(Step(sigma, tuple(self.scales), tuple({} for _ in tokens), 0.0))
+        full = [1] * len(tokens)
+        self._open(sigma, full, full, [{} for _ in tokens])
 
     def pass_scales(self, count: int) -> list[int]:
         """The decision for the pass that is next to be answered: one that can't forecast is called in full.
@@ -293,13 +306,13 @@ class RunState:
                 self._seen.float(),
                 velocity.float(),
                 self.levels[-1],
-                self._end(),
+                self.end,
                 self.hidden,
             )
         self.cached, self.hidden = set(), None
         if self.path.keep and self._seen.dtype != torch.float32:
             alike = period(self._seen)
-            self.velocities += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
+            self.velocities[-1] += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
         self.passes += 1
         self.add_seconds(seconds)
 
@@ -314,9 +327,9 @@ class RunState:
         self.steps[-1] = replace(self.steps[-1], seconds=self.steps[-1].seconds + seconds)
 
     def _end(self) -> float:
-        """Noise level where the current step ends; where nobody knows, as far away as that of the step before."""
+        """Noise level where the step to come ends; where nobody knows, as far away as that of the step before."""
         if self.sigmas:
-            return next(iter(self.sigmas[len(self.steps) :]), 0.0)
+            return next(iter(self.sigmas[len(self.steps) + 1 :]), 0.0)
         return max(2 * self.levels[-1] - self.levels[0], 0.0) if len(self.levels) > 1 else self.levels[-1]
 
     def _called(self) -> list[bool]:

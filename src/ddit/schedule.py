@@ -158,6 +158,8 @@ class StepContext:
     """Scale -> work of a step in full steps; empty where nobody counts."""
     chosen: Sequence[Sequence[int]] = ()
     """Scale of each sample that was chosen for each step before."""
+    end: float = 0.0
+    """Noise level where the step ends."""
 
     @property
     def batch(self) -> int:
@@ -268,13 +270,13 @@ def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
     """The part of a step of the latents that the model's outputs explain: least squares per sample.
 
     Latents kept in bfloat16 move by ``sum_j c_j v_j`` plus rounding, and the rounding hides third differences
-    (its deviation is some 0.005, five times the paper's tau). Euler's step lies in the span of the velocities,
-    guided or not, and the few coefficients are fitted from thousands of numbers, so the projection drops the
-    rounding without knowing the sampler's step or the guidance scale.
+    (its deviation is some 0.005, five times the paper's tau). A sampler's step lies in the span of the velocities that
+    it uses, guided or not: Euler's of the newest, a multistep sampler's of some before as well. The few coefficients
+    are fitted from thousands of numbers, so the projection drops the rounding without knowing them.
 
     Args:
         step: Difference of two neighbouring latents ``[B, ...]``.
-        velocities: Outputs of the model between them, one per guidance pass, each ``[B, ...]``.
+        velocities: Outputs of the model that the sampler used, one per guidance pass, each ``[B, ...]``.
 
     Returns:
         The projection, shape of ``step``, float32.

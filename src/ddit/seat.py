@@ -25,50 +25,77 @@ def parallel_config(transformer: Any) -> Any:
     return getattr(transformer, "_parallel_config", None)
 
 
+def compiled_around(called: Any) -> bool:
+    """Whether what a pipeline calls is ``torch.compile``'s wrapper around a transformer."""
+    return hasattr(called, "_orig_mod")
+
+
+def is_compiled(called: Any) -> bool:
+    """Whether a transformer or any of its modules is compiled."""
+    return compiled_around(called) or any(getattr(m, "_compiled_call_impl", None) is not None for m in called.modules())
+
+
 class Seat:
     """One transformer with a replacement around its forward, until `remove`.
 
     Args:
+        called: What the pipeline calls: the transformer, or ``torch.compile``'s wrapper around it.
         call: Takes this seat and the arguments of the forward.
         end: Takes diffusers' own reset, which pipelines call on every component when a run ends.
         mark: Left on the transformer, so that applying again finds it.
     """
 
     def __init__(
-        self, architecture: Architecture, cache: Cache, call: Callable[..., Any], end: Callable[..., Any], mark: Any
+        self,
+        architecture: Architecture,
+        called: Any,
+        cache: Cache,
+        call: Callable[..., Any],
+        end: Callable[..., Any],
+        mark: Any,
     ) -> None:
         transformer: Any = architecture.transformer
         self.architecture = architecture
         self.cache = cache
         self.transformer = transformer
         self._parallel = parallel_config(transformer)
-        # Around `transformer.compile()`, so that decisions stay out of compiled code; inside accelerate's hook, which
-        # model offloading takes off and on again after every run.
-        places = [p for p in ("_compiled_call_impl", "_old_forward") if vars(transformer).get(p) is not None]
+        # Around compiled code, so that decisions stay out of it; inside accelerate's hook, which model offloading takes
+        # off and on again after every run.
+        owner = called if compiled_around(called) else transformer
+        places = [p for p in ("_compiled_call_impl", "_old_forward") if vars(owner).get(p) is not None]
         self._place = [*places, "forward"][0]
-        self.forward: Callable[..., Any] = getattr(transformer, self._place)
-        # Straight into the instance's dictionary: torch.compile's wrapper forwards setattr to the module inside.
-        self._saved: dict[str, Any] = {}
-        self._patched: dict[str, Any] = {
-            MARK: mark,
-            self._place: Wrapped(transformer, "forward", self.forward, functools.partial(call, self)),
-        }
+        self._owner = owner
+        self.forward: Callable[..., Any] = getattr(owner, self._place)
+        wrapped = Wrapped(owner, "forward", self.forward, functools.partial(call, self))
+        self._patched: list[tuple[Any, str, Any]] = [(transformer, MARK, mark), (owner, self._place, wrapped)]
         reset = getattr(transformer, "_reset_stateful_cache", None)
         if reset is not None:
-            ending = functools.partial(end, reset)
-            self._patched["_reset_stateful_cache"] = Wrapped(transformer, "_reset_stateful_cache", reset, ending)
-        for name, value in self._patched.items():
-            if name in vars(transformer):
-                self._saved[name] = vars(transformer)[name]
-            vars(transformer)[name] = value
+            ending = Wrapped(transformer, "_reset_stateful_cache", reset, functools.partial(end, reset))
+            self._patched.append((transformer, "_reset_stateful_cache", ending))
+        # Straight into the instance's dictionary: torch.compile's wrapper forwards setattr to the module inside.
+        self._saved = {name: vars(module)[name] for module, name, _ in self._patched if name in vars(module)}
+        for module, name, value in self._patched:
+            vars(module)[name] = value
 
-    def check(self) -> None:
-        """Refuse to go on where tokens are split before they come here: no latents could be made of them."""
+    def check(self, called: Any) -> str | None:
+        """Look whether ddit is where it has to be; tells what would be lost.
+
+        Args:
+            called: What the pipeline has for a transformer, where there is one.
+
+        Raises:
+            ValueError: Where tokens are split before they come here: no latents could be made of them.
+        """
         if parallel_config(self.transformer) is not self._parallel:
             raise ValueError(
                 "enable_parallelism was called after ddit.apply, whose place is around it: "
                 "call remove(), then ddit.apply again"
             )
+        inside = compiled_around(called) and self._owner is not called
+        later = self._place != "_compiled_call_impl" and vars(self._owner).get("_compiled_call_impl") is not None
+        if inside or later:
+            return "the transformer was compiled as a whole after ddit.apply, and is not compiled now: apply ddit again"
+        return None
 
     def whole(self, tokens: Tensor) -> Tensor:
         """What a layer sees of the tokens ``[B, N, width]``, of all devices among which they are spread."""
@@ -85,8 +112,8 @@ class Seat:
 
     def remove(self) -> None:
         """Give the transformer back as it was."""
-        attributes = vars(self.transformer)
-        for name, value in self._patched.items():
+        for module, name, value in self._patched:
+            attributes = vars(module)
             for place in _FORWARDS if name in _FORWARDS else (name,):
                 if attributes.get(place) is not value:
                     continue  # Somebody wrapped it after us; what is left of ours passes calls through.

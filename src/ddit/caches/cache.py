@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ class Cache:
     def __init__(self, architecture: Architecture, config: Config | None) -> None:
         self.architecture = architecture
         self.transformer: Any = architecture.transformer
-        self._config: Any = config
+        self._config: Any = copy.copy(config)  # MagCache's is changed with the number of steps
         self._groups: dict[tuple[int, int, int, tuple[int, ...]], _Group] = {}
         self._computed = False
         self._ratios: Any = None
@@ -52,8 +53,8 @@ class Cache:
         self._found: tuple[Any, list[StateManager]] | None = None
         self._dit = DitContexts(self.transformer)
         check_config(config)
-        if config is not None:
-            self._enable(config)
+        if self._config is not None:
+            self._enable(self._config)
         check_config(self._theirs)
 
     def _enable(self, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def make_cache(text: str, coefficients: Sequence[float] | None = None) -> Config
     name, _, number = text.partition(":")
     try:
         value = float(number)
-        if name == "taylorseer" and (value < 2 or value != int(value)):
+        if not math.isfinite(value) or (name == "taylorseer" and (value < 2 or value != int(value))):
             raise ValueError
     except ValueError:
         value = None
@@ -90,7 +91,7 @@ def check_config(config: Any) -> None:
     if config is not None and not SUPPORTED & {kind.__name__ for kind in type(config).__mro__}:
         raise ValueError(
             f"{type(config).__name__} does not work with dynamic patches; "
-            "ddit supports FirstBlockCache, TaylorSeer, MagCache and its own TeaCache"
+            "ddit supports FirstBlockCache, TaylorSeer, MagCache, cache-dit and its own TeaCache"
         )
 
 

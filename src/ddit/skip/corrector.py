@@ -139,8 +139,8 @@ class ForecastCorrector(TrainedPart):
                 "forecasts of skipped steps need none, so leave it out"
             )
         return cls(
-            base=type(transformer).__name__,
-            base_hash=config_hash(transformer),
+            base=type(architecture.transformer).__name__,
+            base_hash=config_hash(architecture.transformer),
             channels=architecture.channels,
             patch=architecture.patch_size,
             width=architecture.width,

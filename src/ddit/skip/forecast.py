@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,31 @@ def amplified(sigma: float) -> float:
     A part of the picture shrunk by ``1 - sigma`` shows through the latents, and what is wrong in them is taken for it.
     """
     return 1 / (1 - sigma + FINEST)
+
+
+def gap_errors(sigmas: Sequence[float], bend: Sequence[float] = (1.0,), own: Sequence[float] = (0.0,)) -> np.ndarray:
+    """Squared error of the picture that a called step and the forecasts after it make, for every gap between calls.
+
+    A forecast is off by ``bend`` times the square of its distance in lambda, in which velocities bend evenly, and
+    repeats what its called step is off by. Each goes into the latents with its step in sigma, and all grow until the
+    picture is done (`amplified`).
+
+    Args:
+        sigmas: Noise levels of all steps of a run, falling.
+        bend: Of each step, or of all.
+        own: Error of each step if it is called, or of all.
+
+    Returns:
+        ``[steps, steps + 1]``: of a called step (row) and the next one (column, the last is none), else infinite.
+    """
+    total, levels, ends = len(sigmas), np.array([half_log_snr(sigma) for sigma in sigmas]), [*sigmas[1:], 0.0]
+    sizes, grown = np.subtract(sigmas, ends), np.array([amplified(end) for end in ends])
+    forecast = (np.triu((levels - levels[:, None]) ** 2, 1) * np.array(bend) * sizes).cumsum(1)
+    coarse = np.triu(np.tile(np.array(own) * sizes, (total, 1))).cumsum(1)
+    errors = np.full((total, total + 1), np.inf)
+    gaps = np.triu_indices(total)
+    errors[:, 1:][gaps] = (grown**2 * (forecast**2 + coarse**2))[gaps]
+    return errors
 
 
 def growth(levels: Sequence[float], here: float) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddit.profile import ErrorProfile
 from ddit.schedule import Guard, StepContext
-from ddit.skip.forecast import amplified, half_log_snr
+from ddit.skip.forecast import gap_errors
 from ddit.skip.policy import known_levels
 from ddit.util.tell import warn
 
@@ -136,24 +136,12 @@ class Segments:
 
     @classmethod
     def of(cls, sigmas: Sequence[float], scales: Sequence[int], profile: ErrorProfile, guard: Guard) -> Segments:
-        """A forecast is off by the square of its distance in lambda (`ddit.skip.forecast`), and repeats what a coarse
-        step is off by. Both go into the latents with the step in sigma, and grow until the picture is done.
-        """
-        total = len(sigmas)
-        levels = np.array([half_log_snr(sigma) for sigma in sigmas])
-        ends = [*sigmas[1:], 0.0]
-        sizes, grown = np.subtract(sigmas, ends), np.array([amplified(end) for end in ends])
-        bend = np.array([profile.bend_at(sigma) for sigma in sigmas])
-        forecast = (np.triu((levels - levels[:, None]) ** 2, 1) * bend * sizes).cumsum(1)
-        errors = {}
+        """Of a run with these noise levels (`ddit.skip.forecast.gap_errors`)."""
+        bend, errors = [profile.bend_at(sigma) for sigma in sigmas], {}
         for scale in scales:
-            own = np.array([profile.coarse_error(scale, sigma) for sigma in sigmas]) * sizes
-            coarse = np.triu(np.tile(own, (total, 1))).cumsum(1)
-            table = np.full((total, total + 1), np.inf)
-            table[:, 1:] = np.where(np.triu(np.ones((total, total))) > 0, grown**2 * (forecast**2 + coarse**2), np.inf)
+            errors[scale] = gap_errors(sigmas, bend, [profile.coarse_error(scale, sigma) for sigma in sigmas])
             if scale > 1:
-                table[[not guard(scale, sigma) for sigma in sigmas]] = np.inf
-            errors[scale] = table
+                errors[scale][[not guard(scale, sigma) for sigma in sigmas]] = np.inf
         return cls(errors)
 
     @property

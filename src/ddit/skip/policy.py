@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddit.patches import where_rows
 from ddit.schedule import StepContext, statistics
-from ddit.skip.forecast import SPLIT, amplified, difference_per_sigma, growth, half_log_snr
+from ddit.skip.forecast import SPLIT, amplified, difference_per_sigma, gap_errors, growth, half_log_snr
 from ddit.util.tell import warn
 
 NODES = 3
@@ -73,18 +73,17 @@ class SkipRule:
         self._levels: list[list[float]] = []
         self._measured: list[float | None] = []
         self._owed: list[float] = []
-        self._sigmas: list[float] = []
+        self._sigma = 1.0
+        """Noise level of the step before."""
 
     def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
         if moved is None:
             self._levels, self._measured = [[] for _ in called], [None] * len(called)
-            self._owed, self._sigmas = [0.0] * len(called), [context.sigma]
+            self._owed, self._sigma = [0.0] * len(called), context.sigma
             return [False] * len(called)
-        if context.sigma < self._sigmas[-1]:
-            self._add(moved / (context.sigma - self._sigmas[-1]), called)
-        self._sigmas = [*self._sigmas[-1:], context.sigma]
-        end = self._end(context)
-        here = half_log_snr(context.sigma)
+        if context.sigma < self._sigma:
+            self._add(moved / (context.sigma - self._sigma), called)
+        self._sigma, end, here = context.sigma, context.end, half_log_snr(context.sigma)
         wished = []
         for i, statistic in enumerate(self._measured):
             if statistic is None:
@@ -96,7 +95,7 @@ class SkipRule:
 
     def _add(self, velocity: Tensor, called: Sequence[bool]) -> None:
         """The path's velocity over the last step joins the nodes of the samples whose model was called there."""
-        level = half_log_snr(self._sigmas[-1])
+        level = half_log_snr(self._sigma)
         nodes = self._nodes or [velocity] * NODES
         newer = [*nodes[1:], velocity]
         self._nodes = [where_rows(called, new, old) for old, new in zip(nodes, newer, strict=True)]
@@ -109,12 +108,6 @@ class SkipRule:
             rows = statistics(values, self.patch // SPLIT, (1, SPLIT), QUANTILE)
             for i, row in zip(ready, rows, strict=True):
                 self._measured[i], self._owed[i] = row[SPLIT], 0.0
-
-    def _end(self, context: StepContext) -> float:
-        """Noise level where this step ends; where nobody knows, as far away as that of the step before."""
-        if context.sigmas:
-            return next(iter(context.sigmas[context.step + 1 :]), 0.0)
-        return max(2 * self._sigmas[-1] - self._sigmas[0], 0.0)
 
 
 class SkipPlan:
@@ -141,7 +134,7 @@ class SkipPlan:
 
     def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
         sigmas = known_levels(context)
-        if context.step == 0:
+        if not self._plans:  # in the first step but where that could not be read
             self._plans, self._expected = [self.plan(sigmas)] * context.batch, [0.0] * context.batch
             self._last = [0] * context.batch
         for i, now in enumerate(called):
@@ -185,9 +178,7 @@ TOLERANCE = 0.25
 def places(sigmas: Sequence[float], last: int, count: int, first: int | None = None) -> set[int]:
     """Numbers of the called steps to come for which the others' forecasts are expected to err least.
 
-    A straight forecast is off by the square of its distance in lambda, in which velocities bend evenly. Those between
-    two called steps add up in the latents, each times its step in sigma, and grow until the picture is done
-    (`amplified`). Errors of different gaps know nothing of each other, so that their squares add up; dynamic
+    Errors of different gaps know nothing of each other, so that their squares add up (`gap_errors`); dynamic
     programming over the gaps makes the sum least.
 
     Args:
@@ -197,13 +188,7 @@ def places(sigmas: Sequence[float], last: int, count: int, first: int | None = N
         first: Number of the first step that may be chosen, by default the one after ``last``.
     """
     total = len(sigmas)
-    levels = np.array([half_log_snr(sigma) for sigma in sigmas])
-    ends = [*sigmas[1:], 0.0]
-    # Of a called step (row) and a later step (column), then of the next called one (column, the last is none).
-    each = np.triu((levels - levels[:, None]) ** 2, 1) * np.subtract(sigmas, ends)
-    errors = np.full((total, total + 1), np.inf)
-    gaps = np.triu_indices(total)
-    errors[:, 1:][gaps] = (each.cumsum(1) * [amplified(end) for end in ends])[gaps] ** 2
+    errors = gap_errors(sigmas)
     if first is not None:
         errors[last, last + 1 : first] = np.inf  # those are past
 
