@@ -232,6 +232,8 @@ def test_a_switch_is_no_evidence():
         assert rule.choose(StepContext(4, None, bent, chosen=before)) == kept
         assert rule.choose(StepContext(6, None, bent, chosen=[*before, [4], [4]])) == [1]
         assert rule.choose(StepContext(3, None, flat, chosen=before[:3])) == [4]
+        # UniPC's moves are made of two answers before as well.
+        assert rule.choose(StepContext(6, None, bent, chosen=[*before, [4], [4]], remembers=3)) == kept
 
 
 @pytest.mark.parametrize(("careful", "late"), [(True, 1), (False, 4)])

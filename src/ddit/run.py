@@ -198,7 +198,7 @@ class RunState:
         self.broken = self.broken or any(math.isnan(value) for sample in stats for value in sample.values())
         self.levels = [*self.levels, sigma][-2:]
         self.end, told = self._end(), (self.sigmas, spent, self.costs, self.chosen)
-        context = StepContext(len(self.steps), self.total, stats, sigma, *told, self.end)
+        context = StepContext(len(self.steps), self.total, stats, sigma, *told, self.end, self.remembers)
         chosen, allowed = self._choose(context), self.policy.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")

@@ -97,7 +97,8 @@ def held_scale(before: Sequence[int], allowed: Sequence[int]) -> int | None:
     path by itself, which says nothing of the latents. ``None`` where they are of one, and the rule decides.
 
     Args:
-        before: Scales of the last steps of a sample, as many as the difference spans.
+        before: Scales of the last steps of a sample, as many as have part in the difference: those it spans, and those
+            before that a multistep sampler remembers.
         allowed: Scales above 1 that may be used now.
     """
     if len(set(before)) < 2:
@@ -160,6 +161,8 @@ class StepContext:
     """Scale of each sample that was chosen for each step before."""
     end: float = 0.0
     """Noise level where the step ends."""
+    remembers: int = 1
+    """Number of steps whose answers the sampler makes a move of."""
 
     @property
     def batch(self) -> int:
@@ -205,7 +208,8 @@ class Rule:
         if context.step < self.schedule.warmup:
             return [1] * context.batch
         allowed = [s for s in self.scales if s > 1 and self._allowed(s, context.sigma)]
-        recent = context.chosen[-self.schedule.order :] if self.schedule.settle else ()
+        spanned = self.schedule.order + context.remembers - 1
+        recent = context.chosen[-spanned:] if self.schedule.settle else ()
         return [
             held_scale([row[i] for row in recent], allowed)
             or choose_scale({s: v for s, v in sample.items() if s in allowed}, self.schedule.threshold)
