@@ -137,6 +137,7 @@ def figures() -> dict:
         "flop_ratio": {"1": 1.0, "2": 3.0},
         "time_ratio": {"1": 1.0, "2": 2.0},
         "efficiency": {"1": 1.0, "2": 0.667},
+        "utilisation": {"1": 0.3, "2": 0.2},
         "adapter_share": {"2": 0.03},
         "peak_memory": {"1": 2**30, "2": 2**30},
         "scheduler_share_of_a_plain_step": 0.001,

@@ -74,21 +74,14 @@ def _steps(values: dict[str, Any]) -> list[str]:
         adapted = values.get(f"{form}/adapter", steps)
         for scale, seconds in steps["seconds"].items():
             share, memory = adapted["adapter_share"].get(scale), (steps["peak_memory"] or {}).get(scale)
-            peak = _of_peak(values, steps, scale)
             rows.append(
                 f"| {form}, {scale}p | {1e3 * seconds:.1f} | {steps['flop_ratio'][scale]:.2f}x "
                 f"| {steps['time_ratio'][scale]:.2f}x | {steps['efficiency'][scale]:.2f} "
-                f"| {'' if peak is None else f'{peak:.0%}'} | {'' if share is None else f'{share:+.1%}'} "
+                f"| {steps['utilisation'][scale]:.0%} | {'' if share is None else f'{share:+.1%}'} "
                 f"| {'' if memory is None else f'{memory / 2**30:.2f}'} |"
             )
         notes += _notes(form, values)
     return [*head, *rows, "", *notes] if rows else []
-
-
-def _of_peak(values: dict[str, Any], steps: dict[str, Any], scale: str) -> float | None:
-    if "matmul" not in values:
-        return None
-    return steps["batch"] * steps["flops"][scale] / steps["seconds"][scale] / values["matmul"]["flops_per_second"]
 
 
 def _notes(form: str, values: dict[str, Any]) -> list[str]:
