@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.caches import Cache
-from ddit.caller import Current, adds_noise, calling_pipeline, held_by, remembered, run_of
-from ddit.coarse import coarse_call, coarse_step
-from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first, to_meta
+from ddit.caller import Current, calling_pipeline, held_by
+from ddit.coarse import coarse_step
+from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first
 from ddit.plan import Plan
 from ddit.report import Report
 from ddit.run import RunState
@@ -281,11 +281,16 @@ class Handle:
         if not self._current.begun:
             self._refuse_shared_cache()
             self._drawing[threading.get_ident()] = calling_pipeline(arch.transformer) is not None
-            self._current.state = self._new_run(arch, inputs, noisy)
+            self._current.state = self.plan.new_run(arch, inputs, noisy, self._current.pipe)
             self._current.begun = True
+            if self._state.blind:
+                self._warn(
+                    f"{type(self._current.scheduler).__name__} adds noise of its own, so that latents do not tell what "
+                    "comes next: ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
+                )
         elif noisy is not None and len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
-            self._state.examples = self._examples(arch, inputs, noisy)
-            self._state.costs = self._costs(arch, self._state.examples)
+            self._state.examples = self.plan.examples(arch, inputs, noisy)
+            self._state.costs = self.plan.work(arch, self._state.examples)
 
     def _refuse_shared_cache(self) -> None:
         """Caches of other libraries reset all their states when a run ends, those of other threads too."""
@@ -306,50 +311,6 @@ class Handle:
         for seat in self._seats:
             seat.cache.start_over(thread)
         return True
-
-    def _new_run(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> RunState:
-        plan, scheduler = self.plan, self._current.scheduler
-        total, sigmas = run_of(scheduler, getattr(self._current.pipe, "_num_timesteps", None))
-        deterministic = not adds_noise(scheduler)
-        if not deterministic and (plan.make_skipper is not None or getattr(plan.policy, "needs_statistics", False)):
-            self._warn(
-                f"{type(scheduler).__name__} adds noise of its own, so that latents do not tell what comes next: "
-                "ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
-            )
-        examples, skipper, correction = self._examples(arch, inputs, noisy), None, 0
-        if plan.corrector is not None and noisy is not None:
-            correction = plan.corrector.count_flops(noisy.latents)
-        if plan.make_skipper is not None:
-            skipper = plan.make_skipper(correction / arch.count_flops(examples[1]))
-        return RunState(
-            plan.policy,
-            plan.measure,
-            skipper,
-            deterministic=deterministic,
-            remembers=remembered(scheduler),
-            total=total,
-            sigmas=sigmas,
-            costs=self._costs(arch, examples),
-            examples=examples,
-            correction_flops=correction,
-        )
-
-    def _costs(self, arch: Architecture, examples: dict[int, Inputs]) -> dict[int, float]:
-        """Scale -> work of a step in full steps, where skipping asks."""
-        if self.plan.make_skipper is None:
-            return {}
-        flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-        return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **self.plan.costs}
-
-    def _examples(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> dict[int, Inputs]:
-        """Inputs of one sample at every scale, without data: from these, costs are counted when asked for."""
-        one = arch.rows(inputs, [0])
-        if noisy is None:
-            return {1: to_meta(one)}
-        scales = [s for s in self.plan.policy.scales if s > 1]
-        with torch.no_grad():
-            coarse = {s: coarse_call(arch, one, noisy.rows([0]), s, self.plan.coarse).inputs for s in scales}
-        return {s: to_meta(example) for s, example in {1: one, **coarse}.items()}
 
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Pipelines call this when a run ends."""

@@ -282,3 +282,13 @@ def scatter_rows(part: Tensor, samples: Sequence[int], batch: int, onto: Tensor 
         return part
     under = part.new_zeros(batch, *part.shape[1:]) if onto is None else onto
     return under.index_put((torch.tensor(list(samples), device=part.device),), part)
+
+
+def period(z: Tensor) -> int:
+    """After how many samples a batch ``[B, ...]`` begins again: fewer than B where guidance is stacked in one call."""
+    return next(n for n in range(1, len(z) + 1) if len(z) % n == 0 and same(z[n:], z[:-n]))
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is itself."""
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config
+from ddit.caller import adds_noise, remembered, run_of
+from ddit.coarse import coarse_call
 from ddit.config import Coarse, PatchSchedule
-from ddit.models.base import Architecture
-from ddit.run import Skipping
+from ddit.models.base import Architecture, Inputs, Noisy, to_meta
+from ddit.run import RunState, Skipping
 from ddit.schedule import Policy
 
 
@@ -42,3 +45,48 @@ class Plan:
     """Scale -> work of a step in full steps, in place of the model's own."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What was asked for in words, for `Handle.__repr__`."""
+
+    def new_run(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None, pipe: Any) -> RunState:
+        """The state at the beginning of a run.
+
+        Args:
+            inputs: Its first call.
+            noisy: What that is about; ``None`` where it can't run with large patches.
+            pipe: The pipeline that calls, if there is one.
+        """
+        scheduler = getattr(pipe, "scheduler", None)
+        total, sigmas = run_of(scheduler, getattr(pipe, "_num_timesteps", None))
+        examples, skipper, correction = self.examples(arch, inputs, noisy), None, 0
+        if self.corrector is not None and noisy is not None:
+            correction = self.corrector.count_flops(noisy.latents)
+        if self.make_skipper is not None:
+            skipper = self.make_skipper(correction / arch.count_flops(examples[1]))
+        return RunState(
+            self.policy,
+            self.measure,
+            skipper,
+            deterministic=not adds_noise(scheduler),
+            remembers=remembered(scheduler),
+            total=total,
+            sigmas=sigmas,
+            costs=self.work(arch, examples),
+            examples=examples,
+            correction_flops=correction,
+        )
+
+    def examples(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> dict[int, Inputs]:
+        """Inputs of one sample at every scale, without data: from these, costs are counted when asked for."""
+        one = arch.rows(inputs, [0])
+        if noisy is None:
+            return {1: to_meta(one)}
+        scales = [s for s in self.policy.scales if s > 1]
+        with torch.no_grad():
+            coarse = {s: coarse_call(arch, one, noisy.rows([0]), s, self.coarse).inputs for s in scales}
+        return {s: to_meta(example) for s, example in {1: one, **coarse}.items()}
+
+    def work(self, arch: Architecture, examples: Mapping[int, Inputs]) -> dict[int, float]:
+        """Scale -> work of a step in full steps, where skipping asks."""
+        if self.make_skipper is None:
+            return {}
+        flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
+        return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **self.costs}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddit.config import PatchSchedule
-from ddit.patches import scatter_rows
+from ddit.patches import period, same, scatter_rows
 from ddit.report import Step
 from ddit.schedule import Policy, StepContext, difference, project, statistics
 
@@ -82,16 +82,6 @@ class Path:
         return moved
 
 
-def period(z: Tensor) -> int:
-    """After how many samples a batch ``[B, ...]`` begins again: fewer than B where guidance is stacked in one call."""
-    return next(n for n in range(1, len(z) + 1) if len(z) % n == 0 and same(z[n:], z[:-n]))
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; NaN is itself."""
-    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
 @dataclass
 class RunState:
     """State between two calls of the transformer."""
@@ -152,6 +142,12 @@ class RunState:
     @property
     def needs_statistics(self) -> bool:
         return bool(getattr(self.policy, "needs_statistics", False)) and self.deterministic
+
+    @property
+    def blind(self) -> bool:
+        """Whether something would look at latents that tell nothing."""
+        looks = self.skipper is not None or getattr(self.policy, "needs_statistics", False)
+        return bool(looks) and not self.deterministic
 
     def finished(self) -> RunState:
         """The same record without the latents."""
