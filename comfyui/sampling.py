@@ -160,7 +160,7 @@ class Run:
         samples = range(len(x))
         skip = self.skip and all(self.skipper.ready(which, i) for which in used for i in samples)
         if skip:
-            velocities = {which: self.skipper.forecast(which, samples, x, sigma)[0] for which in used}
+            velocities = {which: self.skipper.forecast(which, samples, x, sigma) for which in used}
             none = torch.zeros_like(x)
             clean = [x - expand(sigma, x) * velocities[w] if w in velocities else none for w in passes]
         else:
@@ -169,8 +169,7 @@ class Run:
             self.called = True
         if self.first:
             for which, v in velocities.items():
-                called = [not skip] * len(x)  # where the step ends, only a corrector asks
-                self.skipper.observe(which, self.step, called, self.scales, x.float(), v, self.sigma, end=0.0)
+                self.skipper.observe(which, self.step, [not skip] * len(x), self.scales, x.float(), v, self.sigma)
         return clean
 
 

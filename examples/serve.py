@@ -84,8 +84,8 @@ class Worker:
             size = {"height": wanted.height, "width": wanted.width}
             settings = generate.call_settings(self.preset, num_inference_steps=wanted.steps, **size)
             generate.check_call(self.pipe, settings)
-            words = wanted.model_dump(include=set(WORDS))  # no adapter or corrector among them
-            method = make_method(words, self.preset, load_adapter=str, load_corrector=str)
+            words = wanted.model_dump(include=set(WORDS))  # no adapter among them
+            method = make_method(words, self.preset, load_adapter=str)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         if len(self.jobs) >= MOST:

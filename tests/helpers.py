@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from diffusers import DiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddit import FixedSchedule, PatchAdapter, PatchSchedule
+import ddit
+from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
+from ddit.config import FULL
+from ddit.skip.skipper import Skipper
 
 PLAIN = PatchSchedule(threshold=0.0)
 COARSE = PatchSchedule(threshold=1e9, careful=False)
@@ -125,3 +129,22 @@ def random_adapter(model) -> PatchAdapter:
         for p in adapter.parameters():
             p.add_(0.02 * torch.randn_like(p))
     return adapter
+
+
+class Listed:
+    """Skips where the sample's list says 0."""
+
+    watches = False
+
+    def __init__(self, *samples):
+        self.samples = samples
+
+    def choose(self, context, moved, called):
+        return [sample[context.step] == 0 for sample in self.samples]
+
+
+def skipping(pipe, *samples):
+    """Full steps and skipped ones, listed for each sample."""
+    handle = ddit.apply(pipe, patches=FULL, skip=SkipSchedule(threshold=0.01))
+    handle.plan = replace(handle.plan, make_skipper=lambda: Skipper(Listed(*samples)))
+    return handle

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import ddit
 import tiny_audio
-from ddit import FixedSchedule, ForecastCorrector, PatchSchedule, SkipSchedule
+from ddit import FixedSchedule, PatchSchedule, SkipSchedule
 from ddit.coarse import coarse_call
 from ddit.config import Coarse
 from ddit.models.base import UnsupportedCall
@@ -97,8 +97,3 @@ def test_positions_reach_checkpointed_blocks(pipe):
         with arch.placed(call.layout):
             answers.append(model(**call.inputs)[0])
     assert torch.equal(*answers) and not torch.allclose(answers[0], model(**call.inputs)[0])
-
-
-def test_a_corrector_is_refused(pipe):
-    with pytest.raises(ValueError, match="makes audio"):
-        ForecastCorrector.for_model(pipe.transformer)

@@ -11,8 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 
 import ddit
 import tiny
-from ddit import ForecastCorrector, PatchAdapter, PatchSchedule, SkipSchedule
-from ddit.config import FULL
+from ddit import PatchAdapter, PatchSchedule
 from ddit.handle import Handle
 from helpers import COARSE, PLAIN, STEPS, Record, call_inputs, facts, fixed, noise
 
@@ -210,19 +209,6 @@ def test_a_refused_apply_leaves_the_former_one_in_force(pipe):
         ddit.apply(pipe, detail_variance={2: [0.1] * 4})
     tiny.sample(pipe)
     assert handle.report.scales == [[1, 1, 1, 4, 4, 4, 4, 4]]
-
-
-def test_a_corrector_beside_large_patches_is_refused(pipe):
-    corrector = ForecastCorrector.for_model(pipe.transformer)
-    for patches in (COARSE, fixed(1, 2), None):
-        with pytest.raises(ValueError, match="full steps; leave it out"):
-            ddit.apply(pipe, patches=patches, skip=SkipSchedule(speedup=2), corrector=corrector)
-    ddit.apply(pipe, patches=FULL, skip=SkipSchedule(speedup=2), corrector=corrector)
-
-
-def test_a_corrector_without_skips_is_refused(pipe):
-    with pytest.raises(ValueError, match="no step is skipped"):
-        ddit.apply(pipe, patches=FULL, corrector=ForecastCorrector.for_model(pipe.transformer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import tiny
-from ddit import ForecastCorrector, PatchAdapter
+from ddit import PatchAdapter
 from ddit.pretrained import model_card
 from ddit.seat import MARK
 
@@ -65,15 +65,14 @@ def test_what_is_not_known_is_left_out(adapter):
     assert "None" not in card.text and "detail_variance" not in card.text
 
 
-@pytest.mark.parametrize("kind", [PatchAdapter, ForecastCorrector])
-def test_the_snippet_of_a_card_runs(tmp_path, kind, pipe):
+def test_the_snippet_of_a_card_runs(tmp_path, pipe):
     import ddit
 
-    kind.for_model(pipe.transformer).save_pretrained(tmp_path)
+    PatchAdapter.for_model(pipe.transformer).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     code = card.text.split("```python\n")[1].split("```")[0]
-    exec(code.replace(f"folder or hub id of this {kind.noun}", str(tmp_path)), {"ddit": ddit, "pipe": pipe})
-    assert getattr(pipe.transformer, MARK).plan.__dict__[kind.noun] is not None
+    exec(code.replace(f"folder or hub id of this {PatchAdapter.noun}", str(tmp_path)), {"ddit": ddit, "pipe": pipe})
+    assert getattr(pipe.transformer, MARK).plan.adapter is not None
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])

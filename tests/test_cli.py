@@ -63,7 +63,6 @@ def test_help_is_quick_and_loads_no_torch():
         (["--speedup", "2", "--quality", "30"], "needs one of"),
         (["--schedule", "1", "2", "--order", "2"], "order would have no effect"),
         (["--patches", "paper", "--start", "bilinear"], "start would have no effect"),
-        (["--corrector", "nowhere"], "there is no folder"),
         (["--preset", "nowhere"], "holds no ddit.json"),
         (["--threshold", "nan"], "threshold"),
         (["--threshold", "inf"], "threshold"),

@@ -26,7 +26,7 @@ from ddit.teacache import polynomial
 
 def make(values):
     """A method of a model whose TeaCache is calibrated; adapters are their names."""
-    return make_method(values, Preset(teacache=(1.0, 0.0)), load_adapter=str, load_corrector=str)
+    return make_method(values, Preset(teacache=(1.0, 0.0)), load_adapter=str)
 
 
 SETTINGS = {"height": 32, "width": 32, "num_inference_steps": 8, "max_sequence_length": 20}

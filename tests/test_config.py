@@ -143,5 +143,5 @@ def test_unknown_settings_are_refused_and_the_known_ones_listed():
     ],
 )
 def test_a_presets_adapter_is_used_where_it_suits_and_nothing_else_is_said(words, loaded):
-    method = make_method(words, Preset(adapter="its own"), load_adapter=str, load_corrector=str)
+    method = make_method(words, Preset(adapter="its own"), load_adapter=str)
     assert method.adapter == loaded

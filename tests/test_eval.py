@@ -27,7 +27,7 @@ PRESET = Preset(patches=PatchSchedule(threshold=0.5))
 
 
 def make(values):
-    return make_method(values, PRESET, load_adapter=str, load_corrector=str)
+    return make_method(values, PRESET, load_adapter=str)
 
 
 def test_methods_are_read():

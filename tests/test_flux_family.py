@@ -15,11 +15,10 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 import ddit
 import tiny
 import tiny_flux
-from ddit import FixedSchedule, PatchAdapter, SkipSchedule
+from ddit import FixedSchedule, PatchAdapter
 from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
 from ddit.patches import pack, pad_to_multiple, pool_tokens, shrink, unpack
-from ddit.skip.corrector import ForecastCorrector
 from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops, check_large_patches
 from test_architectures import CASES, draw
@@ -221,14 +220,6 @@ def test_an_adapter_leaves_reference_tokens_alone():
         pipe.transformer(**small)
     pipe.transformer(**small)
     assert torch.equal(seen[0][:, 24:], seen[1][:, 24:]) and not torch.allclose(seen[0][:, :24], seen[1][:, :24])
-
-
-def test_a_corrector_reads_the_tokens_of_the_image_alone():
-    case = CASES["flux-kontext"]
-    pipe = case.make()
-    corrector = ForecastCorrector.for_model(pipe.transformer)
-    with ddit.apply(pipe, patches=FULL, skip=SkipSchedule(speedup=2), corrector=corrector):
-        assert torch.isfinite(draw(pipe, case)).all()
 
 
 @pytest.mark.parametrize("name", ["flux-kontext", "flux-fill", "flux-controlnet"])

@@ -73,8 +73,8 @@ ONLY = {
 """All that these import of the package, though more lies below them."""
 IMPORTERS = {
     "ddit.skip": {
-        "ddit",
-        *(f"ddit.{name}" for name in ("api", "embedded", "pipelines", "eval", "train", "cli")),
+        "ddit.api",
+        "ddit.eval",
     }
 }
 """All that import these: without ``skip=``, nothing of skipping is loaded."""
@@ -225,12 +225,11 @@ CORE = (
         ("ddit.train.trainer", "from ddit.cli import main", 1),
         # skipping, which knows little of the core, and of which the core knows nothing
         ("ddit.skip.policy", "from ddit.schedule import StepContext\nfrom .forecast import growth", 0),
-        ("ddit.skip.corrector", "from ddit.models import architecture_for\nfrom ddit.pretrained import TrainedPart", 0),
         ("ddit.skip.skipper", "from ddit.run import RunState", 1),
         ("ddit.skip.skipper", "from ddit.adapter import PatchAdapter", 1),
         ("ddit.skip.skipper", "from ddit.handle import Handle", 1),
         ("ddit.api", "from ddit.skip.skipper import Skipper", 0),
-        ("ddit.pipelines.generate", "from ddit.skip.corrector import ForecastCorrector", 0),
+        ("ddit.pipelines.generate", "from ddit.skip.skipper import Skipper", 1),
         *((f"ddit.{module}", "from ddit.skip.forecast import Reference", 1) for module in CORE),
         # models
         ("ddit.models.flux", "from ddit.models.base import Architecture\nfrom .flops import Costs", 0),

@@ -15,7 +15,7 @@ from diffusers import ContextParallelConfig
 
 import ddit
 import tiny
-from ddit import FixedSchedule, ForecastCorrector, PatchAdapter, PatchSchedule, SkipSchedule
+from ddit import FixedSchedule, PatchAdapter, PatchSchedule, SkipSchedule
 from ddit.config import FULL
 from test_architectures import CASES, SMALL, draw
 
@@ -55,17 +55,13 @@ def spread(transformer: Any) -> None:
 
 
 def alone_and_together(name: str) -> list[tuple[Any, Any]]:
-    """Pictures and schedules of each of `SCHEDULES`, one also corrected; by this process, then by both."""
+    """Pictures and schedules of each of `SCHEDULES`; by this process, then by both."""
     case = CASES[name]
     pipe = case.make()
-    corrector = ForecastCorrector.for_model(pipe.transformer)
-    torch.manual_seed(0)
-    for parameter in corrector.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
     drawn = []
     for each in (lambda _: None, spread):
         each(pipe.transformer)
-        for settings in [*SCHEDULES.values(), SCHEDULES["skips"] | {"corrector": corrector}]:
+        for settings in SCHEDULES.values():
             with ddit.apply(pipe, **settings) as run:
                 picture = draw(pipe, case)
             drawn.append((picture, run.report.strip()))

@@ -21,8 +21,7 @@ from ddit import FixedSchedule, PatchSchedule, SkipSchedule
 from ddit.config import FULL, Coarse, Positions, Start
 from ddit.preset import Preset
 from ddit.profile import ErrorProfile
-from helpers import COARSE, GUIDED, PLAIN, STEPS, Record, call_inputs, denoise, facts, fixed, kept, noise
-from test_corrector import skipping
+from helpers import COARSE, GUIDED, PLAIN, STEPS, Record, call_inputs, denoise, facts, fixed, kept, noise, skipping
 
 # --- schedules ---
 

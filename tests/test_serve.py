@@ -121,7 +121,7 @@ def test_a_hundred_requests_eight_at_a_time(pipe, tmp_path):
 def drawn_alone(pipe, asked: dict[str, Any], folder) -> bytes:
     """The picture without a server."""
     words = {name: value for name, value in asked.items() if name not in ("prompt", "seed", "steps")}
-    method = serve.make_method(words, PRESET, load_adapter=str, load_corrector=str)
+    method = serve.make_method(words, PRESET, load_adapter=str)
     settings = generate.call_settings(PRESET, num_inference_steps=asked.get("steps"))
     plain = words == {"patches": "full"}
     assert not plain or method.patches == FULL

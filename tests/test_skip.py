@@ -296,7 +296,7 @@ def test_a_pass_that_paused_is_not_ready():
     skipper.choose(StepContext(0, 8, [{}], 1.0, SIGMAS[:8]), None, [])
     for step in range(3):
         for which in range(2 if step < 2 else 1):
-            skipper.observe(which, step, [True], [1], z, z, 1 - step / 8, 1 - (step + 1) / 8)
+            skipper.observe(which, step, [True], [1], z, z, 1 - step / 8)
     assert skipper.ready(0, 0) and not skipper.ready(1, 0) and not skipper.ready(2, 0)
 
 
@@ -306,7 +306,7 @@ def test_after_a_change_of_patches_two_answers_are_needed():
     skipper.choose(StepContext(0, 8, [{}], 1.0, SIGMAS[:8]), None, [])
     ready = []
     for step, kind in enumerate([2, 2, 1, 1]):
-        skipper.observe(0, step, [True], [kind], z, z, 1 - step / 8, 1 - (step + 1) / 8)
+        skipper.observe(0, step, [True], [kind], z, z, 1 - step / 8)
         ready.append(skipper.ready(0, 0))
     assert ready == [False, True, False, True]
 

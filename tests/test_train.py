@@ -18,24 +18,21 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import ddit
 import tiny
-from ddit import FixedSchedule, ForecastCorrector, PatchAdapter, SkipSchedule
+from ddit import FixedSchedule, PatchAdapter
 from ddit.cli import main
-from ddit.config import FULL
 from ddit.eval.bench import count
 from ddit.models import architecture_for
 from ddit.preset import Preset
-from ddit.train import rollout
 from ddit.train.config import TrainConfig
 from ddit.train.disk import checkpoints, result_folder
 from ddit.train.distill import Draw, draw, make_batch
 from ddit.train.distill import weights as noise_weights
 from ddit.train.pictures import check_encodes, encoded
 from ddit.train.plan import plan
-from ddit.train.sampler import Sampler
 from ddit.train.samples import Samples, draw_samples, shard_path
 from ddit.train.sources import read_captions, read_prompts
 from ddit.train.trainer import train
@@ -47,8 +44,6 @@ PROMPTS = [
     for shape in ("circle", "square")
 ]
 CALL = dict(height=32, width=32, num_inference_steps=8, max_sequence_length=20)
-SPEEDUPS = (1.3, 4.0)
-"""Of correctors."""
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +77,6 @@ def settings(base: Path, out: Path, **changes) -> TrainConfig:
         cpu=True,
     )
     return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def correcting(base: Path, out: Path, **changes) -> TrainConfig:
-    """The same for a corrector."""
-    return settings(base, out, **{"corrector": True, "rank": 32, "speedups": SPEEDUPS, **changes})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -301,54 +291,6 @@ def test_it_learns(base, tmp_path, start):
         assert torch.isfinite(tiny.sample(pipe)).all()
 
 
-@pytest.mark.slow
-def test_corrected_forecasts_end_nearer_to_plain(base, tmp_path):
-    train(correcting(base, tmp_path, steps=80, lr=3e-3, ema=0.0, batch=6, validate_every=80, speedups=(2.0, 4.0)))
-    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    assert [r["speedup"] for r in rows] == [2.0, 2.83, 4.0] and [r["called_steps"] for r in rows] == [4, 3, 2]
-    assert all(r["error"] < r["training_free"] for r in rows[1:])
-    assert np.mean([r["error"] - r["training_free"] for r in rows]) < -1  # dB
-    corrector = ForecastCorrector.from_pretrained(tmp_path / "corrector")
-    assert corrector.config["steps_trained"] == 80
-    pipe = tiny.pipeline()
-    with ddit.apply(pipe, patches=FULL, skip=SkipSchedule(speedup=2), corrector=corrector) as run:
-        assert torch.isfinite(tiny.sample(pipe)).all() and "-" in run.report.strip()
-
-
-def test_courses_depend_on_seed_and_step_alone(base):
-    config, sets = correcting(base, base, speedups=(1.3, 4.0)), [stored(base).sigmas]
-    courses = [rollout.draw_course(config, sets, step, 0) for step in range(60)]
-    assert courses == [rollout.draw_course(config, sets, step, 3) for step in range(60)]
-    assert courses != [rollout.draw_course(config, sets, step, 4) for step in range(60)]
-    assert len({c.fine for c in courses}) >= 4
-    for course in courses:
-        able = rollout.learnable(course.fine, 8)
-        assert {course.gaps[0], course.gaps[-1]} <= set(able), "there are forecasts to learn"
-        assert set(able) <= set(course.gaps), "a run is drawn to its last forecast"
-        counts = rollout.weights(course)
-        assert counts[-1] >= 0.5 and sum(counts) == pytest.approx(1) and len(set(counts[:-1])) <= 1
-        assert course.marks[-1] == course.gaps[-1] and len(counts) == len(course.marks)
-    assert {rollout.draw_run(config, 7, 3, number) for number in range(50)} == set(range(7))
-    with pytest.raises(ValueError, match="higher --speedups"):
-        rollout.draw_course(replace(config, speedups=(1.01, 1.01)), sets, 0, 0)
-    several = [rollout.draw_course(config, [*sets, sets[0][::2]], step, 0).which for step in range(60)]
-    assert 10 < sum(several) < 30, "a third: each is drawn as often as it has steps"
-
-
-def test_runs_anew_need_a_path_of_fixed_guidance(base, tmp_path):
-    """Weights of guidance passes are read off a run; one that moved by something else is refused."""
-    pipe = tiny.pipeline()
-    call = {**CALL, "true_cfg_scale": 2.5, "negative_prompt": "a red circle"}
-    samples = draw_samples(tmp_path / "cfg", pipe, call, PROMPTS[:2], batch=2, shard=2, seed=0)
-    guidance = Sampler(pipe.scheduler, samples).guidance
-    torch.testing.assert_close(guidance, torch.tensor([2.5, -1.5]), rtol=1e-3, atol=1e-3)
-    moved = dict(load_file(shard_path(tmp_path / "cfg", 0)))
-    moved["latents"] = moved["latents"] + torch.randn_like(moved["latents"])  # by something else than the model
-    save_file(moved, shard_path(tmp_path / "cfg", 0))
-    with pytest.raises(ValueError, match=r"no fixed mix.*an adapter for large patches"):
-        Sampler(pipe.scheduler, samples)
-
-
 def test_samples_of_another_sampler_are_refused(base):
     pipe = tiny.pipeline()
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -356,55 +298,25 @@ def test_samples_of_another_sampler_are_refused(base):
         draw_samples(base / "samples", pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
 
 
-def test_several_numbers_of_steps(base, tmp_path):
-    """Each has samples of its own, and is validated."""
-    config = correcting(
-        base, tmp_path, samples=None, sample_steps=(8, 5), steps=6, validate_every=6, speedups=(2.0, 4.0)
-    )
-    train(config)
-    assert {p.parent.name for p in tmp_path.glob("samples/*/samples.json")} == {"8-steps", "5-steps"}
-    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    assert [(r["run_steps"], r["speedup"]) for r in rows] == [(n, s) for n in (8, 5) for s in (2.0, 2.83, 4.0)]
-    assert (
-        ForecastCorrector.from_pretrained(tmp_path / "corrector").config["sampler"] == "FlowMatchEulerDiscreteScheduler"
-    )
-    train(replace(config, steps=7))
-    with pytest.raises(ValueError, match="one number of steps"):
-        settings(base, tmp_path, sample_steps=(8, 5))
-    with pytest.raises(ValueError, match="distinct"):
-        replace(config, sample_steps=(8, 8))
-
-
-def test_settings_of_the_other_kind_are_refused():
-    with pytest.raises(ValueError, match=r"a corrector has no rank, weighting; .*--corrector"):
-        TrainConfig(corrector=True, rank=8, weighting="relative")
-    with pytest.raises(ValueError, match=r"an adapter for large patches has no speedups"):
-        TrainConfig(speedups=(2.0, 3.0))
-    assert TrainConfig.from_dict(json.loads(json.dumps(TrainConfig(corrector=True).to_dict()))).corrector
-
-
-@pytest.mark.parametrize("made", [settings, correcting])
-def test_prodigy_checkpointing_and_pictures(base, tmp_path, made):
-    config = made(
+def test_prodigy_checkpointing_and_pictures(base, tmp_path):
+    config = settings(
         base, tmp_path, optimizer="prodigy", lr=None, gradient_checkpointing=True, pictures=2, steps=3, tracker=None
     )
     train(config)
     assert (tmp_path / "pictures" / "step-000003.png").is_file()
 
 
-@pytest.mark.parametrize("made", [settings, correcting])
-def test_gradient_checkpointing_changes_nothing(base, tmp_path, made):
+def test_gradient_checkpointing_changes_nothing(base, tmp_path):
     for name, checkpointing in (("a", False), ("b", True)):
-        train(made(base, tmp_path / name, gradient_checkpointing=checkpointing))
+        train(settings(base, tmp_path / name, gradient_checkpointing=checkpointing))
     a, b = (weights(next((tmp_path / x).glob("*/*.safetensors")).parent) for x in "ab")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("made", [settings, pytest.param(correcting, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_bit_equal(base, tmp_path, made):
+def test_a_killed_run_ends_bit_equal(base, tmp_path):
     """kill -9 in the middle, then the same command."""
-    whole = made(base, tmp_path / "whole", steps=24, optimizer="prodigy", lr=1.0)
+    whole = settings(base, tmp_path / "whole", steps=24, optimizer="prodigy", lr=1.0)
     train(whole)
     config = replace(whole, out=str(tmp_path / "killed"))
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
@@ -423,7 +335,7 @@ def test_a_killed_run_ends_bit_equal(base, tmp_path, made):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_what_a_kill_in_the_last_save_left_out_is_made(base, tmp_path):
+def test_what_a_kill_in_the_last_save_left_out_is_settings(base, tmp_path):
     import shutil
 
     config = settings(base, tmp_path, steps=2)
@@ -576,11 +488,10 @@ def test_prompts_of_the_grammar(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", [settings, correcting])
-def test_two_processes_learn_what_one_learns(base, tmp_path, made):
+def test_two_processes_learn_what_one_learns(base, tmp_path):
     """`accelerate launch` with gloo: the same global batch, the same losses and weights."""
-    one = made(base, tmp_path / "one", batch=4)
-    two = made(base, tmp_path / "two", batch=2)
+    one = settings(base, tmp_path / "one", batch=4)
+    two = settings(base, tmp_path / "two", batch=2)
     for config, processes in ((one, 1), (two, 2)):
         path = tmp_path / f"{processes}.json"
         path.write_text(json.dumps(config.to_dict()))
@@ -600,23 +511,21 @@ def test_two_processes_learn_what_one_learns(base, tmp_path, made):
         torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("made", [settings, correcting])
-def test_tensorboard(base, tmp_path, made):
+def test_tensorboard(base, tmp_path):
     pytest.importorskip("tensorboard")
-    train(made(base, tmp_path, steps=2, validate_every=2, tracker="tensorboard"))
+    train(settings(base, tmp_path, steps=2, validate_every=2, tracker="tensorboard"))
     assert list((tmp_path / "ddit").glob("**/events*"))
 
 
-@pytest.mark.parametrize("made", [settings, correcting])
-def test_dry_run_counts_what_training_holds(base, tmp_path, capsys, made):
+def test_dry_run_counts_what_training_holds(base, tmp_path, capsys):
     """Against the real thing: parameters, optimizer state and average of a run on this base."""
     command = ["train", "--dry-run", "--model", str(base / "model"), "--json", str(tmp_path / "p.json")]
-    assert main([*command, *(["--rank", "2"] if made is settings else ["--corrector"])]) == 0
+    assert main([*command, "--rank", "2"]) == 0
     figures = json.loads((tmp_path / "p.json").read_text())
     assert f"{figures['trains']}: " in capsys.readouterr().out
-    assert figures["trains"] == ("adapter" if made is settings else "corrector")
-    train(made(base, tmp_path / "run", steps=1, optimizer="prodigy", lr=None))
-    count = sum(t.numel() for t in weights(result_folder(made(base, tmp_path / "run"))).values())
+    assert figures["trains"] == "adapter"
+    train(settings(base, tmp_path / "run", steps=1, optimizer="prodigy", lr=None))
+    count = sum(t.numel() for t in weights(result_folder(settings(base, tmp_path / "run"))).values())
     assert figures["adapter_parameters"] == count
     state = torch.load(checkpoints(tmp_path / "run")[0], weights_only=True)
     held = [v for s in state["optimizer"]["state"].values() for v in s.values() if torch.is_tensor(v) and v.numel() > 1]

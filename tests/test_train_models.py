@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-from diffusers import FlowMatchLCMScheduler
 from torch import nn
 
 import tiny
@@ -14,12 +12,9 @@ import tiny_z_image
 from ddit import PatchAdapter
 from ddit.models import architecture_for
 from ddit.models.base import first
-from ddit.train import rollout
 from ddit.train.distill import Draw, errors, make_batch
-from ddit.train.sampler import Sampler
-from ddit.train.samples import _seed, draw_samples
-from test_architectures import CASES, SAMPLERS, SMALL, parameters
-from test_corrector import corrector_for, skipping
+from ddit.train.samples import draw_samples
+from test_architectures import CASES, SMALL, parameters
 
 ELSEWISE = ("wan-vace", "wan-animate", "skyreels-v2-forcing", "flux3")
 """Their pipelines draw one clip a call, or are modular, which no command calls."""
@@ -90,70 +85,3 @@ def test_records_are_those_of_their_runs_where_guidance_is_stacked(tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     starts = {float(latents[0, 0].sum()) for latents, _, _ in found[0]}
     assert len(starts) == 4
-
-
-ANEW = [
-    # But of those whose passes are stacked in one call, or whose guidance keeps the norm of each row.
-    *((name, None) for name in TRAINED if CASES[name].rows == 1 and name != "lumina2"),
-    ("lumina2-without-guidance", None),
-    *((name, sampler) for name in ("wan", "wan-without-guidance") for sampler in ("euler", "unipc", "dpm++")),
-]
-"""Names of cases, and samplers other than the pipeline's own."""
-
-
-@pytest.mark.parametrize(
-    ("name", "sampler", "learnt"),
-    [*((*case, True) for case in ANEW), *((name, None, False) for name in ("flux", "wan"))],
-)
-def test_runs_drawn_anew_in_training_are_those_of_the_pipeline(name, sampler, learnt, tmp_path):
-    """From the noise to the end, forecasts corrected or not; and gradients reach all of the corrector."""
-    case = CASES[name]
-    pipe = case.make()
-    if sampler is not None:
-        pipe.scheduler = SAMPLERS[sampler]()
-    told = Told(pipe, case.call)
-    samples = draw_samples(tmp_path, told, {"num_inference_steps": 8}, [tiny.PROMPT], batch=1, shard=1, seed=0)
-    assert samples.passes == case.passes
-    corrector = None
-    pipe.transformer.requires_grad_(False)
-    if learnt:
-        corrector = corrector_for(pipe.transformer, seed=1, size=0.05)
-        corrector.attach(pipe.transformer)
-    called = rollout.plan(2.0, samples.sigmas)
-    runs = rollout.Runs(Sampler(pipe.scheduler, samples), [0], torch.device("cpu"), torch.float32)
-    architecture = architecture_for(pipe.transformer)
-
-    def errors_of(course):
-        return rollout.errors(pipe.transformer, architecture, corrector, runs, course)
-
-    *_, error = errors_of(rollout.Course(called, range(len(called))))
-    with skipping(pipe, [int(i in called) for i in range(8)], corrector=corrector) as run:
-        generators = [torch.Generator().manual_seed(_seed(0, 0))]
-        latents = told([tiny.PROMPT], generator=generators, output_type="latent", num_inference_steps=8)[0]
-    assert run.report.scales == [[int(i in called) for i in range(8)]]
-    clean = latents if latents.ndim > 3 else architecture.velocity(latents, tuple(runs.clean().shape[2:]))
-    # Qwen-Image's guidance keeps the norm of the first pass, which is nearly a fixed mix of the passes.
-    near = 0.2 if name == "qwen-image" else 0.01
-    torch.testing.assert_close(error, (clean.float() - runs.clean()).square().mean()[None], rtol=near, atol=1e-9)
-    # Taken up in the middle of the plain path: sampler and reference have to know what lay before.
-    late = [rollout.Course((0, 1, 2, 3, 6), range(begin, 5)) for begin in (0, 3)]
-    whole, part = ([*errors_of(course)][-1] for course in late)
-    torch.testing.assert_close(whole, part, rtol=near, atol=1e-9)
-    if corrector is not None:
-        able = rollout.learnable(called, 8)
-        for error in errors_of(rollout.Course(called, range(able[0], able[-1] + 1))):
-            rollout.decibels(error).mean().backward()
-        assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in corrector.parameters())
-
-
-@pytest.mark.parametrize(("name", "sampler"), [("flux", "lcm"), ("wan-without-guidance", "heun")])
-def test_samplers_that_cannot_be_taken_up_are_refused(name, sampler, tmp_path):
-    """Heun's method asks the model twice a step; LCM adds noise."""
-    case = CASES[name]
-    pipe = case.make()
-    pipe.scheduler = {**SAMPLERS, "lcm": FlowMatchLCMScheduler}[sampler]()
-    told = Told(pipe, case.call)
-    samples = draw_samples(tmp_path, told, {"num_inference_steps": 4}, [tiny.PROMPT], batch=1, shard=1, seed=0)
-    named = type(pipe.scheduler).__name__
-    with pytest.raises(ValueError, match=rf"drawn by {named}, can't be drawn anew.*take another sampler"):
-        Sampler(pipe.scheduler, samples)

@@ -11,13 +11,11 @@ if TYPE_CHECKING:
     from ddit.api import apply
     from ddit.config import FixedSchedule, PatchSchedule, SkipSchedule
     from ddit.report import Report
-    from ddit.skip.corrector import ForecastCorrector
 
 __version__ = "0.2.0"
 
 __all__ = [
     "FixedSchedule",
-    "ForecastCorrector",
     "PatchAdapter",
     "PatchSchedule",
     "Report",
@@ -29,7 +27,6 @@ __all__ = [
 _HOME = {
     "apply": "ddit.api",
     "FixedSchedule": "ddit.config",
-    "ForecastCorrector": "ddit.skip.corrector",
     "PatchAdapter": "ddit.adapter",
     "PatchSchedule": "ddit.config",
     "Report": "ddit.report",

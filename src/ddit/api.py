@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,12 @@ from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.plan import Plan
 from ddit.preset import Preset
+from ddit.run import Skipping
 from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
 from ddit.seat import MARK, parallel_config
 from ddit.util.tell import warn
 
 if TYPE_CHECKING:
-    from ddit.skip.corrector import ForecastCorrector
     from ddit.skip.joint import JointPlan
 
 _TRANSFORMERS = ("transformer", "transformer_2")
@@ -37,7 +37,6 @@ def apply(
     speedup: float | None = None,
     quality: float | None = None,
     adapter: PatchAdapter | str | Path | None = None,
-    corrector: ForecastCorrector | str | Path | None = None,
     detail_variance: Mapping[int, Sequence[float]] | None = None,
     cache: Config | str | None = None,
     preset: Preset | str | Path | None = None,
@@ -60,7 +59,6 @@ def apply(
         quality: Likewise for ``skip=SkipSchedule(quality=...)``.
         adapter: A `PatchAdapter`, or the folder or hub id of one: what makes large patches as good as small ones. It
             brings its own form of a coarse step.
-        corrector: A `ForecastCorrector`, or the folder or hub id of one: corrects forecasts of skipped steps.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
             model's own samples; by default the adapter's, or else the preset's.
         cache: Of diffusers (``FirstBlockCacheConfig``, ``TaylorSeerCacheConfig``, ``MagCacheConfig``), a
@@ -89,7 +87,6 @@ def apply(
         patches=patches,
         skip=skip,
         adapter=adapter,
-        corrector=corrector,
         detail_variance=detail_variance,
         cache=cache,
         known=_preset(preset, pipe_or_transformer if found else None),
@@ -113,7 +110,6 @@ def _settle(
     patches: Patches | Policy | None,
     skip: SkipSchedule | None,
     adapter: PatchAdapter | str | Path | None,
-    corrector: ForecastCorrector | str | Path | None,
     detail_variance: Mapping[int, Sequence[float]] | None,
     cache: Config | str | None,
     known: Preset,
@@ -131,11 +127,11 @@ def _settle(
     axes = architectures[0].axes
     guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
     policy = _policy(schedule, guard)
-    plan = _joint_plan(skip, patches, corrector, known, schedule.scales, adapter, guard)
+    plan = _joint_plan(skip, patches, known, schedule.scales, adapter, guard)
     if plan is not None:
         policy, make_skipper = _halves(plan)
     else:
-        make_skipper, corrector = _skipping(skip, corrector, architectures, pipe, scales)
+        make_skipper = _skipping(skip, architectures[0].patch_size)
     return Plan(
         architectures=architectures,
         called=called,
@@ -146,7 +142,6 @@ def _settle(
         variance=variance,
         adapter=adapter,
         make_skipper=make_skipper,
-        corrector=corrector,
         speedup=None if skip is None else skip.speedup,
         cache=make_cache(cache, known.teacache) if isinstance(cache, str) else cache,
         costs=known.costs,
@@ -221,7 +216,6 @@ def _policy(schedule: Patches | Policy, guard: Guard) -> Policy:
 def _joint_plan(
     skip: SkipSchedule | None,
     patches: Patches | Policy | None,
-    corrector: Any,
     known: Preset,
     scales: tuple[int, ...],
     adapter: PatchAdapter | None,
@@ -237,12 +231,12 @@ def _joint_plan(
                 "a quality needs a preset of this model: make one with 'ddit calibrate', "
                 "or ask for a speedup or a threshold"
             )
-        if corrector is not None or not (patches is None or alone):
+        if not (patches is None or alone):
             raise ValueError(
-                "a quality is a plan over patches and skipping: leave out patches and corrector, or ask for a speedup "
-                "or a threshold; patches=FixedSchedule(steps=(1,)) (--patches full) plans skipping alone"
+                "a quality is a plan over patches and skipping: leave out patches, or ask for a speedup or a "
+                "threshold; patches=FixedSchedule(steps=(1,)) (--patches full) plans skipping alone"
             )
-    elif patches is not None or corrector is not None or known.profile is None:
+    elif patches is not None or known.profile is None:
         return None
     # The core knows skipping through `ddit.run.Skipping` alone.
     from ddit.skip.joint import JointPlan
@@ -258,14 +252,18 @@ def _halves(plan: JointPlan) -> tuple[Policy, Any]:
     from ddit.skip.joint import JointPatches, JointSkips
     from ddit.skip.skipper import Skipper
 
-    return JointPatches(plan), lambda correction: Skipper(JointSkips(plan))
+    return JointPatches(plan), lambda: Skipper(JointSkips(plan))
 
 
 def _load_adapter(
     adapter: PatchAdapter | str | Path, architectures: Sequence[Architecture], schedule: Patches | Policy
 ) -> PatchAdapter:
     transformer: Any = architectures[0].transformer
-    _refuse_two("adapter", architectures)
+    if len(architectures) > 1:
+        raise ValueError(
+            "an adapter serves one transformer and this pipeline has two; leave it out (--adapter none), "
+            "or apply it to one of them"
+        )
     if parallel_config(transformer) is not None:
         raise ValueError(
             "an adapter does not work where tokens are spread over several devices; "
@@ -288,55 +286,16 @@ def _load_adapter(
     return adapter
 
 
-def _refuse_two(noun: str, architectures: Sequence[Architecture]) -> None:
-    """Refuse a trained part where two transformers take turns."""
-    if len(architectures) > 1:
-        raise ValueError(
-            f"{noun}s serve one transformer and this pipeline has two; leave it out (--{noun} none), "
-            "or apply it to one of them"
-        )
-
-
-def _skipping(
-    skip: SkipSchedule | None,
-    corrector: Any,
-    architectures: Sequence[Architecture],
-    pipe: Any,
-    coarse_scales: set[int],
-) -> tuple[Any, Any]:
-    """What makes the skipper of a run that knows nothing of patches, and the corrector."""
+def _skipping(skip: SkipSchedule | None, patch_size: int) -> Callable[[], Skipping] | None:
+    """What makes the skipper of a run that knows nothing of patches."""
     if skip is None:
-        if corrector is not None:
-            raise ValueError("a corrector corrects forecasts, and no step is skipped; give skip too (--speedup)")
-        return None, None
+        return None
     # The core knows skipping through `ddit.run.Skipping` alone.
-    from ddit.skip.corrector import ForecastCorrector
     from ddit.skip.policy import SkipPlan, SkipRule
     from ddit.skip.skipper import Skipper
 
-    if corrector is not None:
-        corrector = (
-            corrector if isinstance(corrector, ForecastCorrector) else ForecastCorrector.from_pretrained(corrector)
-        )
-        _refuse_two("corrector", architectures)
-        corrector.check(architectures[0].transformer)
-        if coarse_scales:
-            raise ValueError(
-                "a corrector has learnt from full steps; leave it out (--corrector none), "
-                "or large patches: patches=FixedSchedule(steps=(1,)) (--schedule 1)"
-            )
-        sampler, learnt = type(getattr(pipe, "scheduler", None)).__name__, corrector.config["sampler"]
-        if pipe is not None and learnt not in (None, sampler):
-            warn(
-                f"the corrector learnt under {learnt} and this pipeline samples by {sampler}, under which it may "
-                "lose; compare with corrector=None (--corrector none)"
-            )
-    speedup, threshold, patch = skip.speedup, skip.threshold, architectures[0].patch_size
-
-    def make(correction: float) -> Skipper:
-        if speedup is not None:
-            return Skipper(SkipPlan(speedup, correction), corrector)
-        assert threshold is not None, "a quality has a plan over both"
-        return Skipper(SkipRule(threshold, patch), corrector)
-
-    return make, corrector
+    speedup, threshold = skip.speedup, skip.threshold
+    if speedup is not None:
+        return lambda: Skipper(SkipPlan(speedup))
+    assert threshold is not None, "a quality has a plan over both"
+    return lambda: Skipper(SkipRule(threshold, patch_size))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit.adapter import PatchAdapter
+from ddit.adapter import Attachment, PatchAdapter
 from ddit.caches import Cache
 from ddit.caller import Current, calling_pipeline, held_by
 from ddit.coarse import coarse_step
@@ -41,7 +41,7 @@ class Handle:
         self._warned: set[str] = set()
         self._active = False
         self._seats: list[Seat] = []
-        self._attachments: list[Any] = []
+        self._attachment: Attachment | None = None
         self.put_on()
 
     def put_on(self) -> None:
@@ -56,12 +56,11 @@ class Handle:
 
     def _attach(self) -> None:
         plan, caches = self.plan, list[Cache]()
-        for part in (plan.adapter, plan.corrector):
-            if part is not None:
-                self._attachments.append(part.attach(plan.architectures[0].transformer))
-        if self._attachments and any(map(is_compiled, plan.called)):
-            # Compiled code does not look for hooks that came later (torch._dynamo.config.skip_nnmodule_hook_guards).
-            torch._dynamo.reset()
+        if plan.adapter is not None:
+            self._attachment = plan.adapter.attach(plan.architectures[0].transformer)
+            if any(map(is_compiled, plan.called)):
+                # Compiled code does not look for later hooks (torch._dynamo.config.skip_nnmodule_hook_guards).
+                torch._dynamo.reset()
         try:
             for architecture in plan.architectures:
                 caches.append(Cache(architecture, plan.cache))
@@ -73,9 +72,10 @@ class Handle:
             self._seats.append(Seat(architecture, called, cache, self._call, self._end, self))
 
     def _take_off(self) -> None:
-        for part in (*self._attachments, *self._seats):
-            part.remove()
-        self._attachments, self._seats = [], []
+        for part in (self._attachment, *self._seats):
+            if part is not None:
+                part.remove()
+        self._attachment, self._seats = None, []
 
     @property
     def adapter(self) -> PatchAdapter | None:
@@ -102,7 +102,7 @@ class Handle:
         architecture = self.plan.architectures[0]
         tokens = {s: architecture.tokens(run.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(run.examples[s], s, self.adapter) for s in scales}
-        return Report(tuple(run.steps), tokens, flops, run.forced, self._share, self.plan.speedup, run.correction_flops)
+        return Report(tuple(run.steps), tokens, flops, run.forced, self._share, self.plan.speedup)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -183,7 +183,7 @@ class Handle:
                 )
         scales = self._state.pass_scales(len(z))
         if set(scales) == {1}:
-            answer = self._full(seat, range(len(z)), *args, **kwargs)
+            answer = self._forward(seat, 1, range(len(z)))(*args, **kwargs)
             velocity = arch.velocity(first(answer), z.shape[2:])
         else:
             velocity = self._mixed_step(seat, inputs, noisy, scales)
@@ -211,7 +211,7 @@ class Handle:
         if scale == 0:
             return self._state.forecast(samples, noisy.latents, noisy.sigma)
         if scale == 1:
-            return arch.velocity(first(self._full(seat, samples, **inputs)), noisy.latents.shape[2:]).float()
+            return arch.velocity(first(self._forward(seat, 1, samples)(**inputs)), noisy.latents.shape[2:]).float()
         return coarse_step(
             arch,
             self._forward(seat, scale, samples),
@@ -222,13 +222,6 @@ class Handle:
             variance=self.plan.variance.get(scale),
             adapter=self.adapter,
         )
-
-    def _full(self, seat: Seat, samples: Sequence[int], /, *args: Any, **kwargs: Any) -> Any:
-        """The transformer's answer in full for some samples, to which a corrector listens."""
-        answer = self._forward(seat, 1, samples)(*args, **kwargs)
-        if self.plan.corrector is not None:
-            self._state.heard(samples, seat.whole(self.plan.corrector.take_hidden().detach()))
-        return answer
 
     def _forward(self, seat: Seat, scale: int, samples: Sequence[int]) -> Callable[..., Any]:
         """The transformer's own forward for some samples of the current step, through the cache where there is one."""
@@ -257,7 +250,7 @@ class Handle:
             self._state.force(tokens, sigma)
         self._state.forced = reason
         self._warn(f"ddit keeps every step full: {reason}")
-        answer = self._full(seat, range(len(tokens)), *args, **kwargs)
+        answer = self._forward(seat, 1, range(len(tokens)))(*args, **kwargs)
         if self._active:
             self._state.record_full(time.perf_counter() - started)
         return answer

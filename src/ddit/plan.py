@@ -34,10 +34,8 @@ class Plan:
     variance: dict[int, Tensor]
     """Scale -> variance of the detail per channel."""
     adapter: PatchAdapter | None = None
-    make_skipper: Callable[[float], Skipping] | None = None
-    """Makes that of a new run, from a corrector's work for a gap in calls of the model."""
-    corrector: Any = None
-    """A `ddit.ForecastCorrector`."""
+    make_skipper: Callable[[], Skipping] | None = None
+    """Makes that of a new run."""
     speedup: float | None = None
     """What skipping was asked for."""
     cache: Config | None = None
@@ -56,22 +54,17 @@ class Plan:
         """
         scheduler = getattr(pipe, "scheduler", None)
         total, sigmas = run_of(scheduler, getattr(pipe, "_num_timesteps", None))
-        examples, skipper, correction = self.examples(arch, inputs, noisy), None, 0
-        if self.corrector is not None and noisy is not None:
-            correction = self.corrector.count_flops(noisy.latents)
-        if self.make_skipper is not None:
-            skipper = self.make_skipper(correction / arch.count_flops(examples[1]))
+        examples = self.examples(arch, inputs, noisy)
         return RunState(
             self.policy,
             self.measure,
-            skipper,
+            None if self.make_skipper is None else self.make_skipper(),
             deterministic=not adds_noise(scheduler),
             remembers=remembered(scheduler),
             total=total,
             sigmas=sigmas,
             costs=self.work(arch, examples),
             examples=examples,
-            correction_flops=correction,
         )
 
     def examples(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> dict[int, Inputs]:

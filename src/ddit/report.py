@@ -26,8 +26,6 @@ class Step:
     A pass that comes back after a pause can't be forecast, and is called where others are skipped."""
     reused: frozenset[int] = frozenset()
     """Samples for which a cache answered."""
-    corrected: frozenset[int] = frozenset()
-    """Samples for which a corrector looked at the last called step."""
 
     def share(self, sample: int) -> float:
         """Of a sample's guidance passes, the share that its scale's cost is to be paid for."""
@@ -49,8 +47,6 @@ class Report:
     """What a call costs in which a cache answers, as a fraction of the whole call."""
     asked: float | None = None
     """The speedup that was asked for; what was got is ``1 / flops_fraction``."""
-    correction_flops: float = 0
-    """Floating-point operations of a corrector, for one sample and all forecasts of a gap."""
 
     @property
     def scales(self) -> list[list[int]]:
@@ -70,25 +66,22 @@ class Report:
     @property
     def flops_fraction(self) -> float:
         """Floating-point operations, as a fraction of those of a plain run."""
-        return self._fraction(self.flops, correction=self.correction_flops)
+        return self._fraction(self.flops)
 
     @property
     def flops_fractions(self) -> list[float]:
         """`flops_fraction` of each sample."""
-        return [self._fraction(self.flops, [i], self.correction_flops) for i in range(len(self.steps[0].scales))]
+        return [self._fraction(self.flops, [i]) for i in range(len(self.steps[0].scales))]
 
     @property
     def seconds(self) -> float:
         """Host time inside the transformer's calls."""
         return sum(step.seconds for step in self.steps)
 
-    def _fraction(
-        self, costs: Mapping[int, float], samples: Sequence[int] | None = None, correction: float = 0
-    ) -> float:
+    def _fraction(self, costs: Mapping[int, float], samples: Sequence[int] | None = None) -> float:
         chosen = range(len(self.steps[0].scales)) if samples is None else samples
         spent = [
             {0: 0, **costs}[step.scales[i]] * step.share(i) * (self.reused_share if i in step.reused else 1)
-            + correction * (i in step.corrected)
             for step in self.steps
             for i in chosen
         ]
@@ -96,8 +89,7 @@ class Report:
 
     def priced(self, costs: Mapping[int, float]) -> Report:
         """The same run with the costs of another model: scale -> work of a step in full steps."""
-        flops = {scale: costs[scale] for scale in self.flops}
-        return replace(self, flops=flops, correction_flops=self.correction_flops / self.flops[1])
+        return replace(self, flops={scale: costs[scale] for scale in self.flops})
 
     def strip(self, sample: int = 0) -> str:
         """The schedule of one sample on a line, such as ``1 1 1 4 (4) 2 - 1``.
@@ -117,7 +109,6 @@ class Report:
             "step_seconds": [step.seconds for step in self.steps],
             "tokens": dict(self.tokens),
             "flops": dict(self.flops),
-            "correction_flops": self.correction_flops,
             "tokens_fraction": self.tokens_fraction,
             "flops_fraction": self.flops_fraction,
             "seconds": self.seconds,

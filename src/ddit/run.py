@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddit.config import PatchSchedule
-from ddit.patches import period, same, scatter_rows
+from ddit.patches import period, same
 from ddit.report import Step
 from ddit.schedule import Policy, StepContext, difference, project, statistics
 
@@ -35,13 +35,9 @@ class Skipping(Protocol):
         latents: Tensor,
         velocity: Tensor,
         sigma: float,
-        end: float,
-        hidden: Tensor | None = None,
     ) -> None: ...
 
-    def forecast(
-        self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor
-    ) -> tuple[Tensor, Sequence[int]]: ...
+    def forecast(self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor: ...
 
     def forget(self) -> None: ...
 
@@ -112,24 +108,18 @@ class RunState:
     """Per sample, how many of these the model answered."""
     velocities: list[list[Tensor]] = field(default_factory=list)
     """Answers of the last steps, newest last, where the next move of the path has to be projected onto them."""
-    end: float = 0.0
-    """Noise level where the current step ends."""
     scales: list[int] = field(default_factory=list)
     """Decision on the current step: the scale of each sample, 0 where the model is not called."""
     cached: set[int] = field(default_factory=set)
     """Samples that a cache answered for in the current call."""
     cached_in_step: set[int] = field(default_factory=set)
     """The same of all passes of the current step: what a cache says is no evidence of what has changed."""
-    hidden: Tensor | None = None
-    """What the model's last layer read in the current call ``[B, N, width]``, for a corrector."""
     chosen: list[list[int]] = field(default_factory=list)
     """What the policy chose for each step: `scales` without the skipped ones."""
     steps: list[Step] = field(default_factory=list)
     """Record of all steps, the current one last."""
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Scale -> arguments of one sample's call without data: costs are counted from these when asked for."""
-    correction_flops: int = 0
-    """FLOPs of what a corrector makes of one sample's called step."""
     broken: bool = False
     """Whether latents held NaN or infinity."""
     forced: str | None = None
@@ -151,7 +141,7 @@ class RunState:
 
     def finished(self) -> RunState:
         """The same record without the latents."""
-        kept = {name: getattr(self, name) for name in ("steps", "examples", "correction_flops", "forced")}
+        kept = {name: getattr(self, name) for name in ("steps", "examples", "forced")}
         return RunState(self.policy, self.measure, **kept)
 
     def repeats(self, z: Tensor, sigma: float) -> bool:
@@ -193,8 +183,8 @@ class RunState:
         stats = self._statistics(len(z), patch_size)
         self.broken = self.broken or any(math.isnan(value) for sample in stats for value in sample.values())
         self.levels = [*self.levels, sigma][-2:]
-        self.end, told = self._end(), (self.sigmas, spent, self.costs, self.chosen)
-        context = StepContext(len(self.steps), self.total, stats, sigma, *told, self.end, self.remembers)
+        told = (self.sigmas, spent, self.costs, self.chosen, self._end(), self.remembers)
+        context = StepContext(len(self.steps), self.total, stats, sigma, *told)
         chosen, allowed = self._choose(context), self.policy.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
@@ -270,15 +260,7 @@ class RunState:
     def forecast(self, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor:
         """What the model would answer in this pass to some samples ``[len(samples), C, ..., H, W]``."""
         assert self.skipper is not None, "skipped"
-        velocity, encoded = self.skipper.forecast(self.passes, samples, z, sigma)
-        if encoded and self.passes == 0:  # passes count once, as for all costs
-            step = self.steps[-1]
-            self.steps[-1] = replace(step, corrected=step.corrected | set(encoded))
-        return velocity
-
-    def heard(self, samples: Sequence[int], hidden: Tensor) -> None:
-        """Keep what the model's last layer read in a full call ``[len(samples), N, width]``."""
-        self.hidden = scatter_rows(hidden, samples, len(self.scales), self.hidden)
+        return self.skipper.forecast(self.passes, samples, z, sigma)
 
     def reused(self, samples: Sequence[int]) -> None:
         """Record that a cache answered for these samples in this call; as costs, guidance passes count once."""
@@ -302,10 +284,8 @@ class RunState:
                 self._seen.float(),
                 velocity.float(),
                 self.levels[-1],
-                self.end,
-                self.hidden,
             )
-        self.cached, self.hidden = set(), None
+        self.cached = set()
         if self.path.keep and self._seen.dtype != torch.float32:
             alike = period(self._seen)
             self.velocities[-1] += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]

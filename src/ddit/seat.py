@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ddit.caches import Cache
 from ddit.models.base import Architecture
@@ -96,19 +95,6 @@ class Seat:
         if inside or later:
             return "the transformer was compiled as a whole after ddit.apply, and is not compiled now: apply ddit again"
         return None
-
-    def whole(self, tokens: Tensor) -> Tensor:
-        """What a layer sees of the tokens ``[B, N, width]``, of all devices among which they are spread."""
-        spread = getattr(self._parallel, "context_parallel_config", None)
-        if spread is None:
-            return tokens
-        # Private to diffusers, so imported where they are needed only.
-        from diffusers.hooks.context_parallel import ContextParallelGatherHook
-        from diffusers.models._modeling_parallel import ContextParallelOutput
-
-        plan: Any = [ContextParallelOutput(gather_dim=1)]
-        gathered: Any = ContextParallelGatherHook(plan, spread).post_forward(self.transformer, tokens)
-        return gathered
 
     def remove(self) -> None:
         """Give the transformer back as it was."""

@@ -12,7 +12,7 @@ from ddit.app.study import Study
 from ddit.config import PatchSchedule
 from ddit.pipelines import outputs
 from ddit.pipelines.generate import Method, Run, draws_video, run, warm_up
-from ddit.pipelines.loading import check_prompt, load_adapter, load_corrector
+from ddit.pipelines.loading import check_prompt, load_adapter
 from ddit.pipelines.methods import SKIP, make_method
 from ddit.preset import Preset
 from ddit.report import Report
@@ -99,7 +99,7 @@ class Studio:
     settings: dict[str, Any]
     """Arguments of the pipeline's call."""
     load: dict[str, str] = field(default_factory=dict)
-    """``dtype`` and ``device`` of adapters and correctors."""
+    """``dtype`` and ``device`` of adapters."""
     kept: dict[tuple[str, int, int], Run] = field(default_factory=dict)
     """Plain runs by prompt, seed and steps."""
 
@@ -150,11 +150,7 @@ class Studio:
         return Drawn(plain, dynamic, method)
 
     def _method(self, words: dict[str, Any]) -> Method:
-        loaders: dict[str, Any] = {
-            "load_adapter": partial(load_adapter, **self.load),
-            "load_corrector": partial(load_corrector, **self.load),
-        }
-        return make_method(words, self.preset, **loaders)
+        return make_method(words, self.preset, load_adapter=partial(load_adapter, **self.load))
 
 
 def draw_pairs(

@@ -79,9 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add_app(commands)
     add_measure(commands)
 
-    learn = add_command(
-        commands, "train", _train, "distil an adapter, or a corrector, from a frozen model; resumes where it stopped"
-    )
+    learn = add_command(commands, "train", _train, "distil an adapter from a frozen model; resumes where it stopped")
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
     learn.add_argument("--dry-run", action="store_true", help="only count parameters and memory; needs no weights")
     learn.add_argument("--json", type=Path, help="write the curves of loss and validation; with --dry-run, the figures")

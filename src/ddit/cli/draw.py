@@ -64,7 +64,6 @@ def method_options(command: argparse.ArgumentParser) -> None:
     skip = command.add_argument_group("skip", "in which steps the model is not called (default: in none)")
     for word, text in SKIP_HELP.items():
         add_flag(skip, SkipSchedule, SKIP[word], text, name=word)
-    skip.add_argument("--corrector", help="folder or hub id of a corrector of forecasts (default: none)")
     command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
 
 
@@ -144,11 +143,10 @@ def _demo(args: argparse.Namespace) -> None:
     from ddit.pipelines import loading, outputs
 
     pipe, preset = loading.load_pipeline("embedded")
-    load = {"load_adapter": loading.load_adapter, "load_corrector": loading.load_corrector}
     methods = {
         "plain": None,
-        "patches": make_method({}, preset, **load),
-        "patches + skip": make_method({"patches": "rule", "speedup": 3}, preset, **load),
+        "patches": make_method({}, preset, load_adapter=loading.load_adapter),
+        "patches + skip": make_method({"patches": "rule", "speedup": 3}, preset, load_adapter=loading.load_adapter),
     }
     print(f"{DEMO_PROMPT!r}: {', '.join(methods)}, by turns", flush=True)
     drawn = lib.by_turns(pipe, [DEMO_PROMPT], [0], lib.call_settings(preset), methods, repeats=3)

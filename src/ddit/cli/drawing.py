@@ -52,7 +52,6 @@ class Drawing:
             words,
             preset,
             load_adapter=partial(loading.load_adapter, **load),
-            load_corrector=partial(loading.load_corrector, **load),
         )
         settings = lib.call_settings(preset, **call_options(args))
         lib.check_call(pipe, settings)

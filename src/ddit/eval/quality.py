@@ -53,7 +53,7 @@ def parse_entry(text: str, run_steps: int, make: MakeMethod) -> Entry:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"{item!r} in method {text!r} is not word=value")
-        values[key] = value if key in ("adapter", "corrector", "cache", "patches") else _value(value)
+        values[key] = value if key in ("adapter", "cache", "patches") else _value(value)
     run_steps = values.pop("run_steps", run_steps)
     if not isinstance(run_steps, int) or run_steps < 1:
         raise ValueError(f"run_steps is {run_steps!r} in method {text!r}; it must be a whole number above 0")

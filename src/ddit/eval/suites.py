@@ -22,11 +22,10 @@ from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.models import architecture_for
 from ddit.pipelines.generate import Method, call_settings, check_call, draws_video
 from ddit.pipelines.known import cost_ratios
-from ddit.pipelines.loading import load_adapter, load_corrector, load_pipeline
+from ddit.pipelines.loading import load_adapter, load_pipeline
 from ddit.pipelines.methods import make_method
 from ddit.pipelines.sounds import refuse_sound
 from ddit.preset import Preset
-from ddit.skip.corrector import ForecastCorrector
 from ddit.util.files import write_json, write_text
 
 DEFAULT_METHODS = (
@@ -274,14 +273,14 @@ def subject_of(pipe: Any) -> Subject:
 def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Entry]) -> dict[str, Any]:
     """All that the pictures of a suite depend on."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    parts = [() if m.method is None else (m.method.adapter, m.method.corrector) for m in methods]
-    learnt = [[digest(part) for part in pair if part is not None] for pair in parts]
+    adapters = [None if m.method is None else m.method.adapter for m in methods]
+    learnt = [None if adapter is None else digest(adapter) for adapter in adapters]
     return {
         **{k: str(v) for k, v in asdict(config).items() if k not in ("methods", "out")},
         "model": [digest(m) for m in modules],
         "methods": [
-            (m.name, m.run_steps, m.method and repr((m.method.patches, m.method.skip, m.method.cache)), digests)
-            for m, digests in zip(methods, learnt, strict=True)
+            (m.name, m.run_steps, m.method and repr((m.method.patches, m.method.skip, m.method.cache)), own)
+            for m, own in zip(methods, learnt, strict=True)
         ],
     }
 
@@ -293,12 +292,8 @@ def _method_maker(config: SuiteConfig, preset: Preset) -> quality.MakeMethod:
     def adapter(name: str) -> PatchAdapter:
         return load_adapter(name, dtype=config.dtype, device=config.device)
 
-    @cache
-    def corrector(name: str) -> ForecastCorrector:
-        return load_corrector(name, dtype=config.dtype, device=config.device)
-
     def make(values: dict[str, Any]) -> Method:
         named = {"adapter": config.adapter, **values} if values.get("patches") != "full" else values
-        return make_method(named, preset, load_adapter=adapter, load_corrector=corrector)
+        return make_method(named, preset, load_adapter=adapter)
 
     return make

@@ -46,7 +46,7 @@ class Lumina2(Architecture):
     def read(self, inputs: Inputs) -> Noisy:
         self.check_patch_size()
         if len(inputs["encoder_attention_mask"].sum(1).unique()) > 1:
-            # An adapter and a corrector could not tell where in the sequence each image lies.
+            # An adapter could not tell where in the sequence each image lies.
             raise UnsupportedCall("prompts of several lengths lie in one call; give one at a time (batch 1)")
         return Noisy(inputs["hidden_states"], self.sigma(inputs))
 

@@ -25,7 +25,6 @@ from ddit.models.base import Inputs, first
 from ddit.preset import Preset, for_batch
 from ddit.report import Report
 from ddit.schedule import Policy
-from ddit.skip.corrector import ForecastCorrector
 from ddit.util.kinds import fits, told
 
 OnStep = Callable[[int, int, list[int]], None]
@@ -51,7 +50,6 @@ class Method:
     patches: Patches | Policy | None = None
     skip: SkipSchedule | None = None
     adapter: PatchAdapter | None = None
-    corrector: ForecastCorrector | None = None
     cache: CacheConfig | None = None
     preset: Preset | None = None
 

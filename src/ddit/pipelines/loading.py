@@ -1,4 +1,4 @@
-"""Models by name: pipelines, adapters and correctors from folders, from the hub, or those that ship with ddit."""
+"""Models by name: pipelines and adapters from folders, from the hub, or those that ship with ddit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from ddit.adapter import PatchAdapter
 from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER, VIDEO_ADAPTER_FOLDER, VIDEO_MODEL_FOLDER
 from ddit.pipelines import modular
 from ddit.preset import Preset
-from ddit.pretrained import Part
-from ddit.skip.corrector import ForecastCorrector
 from ddit.util.tell import warn
 
 EMBEDDED: dict[str, Path] = {"embedded": MODEL_FOLDER, "embedded-video": VIDEO_MODEL_FOLDER}
@@ -103,23 +101,11 @@ def load_adapter(name: str, *, dtype: str = "float32", device: str = "cpu") -> P
     Raises:
         ValueError: When there is none, or its files are damaged.
     """
-    return _load_part(PatchAdapter, str(ADAPTERS.get(name, name)), dtype, device)
-
-
-def load_corrector(name: str, *, dtype: str = "float32", device: str = "cpu") -> ForecastCorrector:
-    """A corrector from a folder or a hub id.
-
-    Raises:
-        ValueError: When there is none, or its files are damaged.
-    """
-    return _load_part(ForecastCorrector, name, dtype, device)
-
-
-def _load_part(kind: type[Part], name: str, dtype: str, device: str) -> Part:
-    if not Path(name).exists() and name.count("/") != 1:
-        raise ValueError(f"there is no folder {name!r} with {kind.noun}, and it is no hub id (owner/name) either")
-    part: Any = kind.from_pretrained(name, dtype=getattr(torch, dtype))
-    return part.to(device)
+    folder = str(ADAPTERS.get(name, name))
+    if not Path(folder).exists() and folder.count("/") != 1:
+        raise ValueError(f"there is no folder {folder!r} with an adapter, and it is no hub id (owner/name) either")
+    adapter: Any = PatchAdapter.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return adapter.to(device)
 
 
 def check_prompt(prompt: str, model: str) -> None:

@@ -19,18 +19,18 @@ RULE = tuple(field.name for field in fields(PatchSchedule) if field.name != "coa
 COARSE = tuple(field.name for field in fields(Coarse))
 SKIP = {"speedup": "speedup", "quality": "quality", "skip_threshold": "threshold"}
 """Word -> field of `SkipSchedule`."""
-WORDS = ("patches", "schedule", *RULE, *COARSE, *SKIP, "adapter", "corrector", "cache")
+WORDS = ("patches", "schedule", *RULE, *COARSE, *SKIP, "adapter", "cache")
 """All words."""
 
 Loader = Callable[[str], Any]
 
 
-def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Loader, load_corrector: Loader) -> Method:
+def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Loader) -> Method:
     """Settings by name, to what they stand for; what is not given is the preset's.
 
     Args:
         values: Word (`WORDS`) -> value.
-        load_adapter, load_corrector: Called with a name.
+        load_adapter: Called with a name.
 
     Raises:
         ValueError: For unknown words, and words that have no meaning together.
@@ -43,23 +43,17 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
         raise ValueError(f"unknown settings {unknown}; allowed are {', '.join(WORDS)}")
     given = {name: value for name, value in values.items() if value is not None}
     suits = given.get("patches", "rule") == "rule" and not set(COARSE) & set(given)
-    names = {"adapter": given.get("adapter", preset.adapter if suits else ""), "corrector": given.get("corrector")}
-    loaded = {"adapter": load_adapter, "corrector": load_corrector}
-    parts = {kind: None if name in (None, "", "none") else loaded[kind](name) for kind, name in names.items()}
+    name = given.get("adapter", preset.adapter if suits else "")
+    adapter = None if name in ("", "none") else load_adapter(name)
     cache = make_cache(given["cache"], preset.teacache) if "cache" in given else None
     patches = None if planned_jointly(given, preset) else patches_of(given, preset)
-    return Method(patches=patches, skip=skip_of(given), cache=cache, preset=preset, **parts)
+    return Method(patches=patches, skip=skip_of(given), adapter=adapter, cache=cache, preset=preset)
 
 
 def planned_jointly(given: Mapping[str, Any], preset: Preset) -> bool:
     """Whether a wish is planned over patches and skipping: nothing is said of patches, and there is a profile."""
     said = {"patches", "schedule", *RULE, *COARSE} & set(given)
-    return (
-        bool({"speedup", "quality"} & set(given))
-        and not said
-        and preset.profile is not None
-        and given.get("corrector", "none") == "none"
-    )
+    return bool({"speedup", "quality"} & set(given)) and not said and preset.profile is not None
 
 
 def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:

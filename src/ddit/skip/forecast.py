@@ -7,7 +7,7 @@ Letters: B samples, C channels, H and W latent height and width, sigma the noise
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -22,8 +22,6 @@ BEND = 0.25
 nearer they come to the picture. Chosen on tuning prompts of the embedded model."""
 FINEST = 1e-3
 """Step of the noise levels that models are trained on; added to what is divided by, so that pure noise is finite."""
-CLOSEST = 0.05
-"""Least distance in lambda between called steps that is divided by."""
 SPLIT = 2
 """Pooling by this tells layout, which follows forecast velocities, from detail, which follows clean latents."""
 
@@ -148,40 +146,13 @@ class Reference:
     """The model's answer ``[B, C, ..., H, W]``, and that of the called step before."""
     clean: Line
     """Clean latents that both steps predicted."""
-    bend: Tensor | None = None
-    """How much the line of the reference before was off here, as four second divided differences over lambda, for a
-    corrector; zero where that one had no line."""
-    step: Tensor | None = None
-    """Distance in lambda to the next step ``[B]``, for the same."""
-    hidden: Tensor | None = None
-    """What the model's last layer read there ``[B, N, width]``, for the same."""
-    correction: Tensor | None = None
-    """What a corrector made of all this."""
 
     @classmethod
-    def after(
-        cls,
-        latents: Tensor,
-        sigma: Tensor,
-        velocity: Tensor,
-        before: Reference | None = None,
-        *,
-        end: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> Reference:
-        """The reference that a called step makes, on lines through the one before.
-
-        Args:
-            end: Noise level ``[B]`` where the step ends, if a corrector will look at it.
-            hidden: See `hidden`; likewise.
-        """
+    def after(cls, latents: Tensor, sigma: Tensor, velocity: Tensor, before: Reference | None = None) -> Reference:
+        """The reference that a called step makes, on lines through the one before."""
         level, clean = half_log_snr(sigma), latents - expand(sigma, latents) * velocity
         straight = Line.through(velocity, level, before.velocity if before else None)
-        made = cls(sigma, straight, Line.through(clean, level, before.clean if before else None), hidden=hidden)
-        if end is not None:
-            made.step = half_log_snr(end) - level
-            made.bend = _bend(clean, level, before.clean) if before else torch.zeros_like(clean)
-        return made
+        return cls(sigma, straight, Line.through(clean, level, before.clean if before else None))
 
     def forecast(self, z: Tensor, sigma: Tensor) -> Tensor:
         """What the model would answer to latents ``[B, C, ..., H, W]`` at a noise level ``[B]``; float32.
@@ -197,24 +168,10 @@ class Reference:
         answer = detail((padded - clean).div_(expand(sigma, padded)).sub_(velocity), SPLIT).add_(velocity)
         return crop(answer, *z.shape[2:])
 
-    def detach(self) -> Reference:
-        """The same without gradients."""
-        return self._of_each(Tensor.detach)
-
     def rows(self, index: Sequence[int]) -> Reference:
         """The same for some samples of the batch."""
         rows = list(index)
-        return self if len(rows) == len(self.sigma) else self._of_each(lambda part: part[rows])
-
-    def _of_each(self, change: Callable[[Tensor], Tensor]) -> Reference:
-        """What becomes of all parts but the correction."""
-        velocity, clean = (Line(*map(change, line.parts)) for line in (self.velocity, self.clean))
-        bend, step, hidden = (None if part is None else change(part) for part in (self.bend, self.step, self.hidden))
-        return Reference(change(self.sigma), velocity, clean, bend, step, hidden)
-
-
-def _bend(value: Tensor, level: Tensor, before: Line) -> Tensor:
-    """See `Reference.bend`."""
-    ahead, apart = level - before.level, before.level - before.previous_level
-    size = torch.where(apart > 0, 4 / (ahead.clamp_min(CLOSEST) * (ahead + apart).clamp_min(CLOSEST)), 0)
-    return (value - before.at(level)) * expand(size, value)
+        if len(rows) == len(self.sigma):
+            return self
+        velocity, clean = (Line(*(part[rows] for part in line.parts)) for line in (self.velocity, self.clean))
+        return Reference(self.sigma[rows], velocity, clean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -118,14 +119,12 @@ class SkipPlan:
 
     Args:
         speedup: Times less work than a plain run of as many steps.
-        correction: Work of a corrector for each gap between called steps, in calls of the model.
     """
 
     watches = False
 
-    def __init__(self, speedup: float, correction: float = 0.0) -> None:
+    def __init__(self, speedup: float) -> None:
         self.speedup = speedup
-        self.correction = correction
         self._plans: list[set[int]] = []
         self._expected: list[float] = []
         """Per sample, what its plan expected to have cost by now, in full steps."""
@@ -157,17 +156,12 @@ class SkipPlan:
         """Numbers of the called steps of a run of full steps, whose work comes as near to the budget as steps can."""
         total = len(sigmas)
         warmup = min(WARMUP, total)
-
-        def work(count: int) -> float:
-            """Of a run with so many called steps after the warm-up, each of which may begin a gap, as that does."""
-            return warmup + count + min(count + 1, total - warmup - count) * self.correction
-
-        if self.speedup > total / work(0) + 1e-9:
+        if self.speedup > total / warmup + 1e-9:
             warn(
                 f"a speedup of {self.speedup:g} can't be reached with {total} steps, of which {warmup} are warm-up: "
-                f"the most is {total / work(0):.2f}; take fewer steps instead"
+                f"the most is {total / warmup:.2f}; take fewer steps instead"
             )
-        count = min(range(total - warmup + 1), key=lambda n: (abs(work(n) - total / self.speedup), -n))
+        count = min(max(math.floor(total / self.speedup + 0.5) - warmup, 0), total - warmup)
         return {*range(warmup), *places(sigmas, warmup - 1, count)}
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, TypeVar, cast
 
-import torch
 from torch import Tensor
 
-from ddit.patches import scatter_rows, where_rows
+from ddit.patches import where_rows
 from ddit.schedule import StepContext
 from ddit.skip.forecast import Line, Reference
 from ddit.skip.policy import SkipPolicy
 
 if TYPE_CHECKING:  # without one, skipping needs no diffusers
-    from ddit.skip.corrector import ForecastCorrector
+    pass
 
 Values = TypeVar("Values", Tensor, Line, Reference)
 
@@ -31,9 +30,6 @@ class PassMemory:
         """Per sample, how its reference was computed (which patches)."""
         self.count: list[int] = []
         """Per sample, called steps in a row that were computed so."""
-        self.correction: Tensor | None = None
-        self.corrected: set[int] = set()
-        """Samples whose present reference ``correction`` is about."""
 
     def alike(self, kinds: Sequence[Hashable], since: Sequence[int]) -> list[bool]:
         """Per sample, whether its reference is of the same kind, and no older than the last called step."""
@@ -51,7 +47,6 @@ class PassMemory:
             if called:
                 self.count[i] = self.count[i] + 1 if alike[i] else 1
                 self.step[i], self.kind[i] = step, kinds[i]
-        self.corrected -= {i for i, called in enumerate(now) if called}
 
 
 class Skipper:
@@ -59,12 +54,10 @@ class Skipper:
 
     Args:
         policy: Wishes to skip.
-        corrector: Corrects forecasts, attached to the model.
     """
 
-    def __init__(self, policy: SkipPolicy, corrector: ForecastCorrector | None = None) -> None:
+    def __init__(self, policy: SkipPolicy) -> None:
         self.policy = policy
-        self.corrector = corrector
         self._passes: list[PassMemory] = []
         self._called: list[int] = []
         """Per sample, the last step in which the model answered the first pass."""
@@ -110,8 +103,6 @@ class Skipper:
         latents: Tensor,
         velocity: Tensor,
         sigma: float,
-        end: float,
-        hidden: Tensor | None = None,
     ) -> None:
         """The model answered some samples in a pass.
 
@@ -119,8 +110,7 @@ class Skipper:
             called: Per sample, whether it did, and no cache for it.
             kinds: Per sample, how (which patches).
             latents, velocity: ``[B, C, ..., H, W]``, float32.
-            sigma, end: Noise level of this step and of the next.
-            hidden: What the model's last layer read ``[B, N, width]``, for a corrector.
+            sigma: Noise level of this step.
         """
         self._active = which + 1
         while len(self._passes) <= which:
@@ -128,35 +118,24 @@ class Skipper:
         if not any(called):
             return
         memory, level = self._passes[which], latents.new_full((len(latents),), sigma)
-        until = None if self.corrector is None else torch.full_like(level, end)
         before, alike = memory.reference, [False] * len(called)
         if before is not None:
             # Where the patches changed, the pass was away, or there was nothing yet, the line starts anew.
-            flat = Reference.after(latents, level, velocity, end=until)
+            flat = Reference.after(latents, level, velocity)
             alike = memory.alike(kinds, self._before if which else self._called)
             before = _where(alike, before, flat)
-        made = Reference.after(latents, level, velocity, before, end=until, hidden=hidden)
+        made = Reference.after(latents, level, velocity, before)
         memory.renew(called, made, step, kinds, alike)
         if which == 0:
             pairs = zip(called, self._called, self._before, strict=True)
             self._before = [last if now else before for now, last, before in pairs]
             self._called = [step if now else old for now, old in zip(called, self._called, strict=True)]
 
-    def forecast(self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor) -> tuple[Tensor, list[int]]:
-        """What the model would answer to ``z [len(samples), C, ..., H, W]``, and which samples were encoded anew."""
-        memory = self._passes[which]
-        assert memory.reference is not None, "a pass that is ready has a reference"
-        velocity = (reference := memory.reference.rows(samples)).forecast(z, sigma)
-        if self.corrector is None:
-            return velocity, []
-        new = [i for i in samples if i not in memory.corrected]
-        if new:
-            made = self.corrector.encode(memory.reference.rows(new))
-            memory.correction = scatter_rows(made, new, len(memory.step), memory.correction)
-            memory.corrected |= set(new)
-        assert memory.correction is not None
-        known = memory.correction if len(samples) == len(memory.step) else memory.correction[list(samples)]
-        return self.corrector.correct(velocity, sigma, replace(reference, correction=known)), new
+    def forecast(self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor:
+        """What the model would answer to ``z [len(samples), C, ..., H, W]``."""
+        reference = self._passes[which].reference
+        assert reference is not None, "a pass that is ready has a reference"
+        return reference.rows(samples).forecast(z, sigma)
 
 
 def _where(chosen: Sequence[bool], new: Values, old: Values) -> Values:

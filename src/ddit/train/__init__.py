@@ -1,1 +1,1 @@
-"""Distil an adapter, or a corrector, from a frozen base: ``ddit train``."""
+"""Distil an adapter from a frozen base: ``ddit train``."""

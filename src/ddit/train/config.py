@@ -17,26 +17,11 @@ Precision = Literal["no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
 
-OF_PATCHES = (
-    "images",
-    "adapter",
-    "scales",
-    "rank",
-    "start",
-    "positions",
-    "residual",
-    "size_vector",
-    "min_sigma",
-    "weighting",
-)
-"""Fields that mean nothing to a corrector."""
-OF_CORRECTOR = ("speedups",)
-"""Fields that mean nothing to an adapter for large patches."""
 LIVE = ("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out")
 """Fields that may change when a run is resumed."""
 FROM_ONE = (
     *("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep", "validate_every"),
-    *("validation", "count", "height", "width"),
+    *("validation", "count", "height", "width", "sample_steps"),
 )
 """Fields that are whole numbers of at least 1, where they are given."""
 FROM_ZERO = ("rank", "lr_warmup", "pictures", "seed")
@@ -51,7 +36,7 @@ class TrainConfig:
     """
 
     out: str = "runs/adapter"
-    """Folder of the run: samples, checkpoints, log, and the result in ``adapter`` or ``corrector``."""
+    """Folder of the run: samples, checkpoints, log, and the result in ``adapter``."""
     model: str = "embedded"
     """Base: folder or hub id of a diffusers pipeline."""
     prompts: str | None = None
@@ -64,15 +49,12 @@ class TrainConfig:
     """Folder of the samples; by default ``samples`` in ``out``. Runs may share one."""
     count: int | None = None
     """Number of prompts or pictures taken; by default all."""
-    sample_steps: tuple[int, ...] | None = None
-    """Denoising steps of a sample; by default the model's own. A corrector may learn from several: each prompt is drawn
-    with each, and drawn anew as often as it has steps."""
+    sample_steps: int | None = None
+    """Denoising steps of a sample; by default the model's own."""
     sample_batch: int = 8
     """Samples drawn at once."""
     shard: int = 64
     """Samples per file."""
-    speedups: tuple[float, float] = (2.0, 6.0)
-    """Of a corrector: lowest and highest speedup of the runs that it learns from; each draws one between."""
     height: int | None = None
     width: int | None = None
 
@@ -83,9 +65,6 @@ class TrainConfig:
     min_sigma: tuple[float, ...] | None = None
     """Lowest noise level that each of ``scales`` is trained at, in their order: where schedules use it, as training a
     size at all levels hurts it (PPFlow, arXiv 2506.23543). By default 0.3 for 2, 0.6 for 4, 0.9 for 8."""
-    corrector: bool = False
-    """Train a `ddit.ForecastCorrector`, which corrects forecasts of skipped steps, instead of an adapter for large
-    patches."""
     rank: int = 32
     """Rank of LoRA; 0 leaves it out."""
     start: Start = "noise-consistent"
@@ -142,10 +121,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for name in ("scales", "min_sigma", "speedups", "sample_steps"):
+        for name in ("scales", "min_sigma"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        self._refuse_idle()
         powers = all(s >= 2 and not s & (s - 1) for s in self.scales)
         if not self.scales or not powers or len(set(self.scales)) < len(self.scales):
             raise ValueError(f"scales are {self.scales}; they must be distinct powers of two above 1")
@@ -154,8 +132,6 @@ class TrainConfig:
             raise ValueError(
                 f"min_sigma is {lowest}; it must have a number from 0 to below 1 for each of {self.scales}"
             )
-        if self.sample_steps is not None:
-            self._check_sample_steps(self.sample_steps)
         for low, names in ((1, FROM_ONE), (0, FROM_ZERO)):
             for name in names:
                 if getattr(self, name) is not None:
@@ -163,30 +139,10 @@ class TrainConfig:
         for name, high in (("ema", 1.0), ("weight_decay", math.inf), ("clip", math.inf)):
             if not 0 <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a number from 0 to {high:g}")
-        if not 1 < self.speedups[0] <= self.speedups[1] < math.inf:
-            raise ValueError(f"speedups are {self.speedups}; they must be two numbers above 1, the lower one first")
         if self.images is not None and self.prompts is not None:
             raise ValueError("pictures bring prompts of their own; leave prompts (--prompts) or images (--images) out")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr!r}; it must be a number above 0")
-
-    def _check_sample_steps(self, steps: tuple[int, ...]) -> None:
-        for number in steps:
-            _at_least("sample_steps", number, 1)
-        if len(set(steps)) != len(steps) or not steps:
-            raise ValueError(f"sample_steps are {steps}; they must be distinct, and one at least")
-        if not self.corrector and len(steps) > 1:
-            raise ValueError(f"an adapter for large patches learns from runs of one number of steps, not {steps}")
-
-    def _refuse_idle(self) -> None:
-        """Refuse what would have no effect on the kind of part that is trained."""
-        kind, foreign = (
-            ("a corrector", OF_PATCHES) if self.corrector else ("an adapter for large patches", OF_CORRECTOR)
-        )
-        idle = [field.name for field in fields(self) if field.name in foreign]
-        idle = [name for name in idle if getattr(self, name) != type(self).__dataclass_fields__[name].default]
-        if idle:
-            raise ValueError(f"{kind} has no {', '.join(idle)}; leave that out, or train the other kind (--corrector)")
 
     def _check_kinds(self) -> None:
         """Refuse values that are not of the kind of their field."""
@@ -216,12 +172,9 @@ class TrainConfig:
         return {**{name: getattr(self, name) for name in names}, "min_sigma": self.lowest}
 
     @property
-    def samples_folders(self) -> dict[Path, int | None]:
-        """Folder of samples -> their number of steps, where it was asked for."""
-        folder = Path(self.samples) if self.samples else Path(self.out) / "samples"
-        if self.sample_steps is None or len(self.sample_steps) == 1:
-            return {folder: self.sample_steps and self.sample_steps[0]}
-        return {folder / f"{number}-steps": number for number in self.sample_steps}
+    def samples_folder(self) -> Path:
+        """Where the samples lie."""
+        return Path(self.samples) if self.samples else Path(self.out) / "samples"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all fields."""

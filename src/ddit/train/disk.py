@@ -29,7 +29,7 @@ def check_settings(config: TrainConfig, saved: Path) -> None:
 
 def result_folder(config: TrainConfig) -> Path:
     """Where the result of a run lies."""
-    return Path(config.out) / ("corrector" if config.corrector else "adapter")
+    return Path(config.out) / "adapter"
 
 
 def saved_step(folder: Path) -> int | None:

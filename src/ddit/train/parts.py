@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ddit.adapter import PatchAdapter
-from ddit.skip.corrector import ForecastCorrector
 from ddit.train.config import TrainConfig
 from ddit.util.extras import require
 
@@ -50,17 +49,14 @@ def earlier_adapter(transformer: Any, config: TrainConfig) -> PatchAdapter | Non
     return earlier
 
 
-def new_part(
+def new_adapter(
     transformer: Any,
     config: TrainConfig,
     *,
-    sampler: str | None = None,
     detail_variance: Mapping[int, Sequence[float]] | None = None,
     earlier: PatchAdapter | None = None,
-) -> PatchAdapter | ForecastCorrector:
+) -> PatchAdapter:
     """What is to be trained, for a transformer; an earlier adapter lends its weights."""
-    if config.corrector:
-        return ForecastCorrector.for_model(transformer, sampler=sampler)
     adapter = PatchAdapter.for_model(transformer, **config.adapter_settings, detail_variance=detail_variance)
     if earlier is not None:
         adapter.load_state_dict(earlier.state_dict())

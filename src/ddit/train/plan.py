@@ -1,4 +1,4 @@
-"""What training an adapter or a corrector takes, counted on the meta device from the configuration of the base."""
+"""What training an adapter takes, counted on the meta device from the configuration of the base."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ddit.coarse import call_at
 from ddit.models import architecture_for
 from ddit.pipelines.known import example, meta_transformer
 from ddit.train.config import TrainConfig
-from ddit.train.parts import make_optimizer, new_part
+from ddit.train.parts import make_optimizer, new_adapter
 
 
 def plan(config: TrainConfig) -> dict[str, Any]:
     """Parameters, and bytes that stay on the device throughout (activations come on top).
 
-    For an adapter and a size, also operations: of one call of the base, and of one optimiser step. That is a forward of
+    For a size, also operations: of one call of the base, and of one optimiser step. That is a forward of
     the coarse call, a backward as long (the base's weights get no gradients), and one more forward with gradient
     checkpointing.
 
@@ -28,10 +28,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     """
     transformer = meta_transformer(config.model)
     with torch.device("meta"):
-        trainee = new_part(transformer, config)
+        trainee = new_adapter(transformer, config)
     parts: dict[str, int] = {}
     for name, p in trainee.named_parameters():
-        part = "path" if config.corrector else name.split(".")[2]
+        part = name.split(".")[2]
         parts[part] = parts.get(part, 0) + p.numel()
     trained = sum(parts.values())
     started = sum(p.numel() for name, p in trainee.named_parameters() if _STARTED.search(name))
@@ -46,7 +46,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         "optimizer": round(4 * state),
         "ema": 4 * trained if config.ema else 0,
     }
-    sized = config.height is not None and config.width is not None and not config.corrector
+    sized = config.height is not None and config.width is not None
     return {
         **({"work": _work(config, transformer, trainee)} if sized else {}),
         "base": type(transformer).__name__,
@@ -77,7 +77,7 @@ def _work(config: TrainConfig, transformer: nn.Module, adapter: Any) -> dict[str
     return {"full_call": full, "optimizer_step": step, "steps": config.steps, **hours}
 
 
-_STARTED = re.compile(r"down\.weight|path\.(first|mix|levels\.[02])\.")
+_STARTED = re.compile(r"down\.weight")
 """Names of parameters that are not zero at first."""
 
 

@@ -1,7 +1,7 @@
 """What an adapter is distilled on: runs of the base, and what the base says at each of their steps.
 
 Plain runs, or noised pictures of the user's: the latents of every step, and what the base answered there, so that
-training asks no teacher. A corrector runs anew from plain runs (`ddit.train.sampler`). Sharded safetensors, resumable.
+training asks no teacher. Sharded safetensors, resumable.
 """
 
 from __future__ import annotations
@@ -190,29 +190,24 @@ def _prompts(path: Path, asked: dict[str, Any], prompts: list[str] | None) -> li
     return prompts
 
 
-def draw_sets(
-    config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, source: Source
-) -> list[Samples]:
-    """The samples of each number of steps, drawn where they are missing, each process its share."""
-    sets = []
-    for folder, number in config.samples_folders.items():
-        settings = call_settings(preset, num_inference_steps=number, height=config.height, width=config.width)
-        check_call(pipe, settings)
-        drawn = draw_samples(
-            folder,
-            pipe,
-            settings,
-            source.prompts,
-            batch=config.sample_batch,
-            shard=config.shard,
-            seed=config.seed,
-            pictures=source.pictures,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-            wait=accelerator.wait_for_everyone,
-        )
-        sets.append(drawn)
-    return sets
+def samples_of(config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, source: Source) -> Samples:
+    """The samples of a run, drawn where they are missing, each process its share."""
+    size = {"height": config.height, "width": config.width}
+    settings = call_settings(preset, num_inference_steps=config.sample_steps, **size)
+    check_call(pipe, settings)
+    return draw_samples(
+        config.samples_folder,
+        pipe,
+        settings,
+        source.prompts,
+        batch=config.sample_batch,
+        shard=config.shard,
+        seed=config.seed,
+        pictures=source.pictures,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
 
 
 @dataclass(frozen=True)
@@ -283,8 +278,7 @@ class _Runs:
                 records += 1
         plain = {k: v for k, v in final.items() if k != "return_dict" and not is_list_of_tensors(v)}
         told = {k: v for k, v in plain.items() if isinstance(v, bool | int | float | list | tuple)}
-        visited = {"timesteps": pipe.scheduler.timesteps.tolist(), "levels": pipe.scheduler.sigmas.tolist()}
-        facts = {"sigmas": sigmas, "passes": records, "call": told, "optional_masks": optional, **visited}
+        facts = {"sigmas": sigmas, "passes": records, "call": told, "optional_masks": optional}
         return rows, shared, facts
 
 

@@ -28,7 +28,7 @@ def read_source(config: TrainConfig) -> Source:
     Raises:
         ValueError: When nothing is named that the samples could be made of.
     """
-    begun = all((folder / "samples.json").exists() for folder in config.samples_folders)
+    begun = (config.samples_folder / "samples.json").exists()
     source = config.images or config.prompts
     if source is None and not begun:
         raise ValueError(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,21 @@ from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.pipelines.loading import load_pipeline
 from ddit.preset import Preset
-from ddit.skip.corrector import ForecastCorrector
-from ddit.train import disk, rollout
+from ddit.train import disk
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
-from ddit.train.parts import attention_backends, earlier_adapter, make_lr, make_optimizer, new_part, sum_over_processes
+from ddit.train.parts import (
+    attention_backends,
+    earlier_adapter,
+    make_lr,
+    make_optimizer,
+    new_adapter,
+    sum_over_processes,
+)
 from ddit.train.pictures import check_encodes
-from ddit.train.rollout import Course
-from ddit.train.sampler import Sampler
-from ddit.train.samples import Samples, draw_sets
+from ddit.train.samples import Samples, samples_of
 from ddit.train.sources import Source, read_source
-from ddit.train.validation import errors_of, save_pictures, validate, validate_runs
+from ddit.train.validation import errors_of, save_pictures, validate
 from ddit.util.extras import require
 from ddit.util.files import add_lines, read_lines, replacing, replacing_folder, write_json
 from ddit.util.progress import progress
@@ -102,15 +104,12 @@ class Run:
     pipe: Any
     architecture: Architecture
     samples: Samples
-    """Those of the first number of steps."""
-    samplers: list[Sampler]
-    """For a corrector: along the samples of each number of steps."""
-    part: Any
-    """What is trained: a `ddit.PatchAdapter` or a `ddit.ForecastCorrector`."""
+    adapter: PatchAdapter
+    """What is trained."""
     attachment: Any
     """It on the transformer; has ``remove``."""
     variance: dict[int, Tensor]
-    """For an adapter: scale -> variance of the detail that pooling loses."""
+    """Scale -> variance of the detail that pooling loses."""
     optimizer: torch.optim.Optimizer
     lr: Any
     ema: EMAModel | None
@@ -121,10 +120,8 @@ class Run:
         """A run as the last checkpoint left it, or a new one."""
         transformer = pipe.transformer.requires_grad_(False).eval()
         earlier = earlier_adapter(transformer, config)  # what is refused is refused before samples are drawn
-        sets = draw_sets(config, accelerator, pipe, preset, source)
-        samples = sets[0]
-        samplers = [Sampler(pipe.scheduler, drawn) for drawn in sets] if config.corrector else []
-        if trained_records(config, samples) <= 0:
+        samples = samples_of(config, accelerator, pipe, preset, source)
+        if len(samples) <= config.validation:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
         if config.pictures == 0:
             for name in ("text_encoder", "text_encoder_2", "vae"):
@@ -134,28 +131,22 @@ class Run:
             transformer.enable_gradient_checkpointing()
         architecture = architecture_for(transformer)
         torch.manual_seed(config.seed)
-        measured = {} if config.corrector else measured_detail(samples, config.scales, architecture.patch_size)
-        sampler = type(pipe.scheduler).__name__
-        part: Any = new_part(transformer, config, sampler=sampler, detail_variance=measured, earlier=earlier)
-        attachment = part.to(accelerator.device).attach(transformer)
-        optimizer = make_optimizer(part, config)
+        measured = measured_detail(samples, config.scales, architecture.patch_size)
+        adapter: Any = new_adapter(transformer, config, detail_variance=measured, earlier=earlier)
+        attachment = adapter.to(accelerator.device).attach(transformer)
+        optimizer = make_optimizer(adapter, config)
         lr = make_lr(optimizer, config)
-        ema = EMAModel(part.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
+        ema = EMAModel(adapter.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
         variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
-        made = (part, attachment, variance, optimizer, lr, ema)
-        run = cls(config, accelerator, pipe, architecture, samples, samplers, *made)
+        made = (adapter, attachment, variance, optimizer, lr, ema)
+        run = cls(config, accelerator, pipe, architecture, samples, *made)
         run._restore()
         return run
 
     @property
     def records(self) -> int:
         """Number of records to train on; those behind are for validation."""
-        return trained_records(self.config, self.samples)
-
-    @property
-    def whole_runs(self) -> int:
-        """The same in runs, for a corrector, which is judged by whole runs."""
-        return self.records // self.samples.passes
+        return len(self.samples) - self.config.validation
 
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over the global batch."""
@@ -167,10 +158,10 @@ class Run:
         loss = torch.zeros((), device=accelerator.device)
         for begin in range(first, first + config.batch * config.accumulation, config.batch):
             numbers = range(begin, begin + config.batch)
-            loss += self._backward_runs(numbers, total) if config.corrector else self._backward(numbers, total)
-        sum_over_processes(accelerator, self.part, loss)
+            loss += self._backward(numbers, total)
+        sum_over_processes(accelerator, self.adapter, loss)
         value = loss.item()
-        norm = nn.utils.clip_grad_norm_(self.part.parameters(), config.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), config.clip or math.inf)
         if not (math.isfinite(value) and bool(torch.isfinite(norm))):
             raise FloatingPointError(
                 f"the loss is {value} and its gradient {float(norm)} at step {self.step}; nothing was saved since the "
@@ -179,7 +170,7 @@ class Run:
         self.optimizer.step()
         self.lr.step()
         if self.ema is not None:
-            self.ema.step(self.part.parameters())
+            self.ema.step(self.adapter.parameters())
         self.step += 1
         self._log({"step": self.step, "loss": value, "seconds": round(time.perf_counter() - started, 4)})
         return value
@@ -190,60 +181,30 @@ class Run:
 
     def errors(self, batch: Batch, scale: int, rows: list[int], adapter: PatchAdapter | None) -> Tensor:
         """See `distill.errors`."""
-        transformer, coarse = self.pipe.transformer, self.part.coarse
+        transformer, coarse = self.pipe.transformer, self.adapter.coarse
         with self.accelerator.autocast():
             return errors(transformer, self.architecture, coarse, adapter, self.variance, batch, scale, rows)
 
-    def run_errors(self, numbers: list[int], course: Course, corrector: ForecastCorrector | None) -> Iterator[Tensor]:
-        """See `rollout.errors`."""
-        transformer = self.pipe.transformer
-        sampler = self.samplers[course.which]
-        runs = rollout.Runs(sampler, numbers, self.accelerator.device, transformer.dtype)
-        walk = rollout.errors(transformer, self.architecture, corrector, runs, course)
-        while True:
-            with self.accelerator.autocast():
-                error = next(walk, None)
-            if error is None:
-                return
-            yield error
-
-    def _backward_runs(self, numbers: Sequence[int], total: int) -> Tensor:
-        """Gradients of this batch's part of the loss, for a corrector."""
-        share = torch.zeros((), device=self.accelerator.device)
-        sets = [sampler.samples.sigmas for sampler in self.samplers]
-        companies: dict[Course, list[int]] = defaultdict(list)
-        for _, company in groupby(numbers, lambda number: number // rollout.COMPANY):
-            members = list(company)
-            course = rollout.draw_course(self.config, sets, self.step, members[0])
-            companies[course] += [rollout.draw_run(self.config, self.whole_runs, self.step, n) for n in members]
-        for course, runs in companies.items():
-            for count, error in zip(rollout.weights(course), self.run_errors(runs, course, self.part), strict=True):
-                loss = count * rollout.decibels(error).sum() / total
-                if loss.requires_grad:  # or nothing was forecast since gradients were cut
-                    loss.backward()
-                share += loss.detach()
-        return share
-
     def _backward(self, numbers: Sequence[int], total: int) -> Tensor:
-        """The same for an adapter; scales one after another, to hold one graph at a time."""
+        """Gradients of this batch's part of the loss; scales one after another, to hold one graph at a time."""
         share = torch.zeros((), device=self.accelerator.device)
         batch = self.load([draw(self.config, self.samples, self.records, self.step, n) for n in numbers])
         for scale, rows in groups(batch.scales).items():
-            error = self.errors(batch, scale, rows, self.part)
+            error = self.errors(batch, scale, rows, self.adapter)
             loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
-            with self.part.low_rank_at(scale):
+            with self.adapter.low_rank_at(scale):
                 loss.backward()
             share += loss.detach()
         return share
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """The part's hooks are off inside the block, so that `ddit.apply` can put on its own."""
+        """The adapter's hooks are off inside the block, so that `ddit.apply` can put on its own."""
         self.attachment.remove()
         try:
             yield
         finally:
-            self.attachment = self.part.attach(self.pipe.transformer)
+            self.attachment = self.adapter.attach(self.pipe.transformer)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -251,12 +212,12 @@ class Run:
         if self.ema is None:
             yield
             return
-        self.ema.store(self.part.parameters())
-        self.ema.copy_to(self.part.parameters())
+        self.ema.store(self.adapter.parameters())
+        self.ema.copy_to(self.adapter.parameters())
         try:
             yield
         finally:
-            self.ema.restore(self.part.parameters())
+            self.ema.restore(self.adapter.parameters())
 
     def validate(self) -> None:
         """Velocity errors and example pictures of the averaged weights."""
@@ -265,21 +226,19 @@ class Run:
             return
         out = Path(self.config.out)
         with self.averaged():
-            rows = validate_runs(self) if self.config.corrector else validate(self)
+            rows = validate(self)
             if self.config.pictures:
                 (out / "pictures").mkdir(exist_ok=True)
                 save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
         add_lines(out / "validation.jsonl", rows)
         if self.config.tracker:
-            kinds = ("scale", "sigma", "run_steps", "speedup")
-            named = {"/".join(["error", *(f"{k}{r[k]:g}" for k in kinds if k in r)]): r["error"] for r in rows}
+            named = {f"error/scale{r['scale']}/sigma{r['sigma']:g}": r["error"] for r in rows}
             self.accelerator.log(named, step=self.step)
-        if not self.config.corrector:
-            self.part.register_to_config(errors=errors_of(rows))
+        self.adapter.register_to_config(errors=errors_of(rows))
         result = disk.result_folder(self.config)
         if disk.saved_step(result) == self.step:
-            self.part.save_config(result)
-            disk.write_card(result, self.config, self.part)
+            self.adapter.save_config(result)
+            disk.write_card(result, self.config, self.adapter)
 
     def save(self) -> None:
         """A checkpoint beside the earlier ones, then the result; what is replaced is deleted last."""
@@ -289,7 +248,7 @@ class Run:
         out = Path(self.config.out)
         state = {
             "step": self.step,
-            "part": self.part.state_dict(),
+            "adapter": self.adapter.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr": self.lr.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -297,10 +256,10 @@ class Run:
         try:
             with replacing(out / f"checkpoint-{self.step:06d}.pt") as path:
                 torch.save(state, path)
-            self.part.register_to_config(steps_trained=self.step)
+            self.adapter.register_to_config(steps_trained=self.step)
             with self.averaged(), replacing_folder(disk.result_folder(self.config)) as path:
-                self.part.save_pretrained(path)
-                disk.write_card(path, self.config, self.part)
+                self.adapter.save_pretrained(path)
+                disk.write_card(path, self.config, self.adapter)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise OSError(
                 f"the checkpoint of step {self.step} can't be written to {out} ({error}); earlier ones are kept. "
@@ -329,7 +288,7 @@ class Run:
         if not found:
             return
         state = disk.load_checkpoint(found[-1])
-        self.part.load_state_dict(state["part"])
+        self.adapter.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr.load_state_dict(state["lr"])
         if self.ema is not None:
@@ -342,8 +301,3 @@ class Run:
             add_lines(Path(self.config.out) / "train.jsonl", [figures])
         if self.config.tracker:
             self.accelerator.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
-
-
-def trained_records(config: TrainConfig, samples: Samples) -> int:
-    """Number of records to train on: all but ``validation`` of them, of whole runs for a corrector."""
-    return len(samples) - config.validation * (samples.passes if config.corrector else 1)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ddit.config import FULL, FixedSchedule, SkipSchedule
+from ddit.config import FixedSchedule
 from ddit.pipelines import sounds
 from ddit.pipelines.generate import Method
 from ddit.pipelines.generate import run as generate
 from ddit.pipelines.outputs import frames, save_png
-from ddit.train import rollout
 from ddit.train.distill import Draw
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def validate(run: Run) -> list[dict[str, Any]]:
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
                 batch = run.load(part)
-                for values, adapter in ((learnt, run.part), (free, None)):
+                for values, adapter in ((learnt, run.adapter), (free, None)):
                     values += run.errors(batch, scale, list(range(len(part))), adapter).tolist()
             rows.append(
                 {
@@ -63,34 +61,8 @@ def errors_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]
     return errors
 
 
-@torch.no_grad()
-def validate_runs(run: Run) -> list[dict[str, Any]]:
-    """Per number of steps and speedup, distance of whole runs from the plain one at their end in dB.
-
-    With the corrector, and without. Below zero, the lower the nearer: a PSNR of latents with its sign turned.
-    """
-    low, high = run.config.speedups
-    numbers = list(range(run.whole_runs, run.whole_runs + run.config.validation))
-    rows = []
-    speedups = sorted({low, round((low * high) ** 0.5, 2), high})
-    for which, speedup in product(range(len(run.samplers)), speedups):
-        sigmas = run.samplers[which].samples.sigmas
-        fine = rollout.plan(speedup, sigmas)
-        course = rollout.Course(fine, range(len(fine)), which)
-        learnt, free = [], []
-        for begin in range(0, len(numbers), run.config.batch):
-            part = numbers[begin : begin + run.config.batch]
-            for values, corrector in ((learnt, run.part), (free, None)):
-                *_, last = run.run_errors(part, course, corrector)
-                values += rollout.decibels(last).tolist()
-        errors = {"error": float(np.mean(learnt)), "training_free": float(np.mean(free))}
-        told = {"step": run.step, "run_steps": len(sigmas), "speedup": speedup, "called_steps": len(fine)}
-        rows.append({**told, **errors})
-    return rows
-
-
 def save_pictures(run: Run, path: Path) -> None:
-    """PNG: plain above, below it each scale held for the first half of the steps, or the validated speedups.
+    """PNG: plain above, below it each scale held for the first half of the steps.
 
     Of sound a WAV for each prompt, in which they follow each other.
     """
@@ -99,7 +71,9 @@ def save_pictures(run: Run, path: Path) -> None:
     settings = run.samples.manifest["settings"]
     seeds = list(range(count))
     bands = [generate(run.pipe, prompts, seeds, settings).pictures]
-    for method in _methods(run, len(run.samples.sigmas)):
+    half = len(run.samples.sigmas) // 2
+    for scale in run.config.scales:
+        method = Method(patches=FixedSchedule(steps=(*[scale] * half, 1)), adapter=run.adapter)
         with run.detached():
             drawn = generate(run.pipe, prompts, seeds, settings, method=method)
         bands.append(drawn.pictures)
@@ -108,12 +82,3 @@ def save_pictures(run: Run, path: Path) -> None:
         sounds.save(path.with_suffix(".wav"), np.concatenate(bands, axis=-1), rate=rate)
         return
     save_png(path, np.concatenate([np.concatenate(list(frames(band)), axis=1) for band in bands]))
-
-
-def _methods(run: Run, steps: int) -> list[Method]:
-    """What is drawn beside plain."""
-    part: Any = run.part
-    if run.config.corrector:
-        return [Method(patches=FULL, skip=SkipSchedule(speedup=s), corrector=part) for s in run.config.speedups]
-    half = steps // 2
-    return [Method(patches=FixedSchedule(steps=(*[s] * half, 1)), adapter=part) for s in run.config.scales]
