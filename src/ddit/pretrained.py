@@ -1,4 +1,4 @@
-"""What ddit's two kinds of trained parts share: files in diffusers' format, and the check that they fit the model."""
+"""Trained parts as files: diffusers' format, a model card, and the check that they fit the model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ class TrainedPart(ModelMixin, ConfigMixin):
     config_name = "config.json"
     noun = "part"
     """What users call it, and the argument of `ddit.apply` that takes it."""
-    beside = ""
-    """Other arguments of `ddit.apply` that it can't do without."""
 
     @classmethod
     def from_pretrained(cls: type[Part], pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Part:
@@ -104,7 +102,7 @@ For ddit ([DDiT](https://arxiv.org/abs/2602.16968)), which changes the patch siz
 to step. Made for {base}, whose licence holds for this {noun} too.
 
 ```python
-ddit.apply(pipe, {beside}{noun}="folder or hub id of this {noun}")
+ddit.apply(pipe, {noun}="folder or hub id of this {noun}")
 ```
 
 | setting | |
@@ -144,7 +142,6 @@ def model_card(
     text = CARD.format(
         title=f"{part.noun.capitalize()} for {base_model or part.config['base']}",
         base=base,
-        beside=part.beside,
         noun=part.noun,
         settings="\n".join(f"| {name} | {json.dumps(value)} |" for name, value in shown.items()),
     )
