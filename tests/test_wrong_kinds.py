@@ -14,8 +14,8 @@ from ddit.train import samples
     ("text", "words"),
     [
         ("scales: 5", "scales is 5; it must be a list"),
-        ("speedups: 2", "speedups is 2; it must be a list of 2"),
-        ("sample_steps: 25", "sample_steps is 25; it must be a list"),
+        ("min_sigma: 2", "min_sigma is 2; it must be a list"),
+        ("sample_steps: [25]", "sample_steps is [25]; it must be a whole number"),
         ("scales: [a]", "scales is ['a']"),
         ("scales: [3]", "powers of two"),
         ("out: 5", "out is 5; it must be a text"),
