@@ -26,7 +26,7 @@ from ddit.util.files import write_json
 
 DEMO_SIDE = 384
 """Height and width in pixels that its pictures are shown at."""
-DEMO_PROMPT = "a checkered purple star and a plain yellow moon on a night background"
+DEMO_PROMPT = "a plain blue heart left of a checkered yellow star on a brick background"
 
 
 def add_draw(commands: Any) -> None:
