@@ -86,7 +86,9 @@ class Flux(PackedArchitecture):
             # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
             own = ids[:1].float().repeat(len(places), 1)
             own[:, 1:3] = places
-            changed["img_ids"] = torch.cat([own, ids[count:].float()])
+            placed = torch.cat([own, ids[count:].float()])
+            # As many axes as they came with: so diffusers splits them over devices.
+            changed["img_ids"] = placed.expand(*inputs["img_ids"].shape[:-2], *placed.shape)
         return {**inputs, **changed, **self.pooled_residuals(inputs, layout, grid)}
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
