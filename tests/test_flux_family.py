@@ -246,9 +246,10 @@ def test_tokens_of_flux_2_are_latents_of_twice_the_size():
 def test_reference_images_of_flux_2_stay_as_they_are():
     arch, inputs, _ = call_of(tiny_flux.flux2(), "flux2-reference")
     small = coarse_call(arch, inputs, arch.read(inputs), 2, Coarse()).inputs
-    assert inputs["img_ids"].shape == (1, 96 + 2 * 24, 4) and small["img_ids"].shape == (24 + 2 * 24, 4)
-    assert torch.equal(small["img_ids"][24:], inputs["img_ids"][0, 96:].float())
-    assert small["img_ids"][:24].unique(dim=0).shape[0] == 24 and small["img_ids"][:24, [0, 3]].eq(0).all()
+    assert inputs["img_ids"].shape == (1, 96 + 2 * 24, 4) and small["img_ids"].shape == (1, 24 + 2 * 24, 4)
+    ids = small["img_ids"][0]
+    assert torch.equal(ids[24:], inputs["img_ids"][0, 96:].float())
+    assert ids[:24].unique(dim=0).shape[0] == 24 and ids[:24, [0, 3]].eq(0).all()
     assert torch.equal(small["hidden_states"][:, 24:], inputs["hidden_states"][:, 96:])
 
 
