@@ -55,20 +55,14 @@ class Handle:
             self._active = True
 
     def _attach(self) -> None:
-        plan, caches = self.plan, list[Cache]()
+        plan = self.plan
         if plan.adapter is not None:
             self._attachment = plan.adapter.attach(plan.architectures[0].transformer)
             if any(map(is_compiled, plan.called)):
                 # Compiled code does not look for later hooks (torch._dynamo.config.skip_nnmodule_hook_guards).
                 torch._dynamo.reset()
-        try:
-            for architecture in plan.architectures:
-                caches.append(Cache(architecture, plan.cache))
-        except BaseException:
-            for cache in caches:
-                cache.remove()
-            raise
-        for architecture, called, cache in zip(plan.architectures, plan.called, caches, strict=True):
+        for architecture, called in zip(plan.architectures, plan.called, strict=True):
+            cache = Cache(architecture, plan.cache)
             self._seats.append(Seat(architecture, called, cache, self._call, self._end, self))
 
     def _take_off(self) -> None:
@@ -287,8 +281,9 @@ class Handle:
 
     def _refuse_shared_cache(self) -> None:
         """Caches of other libraries reset all their states when a run ends, those of other threads too."""
-        others = [thread for thread in list(self._drawing) if not self._has_ended(thread)]
-        if others and any(seat.cache.active for seat in self._seats):
+        if not any(seat.cache.active for seat in self._seats):
+            return
+        if [thread for thread in list(self._drawing) if not self._has_ended(thread)]:
             raise RuntimeError(
                 "a cache serves one run at a time, and another thread draws with this transformer: "
                 "put a lock around the pipeline's call, or leave the cache out"

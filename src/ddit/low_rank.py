@@ -60,12 +60,9 @@ def _nothing(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
 
 def put_on(layer: nn.Module, parts: LayerParts) -> RemovableHandle:
     """Let a layer add what belongs to the current scale."""
-    for number, hook in list(layer._forward_hooks.items()):
-        if hook is _add:  # of the layer that this one is a copy of
-            del layer._forward_hooks[number]
     # Past nn.Module's setattr: no submodule of the base, no weights in its state_dict.
     vars(layer)[_PARTS] = parts
-    return layer.register_forward_hook(_add)
+    return layer.register_forward_hook(_ADDS)
 
 
 def take_off(layer: nn.Module) -> None:
@@ -89,11 +86,14 @@ def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | No
     One function for all layers, which finds its weights through the layer: compiled code of one block then serves
     all blocks of its class, where a closure per layer would be compiled anew for each.
     """
-    parts: LayerParts | None = vars(layer).get(_PARTS)
-    if parts is None or parts.state.scale == 1:
+    parts: LayerParts = vars(layer)[_PARTS]
+    if parts.state.scale == 1:
         return None
     low_rank = parts.scales[parts.state.scale]
     return output + low_rank(args[0].to(low_rank.down.weight.dtype)).to(output.dtype)
 
+
+_ADDS = Hook(_add)
+"""The same for all layers, see `_add`."""
 
 _PARTS = "_ddit_low_rank"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -12,9 +12,6 @@ from ddit.patches import where_rows
 from ddit.schedule import StepContext
 from ddit.skip.forecast import Line, Reference
 from ddit.skip.policy import SkipPolicy
-
-if TYPE_CHECKING:  # without one, skipping needs no diffusers
-    pass
 
 Values = TypeVar("Values", Tensor, Line, Reference)
 

@@ -100,8 +100,7 @@ def table(figures: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in figures["adapter_parameters_by_part"].items())
         + ")",
     ]
-    named = {figures["trains"] if name == "adapter" else name: value for name, value in figures["bytes"].items()}
-    lines += [f"  {name:10} {value / 2**30:7.2f} GiB" for name, value in named.items()]
+    lines += [f"  {name:10} {value / 2**30:7.2f} GiB" for name, value in figures["bytes"].items()]
     if "work" in figures:
         work = figures["work"]
         rate = f"at {RATE / 1e12:.0f} TFLOP/s"
