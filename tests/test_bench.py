@@ -105,6 +105,7 @@ def test_the_command_writes_a_table(tmp_path, capsys):
         (["--blocks", "20"], "19 and 38"),
         (["--blocks", "1", "1", "1"], "19 and 38"),
         (["--compile", "--trace", "x.json"], "--compile, --trace need a device"),
+        (["--device", "cpu", "--batch", "1", "2", "--trace", "x.json"], "one of each"),
         (["--device", "cuda:7"], "this machine has"),
     ],
 )
@@ -151,10 +152,11 @@ def test_random_weights_have_the_types_of_loaded_ones(folders):
 def test_steps_and_runs_are_timed(folders, name, size, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "MATRIX", 64)
     out, trace = tmp_path / "bench", tmp_path / "trace.json"
-    flags = ["--arch", folders[name], "--size", size, "--device", "cpu", "--dtype", "float32", "--batch", "1", "2"]
-    more = ["--adapter-rank", "4", "--runs", "--steps", "6", "--repeats", "2", "--trace", str(trace)]
-    assert main(["bench", *flags, *more, "--schedule", "1,1,4,2", "--out", str(out)]) == 0
+    flags = ["--arch", folders[name], "--size", size, "--device", "cpu", "--dtype", "float32"]
+    more = ["--adapter-rank", "4", "--runs", "--steps", "6", "--repeats", "2", "--schedule", "1,1,4,2"]
+    assert main(["bench", *flags, *more, "--batch", "1", "2", "--out", str(out)]) == 0
     assert "efficiency" in capsys.readouterr().out
+    assert main(["bench", *flags, "--adapter-rank", "4", "--repeats", "1", "--trace", str(trace)]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["counts"]
     assert [row["steps"]["batch"] for row in rows] == [1, 2]
     steps, run = rows[0]["steps"], rows[0]["runs"][0]

@@ -19,7 +19,7 @@ import cache_dit
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule
-from ddit.caches import CacheDitConfig, make_cache
+from ddit.caches import Cache, CacheDitConfig, make_cache, suits
 from ddit.config import FULL
 from ddit.models import architecture_for
 from ddit.schedule import StepContext
@@ -325,6 +325,15 @@ def test_a_cache_that_does_not_know_the_blocks_is_refused(name, cache):
     with pytest.raises(ValueError, match=r"does not know the blocks of \w+; choose another cache"):
         ddit.apply(pipe, cache=LIKELY[cache]())
     assert set(vars(block)) == before
+    assert not suits(architecture_for(pipe.transformer), LIKELY[cache]())
+
+
+@parameters(CACHED)
+@every_cache
+def test_a_cache_that_suits_is_known_and_taken_off_again(name, cache):
+    transformer = CASES[name].make().transformer
+    assert suits(architecture_for(transformer), LIKELY[cache]())
+    assert not Cache(architecture_for(transformer), None).active
 
 
 @pytest.mark.parametrize("name", ["krea-2", "lumina2", "sd3", "z-image"])

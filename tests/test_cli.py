@@ -197,6 +197,9 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(model, tmp_path, capsys):
     assert (tmp_path / "alone.png").read_bytes() == before[folder / "00002.png"]
     assert main(["generate", *flags, "--steps", "5"]) == 2
     assert "call differ" in capsys.readouterr().err
+    for other, told in ((["--dtype", "bfloat16"], "dtype"), (["--compare"], "compare"), (["--fps", "4"], "fps")):
+        assert main(["generate", *flags, *other]) == 2
+        assert f"({told} differ)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

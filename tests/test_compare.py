@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from ddit.pipelines.generate import Method, recorded, run
 from ddit.pipelines.methods import make_method
 from ddit.preset import Preset
 from ddit.teacache import polynomial
+from test_architectures import CASES, draw
 
 
 def make(values):
@@ -70,19 +72,24 @@ def test_the_presets_adapter_counts():
     assert compare.family("ddit:adapter=some", adapter=False) == "patches"
 
 
+def every_cache(name):
+    return True
+
+
 @pytest.mark.parametrize("teacache", [False, True])
 def test_the_methods_of_a_comparison_can_all_be_read(teacache):
-    names = compare.methods((50, 25), teacache=teacache, adapter="some")
+    names = compare.methods((50, 25), suits=lambda name: teacache or "teacache" not in name, adapter="some")
     assert names[0] == "plain" and len(names) == len(set(names))
     read = [parse_entry(name, 50, make) for name in names]
     assert {m.run_steps for m in read} == {50, 33, 25, 17, 12, 10}
-    planned = compare.methods((50,), teacache=True, adapter="some", planned=True)
+    planned = compare.methods((50,), suits=every_cache, adapter="some", planned=True)
     assert {f"ddit:speedup={s},adapter=some" for s in (2, 3, 4, 5)} <= set(planned) and len(planned) <= 30
-    once = compare.methods((50,), teacache=True, adapter="some")
+    once = compare.methods((50,), suits=every_cache, adapter="some")
     assert len(once) <= 30
     families = {compare.family(name) for name in names}
     assert families == set(compare.FAMILIES)
     assert any("teacache" in name for name in names) == teacache
+    assert not any("cache" in name for name in compare.methods((50,), suits=lambda name: False, adapter=None))
 
 
 def test_a_part_has_a_row_for_each_picture_also_where_guidance_is_stacked():
@@ -120,11 +127,11 @@ def test_winners_are_the_best_among_those_as_fast():
 
 
 def test_compare(model, tmp_path, capsys):
-    out = tmp_path / "race"
+    out = tmp_path / "race-1.5"  # a dot in a name is no ending
     methods = ["plain", "plain:run_steps=3", "plain:cache=first-block:9", "progressive:fraction=0.5", "ddit"]
     flags = ["--model", model, "--methods", *methods, "--prompts", "3", "--batch", "2", "--out", str(out)]
     assert main(["compare", *flags]) == 0
-    result = json.loads(out.with_suffix(".json").read_text())
+    result = json.loads((tmp_path / "race-1.5.json").read_text())
     plain, fewer, cached, small, dynamic = result["methods"]
     assert result["suite"] == "compare" and plain["flops_fraction"] == fewer["flops_fraction"] == 1
     blocks = 2
@@ -132,9 +139,9 @@ def test_compare(model, tmp_path, capsys):
     assert small["tokens_fraction"] == pytest.approx(1 - 0.75 * 0.5) and small["flops_fraction"] < 1
     assert dynamic["tokens_fraction"] < 1
     assert set(result["best_at_least_as_fast"]) == {"adherence", "frechet", "psnr"}
-    assert (tmp_path / "race-2x.png").stat().st_size > 1000 and plain["peak_memory"] is not None
-    assert "### 2x or faster" in out.with_suffix(".md").read_text()
-    assert all((tmp_path / f"race-pareto{e}").stat().st_size > 1000 for e in (".png", ".svg"))
+    assert (tmp_path / "race-1.5-2x.png").stat().st_size > 1000 and plain["peak_memory"] is not None
+    assert "### 2x or faster" in (tmp_path / "race-1.5.md").read_text()
+    assert all((tmp_path / f"race-1.5-pareto{e}").stat().st_size > 1000 for e in (".png", ".svg"))
 
 
 def test_any_model_is_compared_on_prompts_of_ones_own(tmp_path, capsys):
@@ -161,7 +168,8 @@ def test_compare_with_its_own_methods(model, tmp_path, capsys):
     flags = ["--model", model, "--prompts", "2", "--batch", "2", "--at", "10", "6", "--out", str(tmp_path / "race")]
     assert main(["compare", *flags]) == 0
     rows = json.loads((tmp_path / "race.json").read_text())["methods"]
-    assert [row["method"] for row in rows] == compare.methods((10, 6), teacache=False, adapter=None)
+    there = compare.methods((10, 6), suits=lambda name: "teacache" not in name, adapter=None)
+    assert [row["method"] for row in rows] == there
 
 
 @pytest.mark.parametrize(
@@ -218,6 +226,20 @@ def test_changes_are_those_between_steps_of_one_guidance_pass():
     # The negative prompt is the prompt: both passes change alike, and as the plain run.
     assert np.allclose(both[:14], both[14:]) and np.allclose(both[:7], plain, atol=1e-4)
     assert not pipe.transformer.transformer_blocks[0]._forward_pre_hooks and "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("name", ["chroma", "flux2", "flux3", "krea-2", "lumina2", "qwen-image-2.1", "sd3", "z-image"])
+def test_models_that_teacache_does_not_know_are_measured_without_it(name, monkeypatch):
+    case = CASES[name]
+
+    def drawn(pipe, *_):
+        return SimpleNamespace(pictures=draw(pipe, case, num_inference_steps=3))  # the small ones have no encoders
+
+    monkeypatch.setattr(calibrate, "run", drawn)
+    plain = calibrate.plain_runs(case.make(), ["a cat"], [0], {}, [2])
+    assert plain.changes is None and plain.detail[2]
+    figures = calibrate.Figures(1, plain.changes, plain.detail, [], [], plain.errors)
+    assert calibrate.told([figures], Preset()).teacache == ()
 
 
 def test_the_detail_is_that_of_finished_latents():
@@ -304,6 +326,8 @@ def test_a_run_with_a_cache_alone_is_plain_but_for_what_it_reuses():
 
 def test_steps_are_given_once(tmp_path, capsys):
     """What `--at` says would go unheard beside a list of methods."""
-    flags = ["--at", "10", "--methods", "plain", "--out", str(tmp_path / "race")]
-    assert main(["compare", *flags]) == 2
+    flags = ["--at", "10", "--out", str(tmp_path / "race")]
+    assert main(["compare", *flags, "--methods", "plain"]) == 2
     assert "run_steps" in capsys.readouterr().err
+    assert main(["compare", *flags, "--steps", "8"]) == 2
+    assert "leave --steps out" in capsys.readouterr().err

@@ -16,9 +16,10 @@ from transformers import CLIPConfig, CLIPModel
 import tiny
 from benchmarks.yardstick.components import make_tokenizer
 from ddit.cli import main
-from ddit.eval import drawings, judges, paper, prompts
+from ddit.eval import drawings, judges, paper
 from ddit.eval.imagereward import ImageReward
 from ddit.eval.metrics import FrechetTo
+from ddit.pipelines.prompts import read_prompts
 from ddit.preset import Preset
 from ddit.util.extras import has
 
@@ -244,8 +245,8 @@ def test_references(weights, tmp_path):
 )
 def test_prompts_are_read(tmp_path, name, text, column):
     (tmp_path / name).write_text(text)
-    assert prompts.read(str(tmp_path / name), column) == ["a cat", "a dog"]
-    assert prompts.read(str(tmp_path / name), column, 1) == ["a cat"]
+    assert read_prompts(str(tmp_path / name), column) == ["a cat", "a dog"]
+    assert read_prompts(str(tmp_path / name), column, 1) == ["a cat"]
 
 
 @pytest.mark.parametrize(
@@ -264,15 +265,15 @@ def test_prompts_are_read(tmp_path, name, text, column):
 def test_bad_prompts_are_refused(tmp_path, name, text, column, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        prompts.read(str(tmp_path / name), column)
+        read_prompts(str(tmp_path / name), column)
 
 
 def test_too_few_prompts_are_refused(tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="holds 2 prompts, 3 asked for"):
-        prompts.read(str(tmp_path / "p.txt"), None, 3)
+        read_prompts(str(tmp_path / "p.txt"), None, 3)
     with pytest.raises(ValueError, match="there is no file"):
-        prompts.read("nowhere.txt")
+        read_prompts("nowhere.txt")
 
 
 def test_a_data_set_of_the_hub_is_read_file_after_file(tmp_path, monkeypatch):
@@ -294,18 +295,18 @@ def test_a_data_set_of_the_hub_is_read_file_after_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: [*files, "README.md"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert prompts.read("dataset:me/prompts:default/train", count=2) == ["a", "b"] and len(fetched) == 1
-    assert prompts.read("dataset:me/prompts:default/train") == ["a", "b", "c"]
+    assert read_prompts("dataset:me/prompts:default/train", count=2) == ["a", "b"] and len(fetched) == 1
+    assert read_prompts("dataset:me/prompts:default/train") == ["a", "b", "c"]
     with pytest.raises(ValueError, match="name one of its parts, default/train, other/test"):
-        prompts.read("dataset:me/prompts")
+        read_prompts("dataset:me/prompts")
     with pytest.raises(ValueError, match="no column 'x'; name one of Prompt"):
-        prompts.read("dataset:me/prompts:default/train", "x")
+        read_prompts("dataset:me/prompts:default/train", "x")
 
 
 @pytest.mark.skipif(has("pyarrow"), reason="only without it")
 def test_the_hub_names_its_extra():
     with pytest.raises(ValueError, match=r"ddit\[judges\]"):
-        prompts.read("dataset:me/prompts")
+        read_prompts("dataset:me/prompts")
 
 
 # The suite

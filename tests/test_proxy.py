@@ -81,7 +81,7 @@ def test_a_forecast_that_is_too_easy_is_told_how_to_read(roomy):
 
 
 @pytest.mark.slow
-def test_the_suite_writes_the_card(tmp_path, capsys):
+def test_the_suite_writes_the_card(tmp_path):
     tiny.pipeline().save_pretrained(tmp_path / "model")
     Preset(call={"height": 128, "width": 128, "max_sequence_length": 20}).save(tmp_path / "model")
     flags = ["--suite", "proxy", "--model", str(tmp_path / "model"), "--prompts", "2", "--batch", "2"]
@@ -89,5 +89,9 @@ def test_the_suite_writes_the_card(tmp_path, capsys):
     told = json.loads((tmp_path / "card.json").read_text())
     assert len(told["card"]) == 7 and len(told["methods"]) == len(proxy.entries(teacache=False))
     assert (tmp_path / "card.md").read_text().startswith("| property |")
-    assert main(["evaluate", *flags, "--methods", "plain", "--out", str(tmp_path / "b")]) == 2
-    assert "methods and prompts of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--methods", "plain"], ["--steps", "20"], ["--adapter", "embedded"]])
+def test_what_the_card_decides_itself_is_refused(flags, tmp_path, capsys):
+    assert main(["evaluate", "--suite", "proxy", *flags, "--out", str(tmp_path / "b")]) == 2
+    assert "methods, steps and prompts of its own" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from ddit import FixedSchedule, PatchAdapter
 from ddit.cli import main
 from ddit.eval.bench import count
 from ddit.models import architecture_for
+from ddit.pipelines.prompts import read_prompts
 from ddit.preset import Preset
 from ddit.train.config import TrainConfig
 from ddit.train.disk import checkpoints, result_folder
@@ -34,7 +35,7 @@ from ddit.train.distill import weights as noise_weights
 from ddit.train.pictures import check_encodes, encoded
 from ddit.train.plan import plan
 from ddit.train.samples import Samples, draw_samples, shard_path
-from ddit.train.sources import read_captions, read_prompts
+from ddit.train.sources import read_captions
 from ddit.train.trainer import train
 
 PROMPTS = [
@@ -161,9 +162,9 @@ def test_prompts_are_read(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("one\n\n  two \nthree\n", encoding="utf-8")
     assert read_prompts(str(path)) == ["one", "two", "three"]
-    assert read_prompts(str(path), 2) == ["one", "two"]
+    assert read_prompts(str(path), count=2) == ["one", "two"]
     with pytest.raises(ValueError, match="holds 3 prompts, 4"):
-        read_prompts(str(path), 4)
+        read_prompts(str(path), count=4)
     with pytest.raises(ValueError, match="no file"):
         read_prompts(str(tmp_path / "none.txt"))
 
@@ -306,6 +307,18 @@ def test_prodigy_checkpointing_and_pictures(base, tmp_path):
     assert (tmp_path / "pictures" / "step-000003.png").is_file()
 
 
+def test_what_is_named_and_missing_is_refused(base, tmp_path):
+    """Also where the samples are there already, and where a tracker would only be silent."""
+    train(settings(base, tmp_path / "one", steps=1))
+    for changes, told in (
+        ({"images": str(tmp_path / "none"), "prompts": None}, "were not made of pictures"),
+        ({"tracker": "comet_ml"}, "tracker is 'comet_ml'; installed here are"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            train(settings(base, tmp_path / "two", **changes))
+    train(settings(base, tmp_path / "one", steps=2, prompts=None))  # what made the samples may be gone
+
+
 def test_gradient_checkpointing_changes_nothing(base, tmp_path):
     for name, checkpointing in (("a", False), ("b", True)):
         train(settings(base, tmp_path / name, gradient_checkpointing=checkpointing))
@@ -390,7 +403,8 @@ def test_other_settings_are_refused(base, tmp_path):
 
 
 def test_vanished_prompts_do_not_stop_a_run_that_has_its_samples(base, tmp_path):
-    train(settings(base, tmp_path, prompts=str(tmp_path / "gone.txt"), steps=2))
+    with pytest.warns(UserWarning, match=r"there is no '.*gone.txt'; the samples in .* are taken"):
+        train(settings(base, tmp_path, prompts=str(tmp_path / "gone.txt"), steps=2))
     with pytest.raises(ValueError, match="no file"):
         train(settings(base, tmp_path / "b", prompts=str(tmp_path / "gone.txt"), samples=str(tmp_path / "new")))
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddit.config import FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.config import FixedSchedule, Patches, PatchSchedule
 from ddit.profile import ErrorProfile
 from ddit.util.files import write_json
 
 FILE = "ddit.json"
-VERSION = 4
+VERSION = 5
 SHIPPED = Path(__file__).parent / "presets"
 """Presets that go by a name: ``paper`` has the values of arXiv 2602.16968, section 4, for FLUX.1-dev and Wan 2.1."""
 
@@ -68,8 +68,6 @@ class Preset:
     """Schedule of patches that suits the model."""
     adapter: str = ""
     """Folder or hub id of the adapter that the command line uses unless it is told another, or ``none``."""
-    skip: SkipSchedule | None = None
-    """Skip schedule that suits the model, for those who ask to skip without saying more."""
     detail_variance: Mapping[int, list[float]] = field(default_factory=dict)
     """Scale -> variance per latent channel of what pooling by the scale loses (see `ddit.patches.detail`)."""
 
@@ -122,7 +120,7 @@ class Preset:
             if "patches" in values:
                 kind = FixedSchedule if "steps" in values["patches"] else PatchSchedule
                 values["patches"] = kind.from_dict(values["patches"])
-            for name, kind in (("skip", SkipSchedule), ("quality", QualityCurve), ("profile", ErrorProfile)):
+            for name, kind in (("quality", QualityCurve), ("profile", ErrorProfile)):
                 if values.get(name) is not None:
                     values[name] = kind.from_dict(values[name])
             preset = cls(**values)

@@ -87,8 +87,10 @@ class Report:
         ]
         return sum(spent) / (len(spent) * costs[1])
 
-    def priced(self, costs: Mapping[int, float]) -> Report:
-        """The same run with the costs of another model: scale -> work of a step in full steps."""
+    def priced(self, costs: Mapping[int, float] | None) -> Report:
+        """The same run with the costs of another model, if there are any: scale -> work of a step in full steps."""
+        if not costs:
+            return self
         return replace(self, flops={scale: costs[scale] for scale in self.flops})
 
     def strip(self, sample: int = 0) -> str:

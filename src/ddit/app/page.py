@@ -93,7 +93,7 @@ def _draw_tab(studio: Studio, adapter: str | None) -> None:
                 seed = gr.Number(0, label="seed", precision=0)
                 steps = gr.Number(studio.steps, label="steps", precision=0)
             patches = gr.Radio(list(PATCHES), value="rule", label="patches")
-            rule = gr.Number(tau, label="threshold: larger uses larger patches")
+            rule = gr.Number(None, label=f"threshold: larger uses larger patches (empty: {tau:g})")
             schedule = gr.Textbox("1 1 1 4 4 2 2 1", label="schedule: scale of each step, the last one holds")
             skip = gr.Radio(list(SKIPPING), value="off", label="skip")
             amount = gr.Number(3, label="amount: times less work, PSNR in dB, or change")

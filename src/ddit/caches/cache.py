@@ -39,6 +39,15 @@ def _state_manager() -> type[StateManager]:
     return StateManager
 
 
+def suits(architecture: Architecture, config: Config) -> bool:
+    """Whether a transformer without a cache can have this one; it is put on and taken off."""
+    try:
+        Cache(architecture, config).remove()
+    except ValueError:
+        return False
+    return True
+
+
 class Cache:
     """The cache of one transformer, put on by us or by the user with ``transformer.enable_cache``."""
 

@@ -35,7 +35,7 @@ def add_app(commands: Any) -> None:
     study = add_command(commands, "study", None, "a blind study: which of two pictures do people prefer?")
     stages = study.add_subparsers(title="stages", required=True, metavar="STAGE")
     prepare = add_command(stages, "prepare", _prepare, "draw the pairs; goes on where it stopped")
-    prepare.add_argument("--prompts", required=True, help="file with a prompt per line")
+    prepare.add_argument("--prompts", required=True, help="file of prompts, such as one per line")
     prepare.add_argument("--out", type=Path, required=True, help="folder of the study")
     model_options(prepare)
     method_options(prepare)
@@ -94,8 +94,8 @@ def _prepare(args: argparse.Namespace) -> None:
     from ddit.app.draw import draw_pairs
     from ddit.cli.drawing import Drawing
     from ddit.pipelines import loading
+    from ddit.pipelines.prompts import read_prompts
     from ddit.pipelines.sounds import refuse_sound
-    from ddit.train.sources import read_prompts
     from ddit.util.progress import progress
 
     prompts = read_prompts(args.prompts)
@@ -103,7 +103,7 @@ def _prepare(args: argparse.Namespace) -> None:
         loading.check_prompt(prompt, args.model)
     drawing = Drawing.load(args, args.device)
     refuse_sound(drawing.pipe)
-    study = Study.prepare(args.out, {**drawing.setup, "suffix": drawing.suffix}, prompts, args.seed)
+    study = Study.prepare(args.out, {**drawing.setup, "fps": args.fps, "suffix": drawing.suffix}, prompts, args.seed)
     pairs = study.pairs()
     with progress("pairs", len(pairs)) as advance:
         count = draw_pairs(study, drawing.pipe, drawing.settings, drawing.method, fps=args.fps, advance=advance)

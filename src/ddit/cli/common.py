@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -175,4 +176,4 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    return " ".join(["ddit", *sys.argv[1:]])
+    return shlex.join(["ddit", *sys.argv[1:]])

@@ -24,6 +24,8 @@ from ddit.preset import Preset
 from ddit.util.extras import require
 from ddit.util.files import write_json
 
+ENDINGS = (".png", ".mp4", ".wav")
+"""Of what is drawn."""
 DEMO_SIDE = 384
 """Height and width in pixels that its pictures are shown at."""
 DEMO_PROMPT = "a plain blue heart left of a checkered yellow star on a brick background"
@@ -33,7 +35,9 @@ def add_draw(commands: Any) -> None:
     """The commands with their options."""
     generate = add_command(commands, "generate", _generate, "draw a prompt, with patches that follow the content")
     generate.add_argument("prompt", nargs="?")
-    generate.add_argument("--prompts", help="file with a prompt per line, instead of one; --out is a folder then")
+    generate.add_argument(
+        "--prompts", help="file of prompts, such as one per line, instead of one; --out is a folder then"
+    )
     model_options(generate)
     method_options(generate)
     generate.add_argument("--seed", type=int, default=0)
@@ -98,7 +102,7 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         _draw_many(args)
         return
-    if args.out is not None and args.out.suffix.lower() not in (".png", ".mp4", ".wav"):
+    if args.out is not None and args.out.suffix.lower() not in ENDINGS:
         raise ValueError(f"{args.out} must end in .png, for a video model in .mp4, or for sound in .wav")
     from ddit.cli.drawing import Drawing
     from ddit.pipelines import loading
@@ -179,13 +183,13 @@ def _draw_many(args: argparse.Namespace) -> None:
 
     from ddit.cli.drawing import Drawing
     from ddit.pipelines import loading
-    from ddit.train.sources import read_prompts
+    from ddit.pipelines.prompts import read_prompts
     from ddit.util.progress import progress
 
     if args.json is not None or args.plot is not None:
         raise ValueError("with --prompts each output has its report beside it; leave --json and --plot out")
     folder = args.out or Path("out/ddit")
-    if folder.suffix:
+    if folder.suffix.lower() in ENDINGS:
         raise ValueError(
             f"{folder} must be a folder with --prompts; its files are numbered by the lines of {args.prompts}"
         )

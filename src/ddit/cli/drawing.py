@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from ddit.cli.common import call_options, command_line, environment, words_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
+from ddit.eval.parts import digest
 from ddit.pipelines import generate as lib
 from ddit.pipelines import loading, outputs, sounds
 from ddit.pipelines.methods import make_method
@@ -62,19 +64,24 @@ class Drawing:
         return [self.args.seed + i for i in range(self.args.num_images)]
 
     def asked(self, prompt: str) -> dict[str, Any]:
-        """All that decides what is drawn."""
-        return {"prompt": prompt, "seeds": self.seeds, **self.setup}
+        """All that decides what is drawn, and what is written of it."""
+        args = self.args
+        return {"prompt": prompt, "seeds": self.seeds, "compare": args.compare, "fps": args.fps, **self.setup}
 
-    @property
+    @cached_property
     def setup(self) -> dict[str, Any]:
         """The model, how it is called, and what makes it faster."""
-        patches: Any = self.method.patches  # never a policy of one's own
+        method = self.method
+        patches: Any = method.patches  # never a policy of one's own
         return {
             "model": self.args.model,
+            "dtype": self.args.dtype,
             "call": self.settings,
             "method": self.words,
             "patches": "planned with what is skipped" if patches is None else patches.to_dict(),
-            "skip": self.method.skip and self.method.skip.to_dict(),
+            "skip": method.skip and method.skip.to_dict(),
+            "adapter": None if method.adapter is None else digest(method.adapter),
+            "preset": hashlib.sha256(repr(method.preset).encode()).hexdigest()[:12],
         }
 
     def draw(

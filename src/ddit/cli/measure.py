@@ -18,7 +18,7 @@ from ddit.cli.common import (
 )
 from ddit.config import PatchSchedule
 from ddit.util.extras import require
-from ddit.util.files import write_json, write_text
+from ddit.util.files import ended, write_json, write_text
 
 PAPER = "paper"
 EMBEDDED_SUITES = ("embedded", "embedded-video")
@@ -32,7 +32,9 @@ def add_measure(commands: Any) -> None:
     _add_bench(commands)
     calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
     model_options(calibrate, adapter=False)
-    calibrate.add_argument("--prompts", help="file with a prompt per line (default: those of the embedded model)")
+    calibrate.add_argument(
+        "--prompts", help="file of prompts, such as one per line (default: those of the embedded model)"
+    )
     calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
     calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
     calibrate.add_argument("--seed", type=int, default=0)
@@ -136,8 +138,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.model, args.suite = args.suite, "quality"
     paper = args.suite == "paper"
     endings = (".json", ".md", ".jsonl") if paper else (".json", ".md", ".png")
-    inside = [args.out.with_suffix(".pictures") / "any"] if paper else []
-    check_run(args, [*(args.out.with_suffix(end) for end in endings), *inside])
+    inside = [ended(args.out, ".pictures") / "any"] if paper else []
+    check_run(args, [*(ended(args.out, end) for end in endings), *inside])
     if not paper:
         require("matplotlib", "the figure of a measurement")
         _refuse_paper_options(args)
@@ -149,6 +151,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ValueError(
             "--at chooses among the default methods; with --methods give each its steps: plain:run_steps=25"
         )
+    if at and args.steps is not None:
+        raise ValueError("--at names the numbers of steps; leave --steps out")
     same = ("model", "adapter", "split", "batch", "seed", "device", "dtype", "out", "preset", "costs")
     config = SuiteConfig(
         **{name: getattr(args, name) for name in same},
@@ -162,7 +166,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         reference=getattr(args, "reference", None),
     )
     run_suite(args.suite, config, {"command": command_line(), "environment": environment(args.device)})
-    print(f"wrote {args.out.with_suffix('.json')}")
+    print(f"wrote {ended(args.out, '.json')}")
 
 
 def _refuse_paper_options(args: argparse.Namespace) -> None:
@@ -176,9 +180,9 @@ def _texts(args: argparse.Namespace) -> list[str]:
     from ddit.pipelines.loading import EMBEDDED
 
     if args.prompt_file is not None:
-        from ddit.eval.prompts import read
+        from ddit.pipelines.prompts import read_prompts
 
-        return read(args.prompt_file, args.prompt_column, args.prompts)
+        return read_prompts(args.prompt_file, args.prompt_column, args.prompts)
     if args.prompt_column is not None:
         raise ValueError("--prompt-column says where prompts are in a --prompt-file; give that too")
     if args.suite == "paper":
@@ -196,9 +200,9 @@ def _calibrate(args: argparse.Namespace) -> None:
     from ddit.eval.suites import subject_of
     from ddit.pipelines import generate as lib
     from ddit.pipelines import loading
+    from ddit.pipelines.prompts import read_prompts
     from ddit.pipelines.sounds import refuse_sound
     from ddit.preset import FILE
-    from ddit.train.sources import read_prompts
 
     if args.prompts is None and args.model not in loading.EMBEDDED:
         raise ValueError("name a file with prompts: --prompts FILE, one per line")
@@ -209,7 +213,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     pipe, preset = loading.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
     refuse_sound(pipe)
     if args.prompts is not None:
-        prompts = read_prompts(args.prompts, args.count)
+        prompts = read_prompts(args.prompts, count=args.count)
     else:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
     settings = lib.call_settings(preset, **call_options(args))
@@ -219,10 +223,12 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    named = [args.out.with_suffix(end) for end in (".json", ".md")] if args.out is not None else []
+    named = [ended(args.out, end) for end in (".json", ".md")] if args.out is not None else []
     check_outputs([*named, args.trace])
     from ddit.eval import bench
 
+    if args.trace is not None and len(args.arch) * len(args.size) * len(args.batch) > 1:
+        raise ValueError("--trace writes one model at one size and batch; name one of each")
     scales = sorted({1, *args.scales})
     PatchSchedule(scales=tuple(scales))
     sizes = [_size(text) for text in args.size]
@@ -241,9 +247,9 @@ def _bench(args: argparse.Namespace) -> None:
         print(tables[1])
     if args.out is not None:
         about = {"command": command_line(), "environment": environment(args.device)}
-        write_json(args.out.with_suffix(".json"), {**about, "counts": results})
-        write_text(args.out.with_suffix(".md"), "\n".join(tables))
-        print(f"wrote {args.out.with_suffix('.json')}")
+        write_json(ended(args.out, ".json"), {**about, "counts": results})
+        write_text(ended(args.out, ".md"), "\n".join(tables))
+        print(f"wrote {ended(args.out, '.json')}")
 
 
 def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddit.caches import suits
 from ddit.config import SkipSchedule
 from ddit.eval.metrics import decibels
 from ddit.eval.step_errors import Errors, measured_errors, profile_of
 from ddit.models import architecture_for
-from ddit.models.base import first
+from ddit.models.base import Architecture, Inputs, first
 from ddit.patches import detail_variance
 from ddit.pipelines.generate import Method, recorded, run
 from ddit.preset import FILE, Preset, QualityCurve
 from ddit.pretrained import config_hash
 from ddit.skip.joint import expected_error
-from ddit.teacache import relative_change
+from ddit.teacache import TeaCacheConfig, relative_change
 from ddit.util.files import write_json
 from ddit.util.progress import progress
 
@@ -45,8 +46,9 @@ class Plain:
     """What plain runs of some prompts showed."""
 
     pictures: np.ndarray
-    changes: list[tuple[float, float]]
-    """From step to step of a guidance pass: by how much TeaCache's signal changed, and by how much the answer did."""
+    changes: list[tuple[float, float]] | None
+    """From step to step of a guidance pass: by how much TeaCache's signal changed, and by how much the answer did;
+    ``None`` where the model can't have TeaCache."""
     detail: dict[int, list[float]]
     """Scale -> variance per channel of what pooling loses (`ddit.patches.detail_variance`)."""
     errors: Errors
@@ -58,7 +60,7 @@ class Figures:
     """What all runs of a batch of prompts showed; goes into JSON."""
 
     prompts: int
-    changes: list[tuple[float, float]]
+    changes: list[tuple[float, float]] | None
     detail: dict[int, list[float]]
     likeness: list[list[float]]
     """PSNR to plain in dB of each prompt, for each of `SPEEDUPS`; empty where runs are too short to plan."""
@@ -109,7 +111,7 @@ def calibrate(
         for part in parts[len(done) :]:
             seeds = [seed * 1_000_003 + part.start + k for k in range(len(prompts[part]))]
             done.append(measure(pipe, list(prompts[part]), seeds, settings, preset, advance))
-            fit(done[0].changes)  # where there are too few steps, there is no use in more runs
+            coefficients(done[:1])  # where there are too few steps, there is no use in more runs
             write_json(kept, {**asked, "done": [asdict(figures) for figures in done]})
     measured = told(done, preset)
     measured.save(folder)
@@ -160,6 +162,19 @@ def plain_runs(
 ) -> Plain:
     """Draw prompts, and look at what goes on."""
     architecture = architecture_for(pipe.transformer)
+    knows = suits(architecture, TeaCacheConfig(coefficients=(0.0,)))
+    watched = _signals(architecture) if knows else nullcontext()
+    with watched as signals, recorded(pipe) as calls, _stepped(pipe.scheduler) as latents:
+        pictures = run(pipe, prompts, seeds, settings).pictures
+    changes = None if signals is None else _changes(architecture, signals, calls, len(prompts))
+    clean = architecture.read({**calls[-1][0], architecture.batched[0]: latents[-1]}).latents
+    detail = {s: detail_variance(clean, s, architecture.patch_size).tolist() for s in scales}
+    return Plain(pictures, changes, detail, measured_errors(architecture, calls, scales))
+
+
+@contextmanager
+def _signals(architecture: Architecture) -> Iterator[list[Tensor]]:
+    """What TeaCache watches, of each call inside the block."""
     block, signals = architecture.blocks()[0], []
     signature = inspect.signature(type(block).forward)
 
@@ -169,23 +184,25 @@ def plain_runs(
 
     hook = block.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with recorded(pipe) as calls, _stepped(pipe.scheduler) as latents:
-            pictures = run(pipe, prompts, seeds, settings).pictures
+        yield signals
     finally:
         hook.remove()
+
+
+def _changes(
+    architecture: Architecture, signals: Sequence[Tensor], calls: Sequence[tuple[Inputs, Tensor]], count: int
+) -> list[tuple[float, float]]:
+    """`Plain.changes` of the calls of a run of ``count`` prompts."""
     levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
     passes: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for k, (signal, (_, answer)) in enumerate(zip(signals, calls, strict=True)):
         passes[levels[:k].count(levels[k])].append((signal, answer))
-    changes = [
+    return [
         (relative_change(later[i], signal[i]), relative_change(new[i], answer[i]))
         for steps in passes.values()
-        for i in range(len(prompts))
+        for i in range(count)
         for (signal, answer), (later, new) in pairwise(steps)
     ]
-    clean = architecture.read({**calls[-1][0], architecture.batched[0]: latents[-1]}).latents
-    detail = {s: detail_variance(clean, s, architecture.patch_size).tolist() for s in scales}
-    return Plain(pictures, changes, detail, measured_errors(architecture, calls, scales))
 
 
 @contextmanager
@@ -216,11 +233,21 @@ def told(done: Sequence[Figures], preset: Preset) -> Preset:
     return replace(
         preset,
         detail_variance=detail,
-        teacache=fit([pair for figures in done for pair in figures.changes]),
+        teacache=coefficients(done),
         profile=profile_of([(figures.prompts, figures.errors) for figures in done]),
         quality=curve(done),
         origin="",
     )
+
+
+def coefficients(done: Sequence[Figures]) -> tuple[float, ...]:
+    """Of TeaCache's polynomial; none where the model can't have it.
+
+    Raises:
+        ValueError: With too few steps.
+    """
+    changes = [figures.changes for figures in done if figures.changes is not None]
+    return fit(list(chain.from_iterable(changes))) if changes else ()
 
 
 def curve(done: Sequence[Figures]) -> QualityCurve | None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddit.eval.quality import adherence_change
 from ddit.pipelines.methods import SKIP
+from ddit.util.files import ended
 from ddit.util.tables import table
 
 SPEEDS = (1.5, 2, 3, 4, 5)
 THRESHOLDS = (0.002, 0.008, 0.032)
+CACHES = ("first-block:0.1", "taylorseer:4", "taylorseer:6", "teacache:0.2", "cache-dit:0.1")
+BELOW = ("teacache:0.1", "first-block:0.1")
+"""The first of these that suits is put below patches and skipping."""
 FAMILIES = {
     "fewer steps": "plain:run_steps",
     "cache": "a cache alone",
@@ -54,24 +57,24 @@ def _family(row: Mapping[str, Any]) -> str:
     return family(row["method"], row.get("adapter"))
 
 
-def methods(run_steps: Sequence[int], *, teacache: bool, adapter: str | None, planned: bool = False) -> list[str]:
+def methods(
+    run_steps: Sequence[int], *, suits: Callable[[str], bool], adapter: str | None, planned: bool = False
+) -> list[str]:
     """The methods to compare at each of several numbers of steps: about 25 for one.
 
     Args:
         run_steps: The first is what all is compared with.
-        teacache: Whether the model has coefficients.
+        suits: Whether the model can have a cache of this name.
         adapter: Name of an adapter for large patches.
         planned: Whether a speedup is planned over patches and skipping (`ddit.pipelines.methods.planned_jointly`).
     """
     first = run_steps[0]
     chosen = ["plain", *(f"plain:run_steps={max(round(first / speed), 2)}" for speed in SPEEDS)]
-    best = "teacache:0.1" if teacache else "first-block:0.1"
+    caches = [name for name in CACHES if suits(name)]
+    below = next(filter(suits, BELOW), None)
     adapters = [f"adapter={name}" for name in ("none", adapter)] if adapter else [""]
     for n in run_steps:
         at = f"run_steps={n}" if n != first else ""
-        caches = ["first-block:0.1", "taylorseer:4", "taylorseer:6", *(["teacache:0.2"] if teacache else [])]
-        if find_spec("cache_dit") is not None:
-            caches.append("cache-dit:0.1")
         chosen += [_named("plain", f"cache={cache}", at) for cache in caches]
         chosen += [_named("ddit", learnt, at) for learnt in adapters]
         chosen += [_named("ddit", f"speedup={speed},patches=full", at) for speed in SPEEDS]
@@ -79,7 +82,9 @@ def methods(run_steps: Sequence[int], *, teacache: bool, adapter: str | None, pl
     chosen += [f"ddit:threshold={t:g}{learnt}" for t in THRESHOLDS] + ["ddit:patches=paper"]
     rule = "" if planned else f"threshold={THRESHOLDS[1]:g},"
     chosen += [f"ddit:{rule}speedup={s}{learnt}" for s in (SPEEDS[1:] if planned else (2, 3))]
-    chosen += [f"ddit:threshold={THRESHOLDS[1]:g},cache={best}{learnt}", f"ddit:speedup=3,patches=full,cache={best}"]
+    if below is not None:
+        chosen += [f"ddit:threshold={THRESHOLDS[1]:g},cache={below}{learnt}"]
+        chosen += [f"ddit:speedup=3,patches=full,cache={below}"]
     chosen.append("progressive:fraction=0.5")
     return list(dict.fromkeys(chosen))
 
@@ -172,7 +177,7 @@ def plot(stem: Path, rows: Sequence[dict[str, Any]], by: str = "speedup") -> lis
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("{x:g}")
     axes[0].legend(fontsize=8)
-    paths = [stem.with_name(f"{stem.name}-pareto{ending}") for ending in (".png", ".svg")]
+    paths = [ended(stem, f"-pareto{ending}") for ending in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=130)
     return paths

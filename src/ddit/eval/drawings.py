@@ -85,12 +85,14 @@ def draw(
     *,
     batch: int,
     seed: int,
+    costs: Mapping[int, float] | None = None,
 ) -> None:
     """Every method on every prompt that it has not drawn yet; for each batch methods take turns in rotating order.
 
     Args:
         drawings: Of each method.
         settings: Arguments of the pipeline's call, without ``num_inference_steps``.
+        costs: Scale -> work of a step in full steps, at which work is told; by default the model's own.
     """
     prompts = drawings[0].prompts
     starts = range(0, len(prompts), batch)
@@ -116,7 +118,8 @@ def draw(
                         call(entry, part, 5)
                 if part:
                     outcome = call(entry, part, entry.run_steps)
-                    work = outcome.report.flops_fractions if outcome.report else [1.0] * len(part)
+                    report = outcome.report
+                    work = [1.0] * len(part) if report is None else report.priced(costs).flops_fractions
                     each = {"seconds": outcome.seconds / len(part), "device": name}
                     kept.add(outcome.pictures, [{"flops_fraction": share, **each} for share in work])
                 advance()

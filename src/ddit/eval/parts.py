@@ -40,7 +40,7 @@ class Part:
     def of(cls, outcome: Run, memory: int | None, costs: Mapping[int, float] | None = None) -> Part:
         """The part that one call of the pipeline is; work is told at ``costs`` where they are given."""
         report, count = outcome.report, len(outcome.pictures)  # a report has more samples where guidance is stacked
-        report = report.priced(costs) if report is not None and costs else report
+        report = None if report is None else report.priced(costs)
         work = (1.0, 1.0) if report is None else (report.tokens_fraction, report.flops_fraction)
         scales = [[]] * count if report is None else report.scales[:count]
         flops = [1.0] * count if report is None else report.flops_fractions[:count]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ddit.adapter import PatchAdapter
+from ddit.caches import make_cache, suits
 from ddit.embedded.scenes import Split
 from ddit.eval import compare, paper, proxy, quality
 from ddit.eval.drawings import Drawings, draw
@@ -26,7 +27,7 @@ from ddit.pipelines.loading import load_adapter, load_pipeline
 from ddit.pipelines.methods import make_method
 from ddit.pipelines.sounds import refuse_sound
 from ddit.preset import Preset
-from ddit.util.files import write_json, write_text
+from ddit.util.files import ended, write_json, write_text
 
 DEFAULT_METHODS = (
     "plain",
@@ -85,22 +86,22 @@ def run_suite(suite: str, config: SuiteConfig, about: dict[str, Any]) -> dict[st
 
 def _write(config: SuiteConfig, result: dict[str, Any]) -> dict[str, Any]:
     """The suite's JSON file; what the suite kept to continue from goes once that is there."""
-    write_json(config.out.with_suffix(".json"), result)
+    write_json(ended(config.out, ".json"), result)
     shutil.rmtree(_parts_folder(config), ignore_errors=True)
     return result
 
 
 def _parts_folder(config: SuiteConfig) -> Path:
-    return config.out.with_suffix(".parts")
+    return ended(config.out, ".parts")
 
 
 def _quality(config: SuiteConfig) -> dict[str, Any]:
     drawn = _race(config, *_load(config))
-    save_grid(config.out.with_suffix(".png"), drawn.methods, drawn.results, drawn.first(8))
+    save_grid(ended(config.out, ".png"), drawn.methods, drawn.results, drawn.first(8))
     for method, result in zip(drawn.methods, drawn.results, strict=True):
         skip = method.method.skip if method.method is not None else None
         if skip is not None and skip.quality is not None:
-            path = config.out.with_name(f"{config.out.name}-{skip.quality:g}dB.png")
+            path = ended(config.out, f"-{skip.quality:g}dB.png")
             extremes = fewest_and_most(result, drawn.asked)
             save_grid(path, [drawn.methods[0], method], [drawn.results[0], result], extremes)
     return drawn.figures
@@ -152,17 +153,21 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     pipe, preset = _load(config)
     if not config.methods:
         steps = config.run_steps or (_steps(call_settings(preset, **config.settings), pipe),)
-        known = bool(preset.teacache) or architecture_for(pipe.transformer).teacache_coefficients() is not None
         planned = preset.profile is not None
         adapter = config.adapter or preset.adapter or None
-        methods = compare.methods(steps, teacache=known, adapter=adapter, planned=planned)
+        architecture = architecture_for(pipe.transformer)
+
+        def suiting(name: str) -> bool:
+            return suits(architecture, make_cache(name, preset.teacache))
+
+        methods = compare.methods(steps, suits=suiting, adapter=adapter, planned=planned)
         config = replace(config, methods=tuple(methods), adapter=None)
         config = replace(config, settings={**config.settings, "num_inference_steps": steps[0]})
     drawn = _race(config, pipe, preset)
     rows = drawn.figures["methods"]
     by = "speedup" if config.costs is None else "times_less_work"
     table = compare.markdown(rows, by)
-    with config.out.with_suffix(".md").open("a") as file:
+    with ended(config.out, ".md").open("a") as file:
         file.write("\n" + table)
     compare.plot(config.out, rows, by)
     print(table)
@@ -171,31 +176,34 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     places = {row["method"]: i for i, row in enumerate(rows)}
     for speed, names in best[measures[0]].items():
         shown = [0, *(places[name] for name in names)]
-        path = config.out.with_name(f"{config.out.name}-{speed}x.png")
+        path = ended(config.out, f"-{speed}x.png")
         save_grid(path, [drawn.methods[i] for i in shown], [drawn.results[i] for i in shown], drawn.first(6))
     return {**drawn.figures, "best_at_least_as_fast": best}
 
 
 def _proxy(config: SuiteConfig) -> dict[str, Any]:
     """The proxy card of a model that a grammar of the project judges; see `ddit.eval.proxy`."""
-    if config.texts or config.methods:
-        raise ValueError("the proxy card has methods and prompts of its own; leave --methods and --prompt-file out")
+    if config.texts or config.methods or config.adapter or "num_inference_steps" in config.settings:
+        raise ValueError(
+            "the proxy card has methods, steps and prompts of its own, and no adapter; "
+            "leave --methods, --steps, --prompt-file and --adapter out"
+        )
     pipe, preset = _load(config)
     architecture = architecture_for(pipe.transformer)
-    known = bool(preset.teacache) or architecture.teacache_coefficients() is not None
+    known = suits(architecture, make_cache("teacache:0.1", preset.teacache))
     settings = {**config.settings, "num_inference_steps": proxy.STEPS}
     config = replace(config, methods=tuple(proxy.entries(teacache=known)), adapter=None, settings=settings)
     drawn = _race(config, pipe, preset)
     card = proxy.card(drawn.figures["methods"], architecture, video=draws_video(pipe))
     table = proxy.markdown(card)
-    write_text(config.out.with_suffix(".md"), table + "\n" + config.out.with_suffix(".md").read_text())
+    write_text(ended(config.out, ".md"), table + "\n" + ended(config.out, ".md").read_text())
     print(table)
     return {**drawn.figures, "card": proxy.to_dicts(card)}
 
 
 def _paper(config: SuiteConfig) -> dict[str, Any]:
     """The paper's table on prompts of the field; see `ddit.eval.paper`. Pictures and scores stay in a folder."""
-    folder = config.out.with_suffix(".pictures")
+    folder = ended(config.out, ".pictures")
     jury = paper.jury(config.judges, config.weights, config.reference, device=config.device, kept=folder)
     pipe, preset = _load(config)
     jury.check(len(config.texts), video=draws_video(pipe))
@@ -209,7 +217,7 @@ def _paper(config: SuiteConfig) -> dict[str, Any]:
         Drawings(folder, entry.name, {**shared, "method": repr(own)}, config.texts)
         for entry, own in zip(methods, known["methods"], strict=True)
     ]
-    draw(pipe, methods, drawings, settings, batch=config.batch, seed=config.seed)
+    draw(pipe, methods, drawings, settings, batch=config.batch, seed=config.seed, costs=preset.costs)
     del pipe  # judges get its place
     if config.device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -218,7 +226,7 @@ def _paper(config: SuiteConfig) -> dict[str, Any]:
     rows = paper.summarise(methods, drawings, said, jury.fid)
     sources = {j.name: config.weights.get(j.name, j.weights) for j in jury.judges if j.weights}
     _show(config, paper.markdown(rows, len(config.texts), sources))
-    paper.write_each(config.out.with_suffix(".jsonl"), methods, drawings, said)
+    paper.write_each(ended(config.out, ".jsonl"), methods, drawings, said)
     return {
         "prompts": len(config.texts),
         "batch": config.batch,
@@ -245,7 +253,7 @@ def _load(config: SuiteConfig) -> tuple[Any, Preset]:
 
 def _show(config: SuiteConfig, table: str) -> None:
     """Write a suite's table, and print it."""
-    write_text(config.out.with_suffix(".md"), table)
+    write_text(ended(config.out, ".md"), table)
     print(table)
 
 
@@ -279,7 +287,7 @@ def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Entry]) 
         **{k: str(v) for k, v in asdict(config).items() if k not in ("methods", "out")},
         "model": [digest(m) for m in modules],
         "methods": [
-            (m.name, m.run_steps, m.method and repr((m.method.patches, m.method.skip, m.method.cache)), own)
+            (m.name, m.run_steps, m.method and repr(replace(m.method, adapter=None)), own)
             for m, own in zip(methods, learnt, strict=True)
         ],
     }

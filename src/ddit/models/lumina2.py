@@ -8,7 +8,7 @@ itself and counts their rows and columns from 0, so that a coarse grid is to it 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,6 @@ class Lumina2(Architecture):
             "encoder_hidden_states": torch.zeros(1, text, config.cap_feat_dim),
             "encoder_attention_mask": torch.ones(1, text, dtype=torch.long),
         }
-
-    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
-        return block.norm1(argument("hidden_states"), argument("temb"))[0]
 
 
 def _without_padding(inputs: Inputs) -> Inputs:

@@ -13,7 +13,7 @@ them pooled patches, and an adapter adds to them what layers of a larger size wo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -143,10 +143,6 @@ class ZImage(Architecture):
             "t": torch.full((1,), 0.5),
             "cap_feats": torch.zeros(1, text, config.cap_feat_dim),
         }
-
-    def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
-        scale = block.adaLN_modulation(argument("adaln_input"))[:, None].chunk(4, dim=2)[0]
-        return block.attention_norm1(argument("x")) * (1 + scale)
 
 
 def _filled(count: int) -> int:

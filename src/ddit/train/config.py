@@ -13,12 +13,16 @@ from ddit.util.kinds import fits, told
 
 OptimizerName = Literal["prodigy", "adamw"]
 Weighting = Literal["relative", "bounded", "none", "sigma_sqrt", "cosmap"]
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16"]
+"""Half precision would need its loss scaled."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 LrSchedule = Literal["constant", "cosine", "linear"]
 
-LIVE = ("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out")
-"""Fields that may change when a run is resumed."""
+LIVE = (
+    *("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out"),
+    *("prompts", "prompt_column", "images"),
+)
+"""Fields that may change when a run is resumed; what samples are made of is compared with the samples themselves."""
 FROM_ONE = (
     *("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep", "validate_every"),
     *("validation", "count", "height", "width", "sample_steps"),
@@ -40,8 +44,10 @@ class TrainConfig:
     model: str = "embedded"
     """Base: folder or hub id of a diffusers pipeline."""
     prompts: str | None = None
-    """Text file with a prompt per line, or ``dataset:NAME:COLUMN`` (split ``train``, needs the package datasets).
-    Not needed once the samples are there."""
+    """A file (text with a prompt per line, .json, .jsonl, .csv, .tsv, .parquet), or ``dataset:OWNER/NAME`` on the hub
+    (`ddit.pipelines.prompts`). Not needed once the samples are there."""
+    prompt_column: str | None = None
+    """Where prompts are in it; by default one of the usual names."""
     images: str | None = None
     """Folder of pictures to learn from in place of the base's own samples, each with a caption: in ``metadata.jsonl``
     (``file_name``, ``text``), or in a text file of the same name. They are noised."""

@@ -60,7 +60,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
 
 RATE = 400e12
-"""Operations in a second that the hours are told for: about half of what an H100 can do in bfloat16."""
+"""Operations in a second that the hours are told for: about two fifths of what an H100 can do in bfloat16."""
 FRAMES = 81
 """Of a clip; pictures have one whatever is asked for."""
 

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from ddit.pipelines.prompts import HUB, read_prompts
 from ddit.train.config import TrainConfig
+from ddit.util.tell import warn
 
 METADATA = "metadata.jsonl"
 """Lines of ``{"file_name": ..., "text": ...}``, as in the image folders of the package datasets."""
@@ -23,48 +25,33 @@ class Source(NamedTuple):
 
 
 def read_source(config: TrainConfig) -> Source:
-    """What a run names; nothing where its samples are there already.
+    """What a run names; nothing where its samples are there, and what they were made of is gone or not named.
 
     Raises:
-        ValueError: When nothing is named that the samples could be made of.
+        ValueError: When nothing is named that the samples could be made of, or pictures that they were not made of.
     """
-    begun = (config.samples_folder / "samples.json").exists()
+    manifest = config.samples_folder / "samples.json"
+    begun = manifest.exists()
     source = config.images or config.prompts
     if source is None and not begun:
         raise ValueError(
             "name a file with prompts (--prompts), for which the base draws its own samples, "
             "or a folder of pictures (--images)"
         )
-    if source is None or (begun and not Path(source).exists()):
+    gone = source is not None and not source.startswith(HUB) and not Path(source).exists()
+    if begun and gone:
+        if config.images is not None and "pictures" not in json.loads(manifest.read_text()):
+            raise ValueError(
+                f"there is no folder {source!r}, and the samples in {manifest.parent} were not made of pictures; "
+                "name the folder, or other --samples"
+            )
+        warn(f"there is no {source!r}; the samples in {manifest.parent} are there, and are taken")
+    if source is None or (begun and gone):
         return Source(None, [])
     if config.images is None:
-        return Source(read_prompts(source, config.count), [])
+        return Source(read_prompts(source, config.prompt_column, config.count), [])
     captions = read_captions(source, config.count)
     return Source(list(captions.values()), list(captions))
-
-
-def read_prompts(source: str, count: int | None = None) -> list[str]:
-    """Prompts from a text file, one per line, or from ``dataset:NAME:COLUMN``.
-
-    Raises:
-        ValueError: When there are none, or fewer than ``count``.
-    """
-    if source.startswith("dataset:"):
-        _, name, column = [*source.split(":"), ""][:3]
-        try:
-            from datasets import load_dataset  # type: ignore[import-not-found]
-        except ModuleNotFoundError:
-            raise ValueError("prompts from a dataset need the package datasets: pip install datasets") from None
-        prompts = [str(text) for text in load_dataset(name, split="train")[column]]
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"there is no file {source!r} with prompts; write one prompt per line")
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [text for text in prompts if text][:count]
-    if not prompts or (count and len(prompts) < count):
-        raise ValueError(f"{source} holds {len(prompts)} prompts, {count or 'at least 1'} were asked for")
-    return prompts
 
 
 def read_captions(folder: str | Path, count: int | None = None) -> dict[Path, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from diffusers import ModularPipeline
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -63,6 +64,8 @@ def train(config: TrainConfig) -> Path:
         )
     if config.images is not None:
         check_encodes(pipe)
+    if accelerator.is_main_process:
+        write_json(out / "train.json", config.to_dict())
     run = Run.begin(config, accelerator, pipe, preset, source)
     if config.tracker:
         accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list)})
@@ -89,9 +92,14 @@ def _prepare(config: TrainConfig, out: Path) -> Source:
     if config.optimizer == "prodigy":
         require("prodigyopt", "the optimizer Prodigy")
     disk.check_settings(config, out / "train.json")
+    trackers = [kind.value for kind in get_available_trackers()]
+    if config.tracker is not None and config.tracker not in trackers:
+        raise ValueError(
+            f"tracker is {config.tracker!r}; installed here are {', '.join(trackers) or 'none'}: "
+            "install its package, or leave --tracker out"
+        )
     source = read_source(config)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "train.json", config.to_dict())
     return source
 
 
@@ -124,7 +132,7 @@ class Run:
         if len(samples) <= config.validation:
             raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
         if config.pictures == 0:
-            for name in ("text_encoder", "text_encoder_2", "vae"):
+            for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
                 if hasattr(pipe, name):
                     setattr(pipe, name, None)
         if config.gradient_checkpointing:

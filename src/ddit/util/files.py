@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,9 +50,22 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def ended(stem: Path, ending: str) -> Path:
+    """The file of a stem, such as ``out/flux.1-dev``: dots in its name stay, but for the ending of a table."""
+    return stem.with_name((stem.stem if stem.suffix in (".json", ".md") else stem.name) + ending)
+
+
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON through `replacing`; makes the folder."""
-    write_text(path, json.dumps(values, indent=1) + "\n")
+    """Write JSON through `replacing`; makes the folder. Numbers that are not finite become null: JSON has none."""
+    write_text(path, json.dumps(_finite(values), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

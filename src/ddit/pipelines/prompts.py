@@ -17,7 +17,7 @@ CONVERTED = "refs/convert/parquet"
 """Branch of a data set where the hub keeps it as ``config/split/0000.parquet``."""
 
 
-def read(source: str, column: str | None = None, count: int | None = None) -> list[str]:
+def read_prompts(source: str, column: str | None = None, count: int | None = None) -> list[str]:
     """Prompts of a file or data set, in its order.
 
     Text (a prompt per line), ``.json`` (a list of texts or objects, or captions as COCO has them: the first of each
