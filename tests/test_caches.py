@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from torch import Tensor
@@ -334,6 +335,86 @@ def test_a_cache_that_suits_is_known_and_taken_off_again(name, cache):
     transformer = CASES[name].make().transformer
     assert suits(architecture_for(transformer), LIKELY[cache]())
     assert not Cache(architecture_for(transformer), None).active
+
+
+@pytest.mark.parametrize(("name", "share"), [("flux", 1 / 2), ("ovis-image", 2 / 4), ("hunyuan-video", 2 / 3)])
+def test_cache_dit_counts_what_it_computes_of_every_list(name, share):
+    """It makes one list of FLUX.1's two, and keeps the others' apart."""
+    architecture = architecture_for(CASES[name].make().transformer)
+    cache = Cache(architecture, CacheDitConfig(1e9))
+    assert cache.share == pytest.approx(share)
+    cache.remove()
+
+
+def test_cache_dit_takes_no_more_blocks_than_the_shortest_list_has():
+    """As Ovis-Image's 6 before 27."""
+    pipe = CASES["ovis-image"].make()
+    blocks = pipe.transformer.single_transformer_blocks
+    blocks.extend(deepcopy(blocks[0]) for _ in range(14))
+    cache = Cache(architecture_for(pipe.transformer), CacheDitConfig(1e9))
+    assert cache.share == pytest.approx(4 / 18)
+    with ddit.apply(pipe, patches=FULL) as run:
+        draw(pipe, CASES["ovis-image"])
+    assert run.report.strip().startswith("1")
+    cache.remove()
+
+
+def test_what_answered_is_seen_without_lite_mode_and_with_last_blocks():
+    """TaylorSeer may cache attention alone, and cache-dit may always run the last blocks."""
+    case = CASES["flux"]
+    parts = TaylorSeerCacheConfig(cache_interval=99, disable_cache_before_step=1, use_lite_mode=False)
+    last = CacheDitConfig(1e9, {"Fn_compute_blocks": 1, "Bn_compute_blocks": 1, "max_warmup_steps": 1})
+    for config, share in ((parts, 1.0), (last, 1.0)):
+        pipe = case.make()
+        with ddit.apply(pipe, patches=FULL, cache=config) as run:
+            draw(pipe, case)
+        assert run.report.strip().count("(1)") > 3 and run.report.flops_fraction <= share
+
+
+def test_an_adapter_reads_what_taylorseer_leaves_out():
+    pipe = tiny.pipeline()
+    adapter = ddit.PatchAdapter.for_model(pipe.transformer, rank=2)
+    with pytest.raises(ValueError, match="TaylorSeer in lite mode"):
+        ddit.apply(pipe, adapter=adapter, cache="taylorseer:4")
+    with ddit.apply(pipe, adapter=adapter, patches=FIXED):
+        pipe.transformer.enable_cache(LIKELY["taylorseer"]())
+        with pytest.raises(ValueError, match="TaylorSeer in lite mode"):
+            tiny.sample(pipe)
+
+
+@pytest.mark.parametrize("by", ["ddit", "user"])
+def test_cache_dit_and_offloading(by):
+    """A hook of accelerate, as for model offloading, comes before the cache, and goes and comes again after a run."""
+    pipe = tiny.pipeline()
+    plain = tiny.sample(pipe)
+    settings = dict(patches=FIXED, cache=CacheDitConfig(1e9, {"max_warmup_steps": 1}))
+    with ddit.apply(pipe, **settings) as run:
+        expected, strip = tiny.sample(pipe), run.report.strip()
+    assert "(" in strip
+    add_hook_to_module(pipe.transformer, ModelHook())
+    if by == "user":
+        cache_dit.enable_cache(pipe.transformer, cache_config=DBCACHE())
+        with pytest.raises(ValueError, match="put on after offloading"):
+            ddit.apply(pipe, patches=FIXED)
+        return
+    with ddit.apply(pipe, **settings) as run:
+        for _ in range(2):
+            assert torch.equal(tiny.sample(pipe), expected) and run.report.strip() == strip
+            remove_hook_from_module(pipe.transformer)
+            add_hook_to_module(pipe.transformer, ModelHook())
+    assert torch.equal(tiny.sample(pipe), plain)
+    remove_hook_from_module(pipe.transformer)
+    assert torch.equal(tiny.sample(pipe), plain) and pipe.transformer.forward.__func__ is type(pipe.transformer).forward
+
+
+@pytest.mark.parametrize("name", ["lumina2", "z-image"])
+def test_cache_dit_of_the_user_on_a_model_without_caches_in_diffusers(name):
+    case = CASES[name]
+    pipe = case.make()
+    cache_dit.enable_cache(pipe.transformer, cache_config=DBCACHE())
+    with ddit.apply(pipe, patches=FIXED) as run:
+        draw(pipe, case)
+    assert "(" in run.report.strip()
 
 
 @pytest.mark.parametrize("name", ["krea-2", "lumina2", "sd3", "z-image"])

@@ -211,3 +211,26 @@ def test_positions_that_a_compiled_whole_would_not_see_move_are_refused():
         with pytest.raises(ValueError, match="compile_repeated_blocks") if refused else nullcontext():
             ddit.apply(pipe, preset="paper")
         ddit.apply(pipe, patches=SCALES)
+
+
+@pytest.mark.parametrize("cache", ["taylorseer:3", "first-block:9", "cache-dit:9"])
+def test_what_a_cache_answered_is_seen_through_compiled_blocks(cache):
+    """Several blocks of a class share their code, which looks for no hook that comes later."""
+    pipe = tiny.pipeline(num_layers=3, num_single_layers=3)
+    strips = []
+    for compiled in (False, True):
+        with ddit.apply(pipe, patches=TWO, cache=cache) as handle:
+            if compiled:
+                pipe.transformer.compile_repeated_blocks(dynamic=False, backend="eager")
+            tiny.sample(pipe, steps=14)
+        strips.append(handle.report.strip())
+    assert strips[0] == strips[1]
+    assert ("(" in strips[0]) and set(strips[0].split()) != {"(1)"}
+
+
+def test_positions_that_compiled_blocks_would_not_see_move_are_refused():
+    """Z-Image's are moved where its first block gets them."""
+    pipe = tiny_z_image.CASES["z-image"]["make"]()
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    with pytest.raises(ValueError, match="positions='grid'"):
+        ddit.apply(pipe, patches=PatchSchedule.paper())

@@ -79,8 +79,9 @@ def test_one_picture_on_two_processes(name, tmp_path):
     if getattr(CASES[name].make().transformer, "_cp_plan", None) is None:
         pytest.skip("diffusers has no plan for spreading it")
     (first, refused), (second, alike) = in_two(alone_together_and_refused, name, folder=tmp_path)
-    late, adapted = refused
+    late, adapted, moved = refused
     assert "after ddit.apply" in late and "then ddit.apply again" in late
+    assert "positions='grid'" in moved
     assert "accelerate launch" in adapted and refused == alike
     for (picture, schedule), (other, same) in zip(first, second, strict=True):
         assert torch.equal(torch.as_tensor(picture), torch.as_tensor(other)) and schedule == same
@@ -102,4 +103,9 @@ def what_is_refused() -> list[str]:
     with pytest.raises(ValueError) as adapted:
         ddit.apply(pipe, adapter=PatchAdapter.for_model(pipe.transformer, rank=2))
     told.append(str(adapted.value))
+    pipe = tiny.wan_pipeline()
+    spread(pipe.transformer)
+    with pytest.raises(ValueError) as moved:
+        ddit.apply(pipe, patches=PatchSchedule.paper())
+    told.append(str(moved.value))
     return told

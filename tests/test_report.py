@@ -174,7 +174,8 @@ def test_report_of_a_finished_run_survives_a_broken_one(pipe):
 @pytest.mark.parametrize(
     ("patches", "steps", "word"),
     [
-        (PatchSchedule(threshold=1e-12), 9, "no step used large patches.*Raise"),
+        (PatchSchedule(threshold=1e-12, careful=False), 9, "no step used large patches.*Raise"),
+        (PatchSchedule(threshold=1e9), 9, "none is safe at the noise levels"),
         (COARSE, 6, "every step after the warm-up.*Lower"),
         (COARSE, 3, "all 3 belong to the warm-up of 3"),
         (PLAIN, 6, None),

@@ -19,9 +19,11 @@ import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
 from ddit.config import FULL, Coarse, Positions, Start
+from ddit.models import architecture_for
 from ddit.preset import Preset
 from ddit.profile import ErrorProfile
 from helpers import COARSE, GUIDED, PLAIN, STEPS, Record, call_inputs, denoise, facts, fixed, kept, noise, skipping
+from test_architectures import CASES, draw
 
 # --- schedules ---
 
@@ -715,3 +717,38 @@ def test_bfloat16_statistics_of_a_multistep_sampler(sampler):
         tables.append(torch.tensor([step.statistics[0][2] for step in handle.report.steps[3:]]))
     ratio = tables[1] / tables[0]
     assert ratio.min() > 0.9 and ratio.max() < 1.25, ratio
+
+
+class Levels:
+    """Keeps every step full, and what it is told of the run."""
+
+    scales = (1,)
+
+    def __init__(self):
+        self.told = []
+
+    def choose(self, context):
+        self.told.append((context.sigma, context.total, list(context.sigmas), context.end))
+        return [1] * context.batch
+
+
+def test_a_run_that_begins_in_the_middle_knows_its_noise_levels():
+    """The second of Wan 2.2's transformers alone."""
+    case = CASES["wan2.2-a14b"]
+    pipe = case.make()
+    levels = Levels()
+    with ddit.apply(pipe.transformer_2, patches=levels):
+        draw(pipe, case)
+    sigmas = pipe.scheduler.sigmas.tolist()
+    begun = case.steps - len(levels.told)
+    assert 0 < begun < case.steps
+    for i, (sigma, total, known, end) in enumerate(levels.told, start=begun):
+        assert (sigma, total, known) == (sigmas[i], case.steps - begun, sigmas[begun:-1])
+        assert end == (sigmas[i + 1] if i + 1 < case.steps else 0.0)
+
+
+def test_samples_of_skyreels_keep_their_frame_rates():
+    architecture = architecture_for(CASES["skyreels-v2-forcing"].make().transformer)
+    call = {**architecture.example(2, 4, 4, 3), "fps": [0]}
+    both = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    assert architecture.rows({**both, "fps": [0, 1]}, [1])["fps"] == [1]

@@ -19,7 +19,7 @@ from ddit.plan import Plan
 from ddit.preset import Preset
 from ddit.run import Skipping
 from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
-from ddit.seat import MARK, parallel_config
+from ddit.seat import MARK, is_compiled, parallel_config
 from ddit.util.tell import warn
 
 if TYPE_CHECKING:
@@ -186,16 +186,22 @@ def _coarse(schedule: Patches | Policy, adapter: PatchAdapter | None, architectu
     coarse = asked.coarse if adapter is None else adapter.coarse
     if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
         raise ValueError(
-            f"positions are {coarse.positions!r}, and a transformer compiled as a whole does not see them move; "
-            "compile its blocks alone (compile_repeated_blocks), or take positions='grid'"
+            f"positions are {coarse.positions!r}, and compiled code would not see them move; "
+            "take positions='grid', or, but for Z-Image, compile the blocks alone (compile_repeated_blocks)"
+        )
+    if coarse.positions != "grid" and any(a.rope and parallel_config(a.transformer) for a in architectures):
+        raise ValueError(
+            f"positions are {coarse.positions!r}, and this model's are split over several devices before they could "
+            "be moved; take positions='grid'"
         )
     return coarse
 
 
 def _moves_unseen(architecture: Architecture) -> bool:
     """Whether positions are moved by a hook, which code compiled before it came does not look for."""
-    hooked = architecture.rope is not None or type(architecture).placed is not Architecture.placed
-    return hooked and getattr(architecture.transformer, "_compiled_call_impl", None) is not None
+    if type(architecture).placed is not Architecture.placed:  # of a block
+        return is_compiled(architecture.transformer)
+    return architecture.rope is not None and getattr(architecture.transformer, "_compiled_call_impl", None) is not None
 
 
 def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:

@@ -43,8 +43,7 @@ class Current:
         sigmas = getattr(self.scheduler, "sigmas", None)
         if sigmas is None:
             return rounded
-        step, begin = self.scheduler.step_index, self.scheduler.begin_index
-        index = step if step is not None else begin or 0
+        index = place(self.scheduler) or 0
         if sigmas is not self._sigmas:
             self._sigmas, self._levels = sigmas, torch.as_tensor(sigmas).tolist()
         exact = self._levels[min(index, len(self._levels) - 1)]
@@ -87,8 +86,16 @@ CLOSE = 2**-8
 """How far a timestep in bfloat16 may lie from the scheduler's own noise level."""
 
 
+def place(scheduler: Any) -> int | None:
+    """Number of the step that a scheduler is at, or will begin with; ``None`` where nobody told it yet."""
+    step = getattr(scheduler, "step_index", None)
+    return step if step is not None else getattr(scheduler, "begin_index", None)
+
+
 def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[float]]:
-    """Number of steps of a scheduler's run, from where it begins (image to image), and their noise levels, if known.
+    """Number of steps of a scheduler's run from where it is, and their noise levels, if known.
+
+    It need not be at its beginning: image to image begins later, and so does the second of two transformers.
 
     Args:
         told: The pipeline's own number of steps, for one that does not tell the scheduler where it begins (Wan V2V).
@@ -96,9 +103,11 @@ def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[fl
     timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
     if timesteps is None:
         return None, []
-    begin = getattr(scheduler, "begin_index", None)
+    begin = place(scheduler)
     left = len(timesteps) - (begin or 0)
     total = min(left, told or left) if begin is None else left
+    if total <= 0:  # the scheduler is at the end of another run
+        return None, []
     if sigmas is None or len(sigmas) <= total:
         return total, []
     return total, torch.as_tensor(sigmas[:-1][-total:]).tolist()  # the last one is where the run ends

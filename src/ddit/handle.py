@@ -62,7 +62,7 @@ class Handle:
                 # Compiled code does not look for later hooks (torch._dynamo.config.skip_nnmodule_hook_guards).
                 torch._dynamo.reset()
         for architecture, called in zip(plan.architectures, plan.called, strict=True):
-            cache = Cache(architecture, plan.cache)
+            cache = Cache(architecture, plan.cache, learnt=plan.adapter is not None)
             self._seats.append(Seat(architecture, called, cache, self._call, self._end, self))
 
     def _take_off(self) -> None:
@@ -78,7 +78,9 @@ class Handle:
 
     @property
     def scales(self) -> list[int]:
-        """Scale of each sample in the current step, 0 where it is skipped; empty between runs."""
+        """Scale of each sample in the current step, 0 where it is skipped; empty before a run, and after the end of one
+        whose model hears of it (those with caches in diffusers).
+        """
         return list(self._state.scales)
 
     @property
@@ -325,10 +327,10 @@ class Handle:
 
     def _remark(self, run: RunState) -> None:
         """Say once when a whole run was not what an adapter or a dynamic schedule is for."""
-        chosen, said = [step.scales for step in run.steps], None
+        chosen, sigmas, said = [step.scales for step in run.steps], [step.sigma for step in run.steps], None
         if self.adapter is not None:
-            said = self.adapter.remark([step.sigma for step in run.steps], chosen)
+            said = self.adapter.remark(sigmas, chosen)
         if said is None and isinstance(run.policy, Rule):
-            said = run.policy.remark(chosen, [step.statistics for step in run.steps])
+            said = run.policy.remark(chosen, [step.statistics for step in run.steps], sigmas)
         if said is not None and not self._warned:
             self._warn(said)

@@ -219,12 +219,18 @@ class Rule:
     def _allowed(self, scale: int, sigma: float) -> bool:
         return self.guard is None or self.guard(scale, sigma)
 
-    def remark(self, chosen: Sequence[Sequence[int]], stats: Sequence[Sequence[Mapping[int, float]]]) -> str | None:
+    def remark(
+        self,
+        chosen: Sequence[Sequence[int]],
+        stats: Sequence[Sequence[Mapping[int, float]]],
+        sigmas: Sequence[float],
+    ) -> str | None:
         """What to do about a run in which the rule never used large patches, or did in all steps; else ``None``.
 
         Args:
             chosen: Scale of each sample, for every step; 0 where it was skipped.
             stats: The same for the statistics, scale -> statistic.
+            sigmas: Noise level of every step.
         """
         schedule, decided = self.schedule, chosen[self.schedule.warmup :]
         if schedule.threshold == 0 or max(schedule.scales) == 1:
@@ -241,7 +247,14 @@ class Rule:
                 f"no step used large patches: {len(chosen)} steps leave {len(decided)} to decide upon. "
                 "A model distilled to so few has little to gain; others gain from 20 steps on"
             )
-        seen = [min(sample.values()) for step in stats[schedule.warmup :] for sample in step if sample]
+        allowed = [[s for s in self.scales if s > 1 and self._allowed(s, sigma)] for sigma in sigmas]
+        steps = list(zip(stats, allowed, strict=True))[schedule.warmup :]
+        seen = [min(sample[s] for s in may) for step, may in steps for sample in step if sample and may]
+        if used == {1} and not any(allowed[schedule.warmup :]):
+            return (
+                "no step used large patches: none is safe at the noise levels after the warm-up. "
+                "Train an adapter for them (its min_sigma tells which it serves), or set careful=False"
+            )
         if used == {1} and seen:
             return (
                 f"no step used large patches: the statistic was {min(seen):.2g} at the least, threshold is "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,13 @@ def _is(config: Any, name: str) -> bool:
     return type(config).__name__ == name
 
 
+def _answered(state: Any) -> bool:
+    """Whether a cache answered in the call just made, by its own state: a hook would go unseen by compiled code."""
+    if hasattr(state, "should_compute"):
+        return not state.should_compute
+    return state.current_step > (-1 if state.last_update_step is None else state.last_update_step)  # TaylorSeer's
+
+
 def _state_manager() -> type[StateManager]:
     """What holds the states of diffusers' caches."""
     with insides():
@@ -49,22 +56,26 @@ def suits(architecture: Architecture, config: Config) -> bool:
 
 
 class Cache:
-    """The cache of one transformer, put on by us or by the user with ``transformer.enable_cache``."""
+    """The cache of one transformer, put on by us or by the user with ``transformer.enable_cache``.
 
-    def __init__(self, architecture: Architecture, config: Config | None) -> None:
+    Args:
+        learnt: Whether large patches have an adapter.
+    """
+
+    def __init__(self, architecture: Architecture, config: Config | None, *, learnt: bool = False) -> None:
         self.architecture = architecture
         self.transformer: Any = architecture.transformer
+        self._learnt = learnt
         self._config: Any = copy.copy(config)  # MagCache's is changed with the number of steps
         self._groups: dict[tuple[int, int, int, tuple[int, ...]], _Group] = {}
-        self._computed = False
         self._ratios: Any = None
-        self._last: Any = None
         self._found: tuple[Any, list[StateManager]] | None = None
         self._dit = DitContexts(self.transformer)
-        check_config(config)
+        self._dit.check()
+        check_config(config, learnt=learnt)
         if self._config is not None:
             self._enable(self._config)
-        check_config(self._theirs)
+        check_config(self._theirs, learnt=learnt)
 
     def _enable(self, config: Config) -> None:
         there = "cache-dit" if self._dit.active else type(self._theirs).__name__
@@ -76,7 +87,8 @@ class Cache:
         if not hasattr(self.transformer, "cache_context"):
             raise ValueError(f"diffusers has no caches for {type(self.transformer).__name__}; leave cache= out")
         if isinstance(config, CacheDitConfig):
-            self._dit.enable(config, len(self.architecture.blocks()))
+            lists = [len(self.transformer.get_submodule(name)) for name in self.architecture.block_lists]
+            self._dit.enable(config, lists)
             return
         with insides():
             from ddit.caches import teacache
@@ -122,7 +134,9 @@ class Cache:
     def share(self) -> float:
         """Of the blocks, what a call computes in which the cache answers."""
         if self._dit.active:
-            return self._dit.computed / len(self.architecture.blocks())
+            return min(1.0, self._dit.computed / len(self.architecture.blocks()))
+        if _is(self._theirs, "TaylorSeerCacheConfig") and not self._theirs.use_lite_mode:
+            return 1.0  # it leaves out parts of blocks: nobody counted which
         return 1 / len(self.architecture.blocks()) if _is(self._theirs, "FirstBlockCacheConfig") else 0.0
 
     def call(
@@ -146,7 +160,7 @@ class Cache:
             reused: Called with the samples where the cache did not run the blocks.
             run: Tells runs apart that take turns.
         """
-        check_config(self._theirs)
+        check_config(self._theirs, learnt=self._learnt)
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
@@ -156,12 +170,15 @@ class Cache:
                     "leave the cache out, or call the transformer's disable_cache()"
                 )
             name = self._name(run, step, guidance, scale, samples)
-            with self.transformer.cache_context(name, step_index=step, num_inference_steps=steps):
+            # A model that diffusers has no caches for may still have cache-dit.
+            context = getattr(self.transformer, "cache_context", lambda *_, **__: nullcontext())
+            with context(name, step_index=step, num_inference_steps=steps), self._dit.at(name, step):
                 for manager in self._managers() if _is(self._theirs, "MagCacheConfig") else ():
                     manager.get_state().step_index = step  # it counts its own calls, from 0
-                with self._watched(), self._dit.at(name, step):
-                    answer = forward(*args, **kwargs)
-            if not self._computed:
+                before = self._dit.answers
+                answer = forward(*args, **kwargs)
+                answered = self._dit.answers > before or any(_answered(m.get_state()) for m in self._managers())
+            if answered:
                 reused(samples)
             return answer
 
@@ -175,23 +192,6 @@ class Cache:
         group = self._groups.setdefault(key, _Group(f"{run} {guidance} {scale} {list(samples)} from {step}", step))
         group.step = step
         return group.name
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Note whether the last block runs, which every cache that skips blocks skips."""
-        self._computed = False
-
-        def note(*_: Any) -> None:
-            self._computed = True
-
-        if self._last is None:
-            blocks = self.architecture.block_lists[-1]
-            *_, self._last = (x for name, x in self.architecture.feed_forward() if name.startswith(f"{blocks}."))
-        probe = self._last.register_forward_hook(note)
-        try:
-            yield
-        finally:
-            probe.remove()
 
     def _managers(self) -> list[StateManager]:
         """Of the cache's hooks, looked up once a run: a large model has thousands of modules."""

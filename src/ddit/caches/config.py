@@ -22,7 +22,8 @@ class CacheDitConfig:
     threshold: float = 0.08
     """``residual_diff_threshold``: largest relative change of what the first blocks add at which the rest is reused."""
     settings: dict[str, Any] | None = None
-    """Other fields of ``cache_dit.DBCacheConfig``; by default a quarter of the blocks is computed always, 8 at most."""
+    """Other fields of ``cache_dit.DBCacheConfig``; by default a quarter of the blocks is computed always, 8 at
+    most; where it keeps several lists of blocks, so many of each."""
 
 
 Config: TypeAlias = "FirstBlockCacheConfig | TaylorSeerCacheConfig | MagCacheConfig | TeaCacheConfig | CacheDitConfig"
@@ -86,8 +87,17 @@ def make_cache(text: str, coefficients: Sequence[float] | None = None) -> Config
     return MagCacheConfig(threshold=value, num_inference_steps=len(RATIOS), mag_ratios=RATIOS)
 
 
-def check_config(config: Any) -> None:
-    """Refuse caches whose states can't be kept apart."""
+def check_config(config: Any, *, learnt: bool) -> None:
+    """Refuse caches whose states can't be kept apart, and one that leaves out what an adapter reads.
+
+    Args:
+        learnt: Whether large patches have an adapter.
+    """
+    if learnt and type(config).__name__ == "TaylorSeerCacheConfig" and config.use_lite_mode:
+        raise ValueError(
+            "TaylorSeer in lite mode continues the model's last layer alone, and an adapter reads what comes before: "
+            "choose another cache, use_lite_mode=False, or leave the adapter out (--adapter none)"
+        )
     if config is not None and not SUPPORTED & {kind.__name__ for kind in type(config).__mro__}:
         raise ValueError(
             f"{type(config).__name__} does not work with dynamic patches; "

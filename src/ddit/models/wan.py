@@ -218,6 +218,11 @@ class SkyReels(Wan):
 
     costs = Costs(rows=((r"fps_projection\..*", "sample"), *Wan.costs.rows), attention=Wan.costs.attention)
 
+    def rows(self, inputs: Inputs, samples: Sequence[int]) -> Inputs:
+        told = inputs.get("fps")  # one number a sample, no tensor
+        chosen = super().rows(inputs, samples)
+        return chosen if told is None else {**chosen, "fps": [told[i] for i in samples]}
+
     def teacache_coefficients(self) -> None:
         return None
 
