@@ -18,23 +18,31 @@ import tiny_flux
 from ddit import FixedSchedule, PatchAdapter
 from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
-from ddit.patches import pack, pad_to_multiple, pool_tokens, shrink, unpack
+from ddit.models.base import UnsupportedCall
+from ddit.patches import pack, pad_to_multiple, pool_packed, pool_tokens, shrink, unpack
 from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops, check_large_patches
 from test_architectures import CASES, draw
 from tiny_flux import EMBEDS as EMBEDS2
 from tiny_flux import KONTEXT, LARGE, MASK, PICTURE, SIZE, TEXT
 
+WHERE = ("hidden_states", "img_ids")
 
-def test_reference_tokens_stay_as_they_are():
+
+def test_reference_tokens_are_pooled_and_lie_where_the_picture_does():
+    """As the pipeline would call for the same edit of pictures of half and a quarter of the size."""
     arch, inputs, answer = call_of(tiny_flux.kontext(), "flux-kontext")
     noisy, own = arch.read(inputs), 8 * 12
     assert noisy.latents.shape == (1, 4, 16, 24) and noisy.condition is None
     for scale in (2, 4):
         small = coarse_call(arch, inputs, noisy, scale, Coarse()).inputs
         count = own // scale**2
-        assert torch.equal(small["hidden_states"][:, count:], inputs["hidden_states"][:, own:])
-        assert torch.equal(small["img_ids"][count:], inputs["img_ids"][own:]) and len(small["img_ids"]) == count + own
+        pooled = shrink(unpack(inputs["hidden_states"][:, own:], 2, (1, 0, 16, 24)), scale, 2, "noise-consistent")
+        torch.testing.assert_close(small["hidden_states"][:, count:], pack(pooled, 2))
+        assert len(small["img_ids"]) == 2 * count and torch.equal(*small["img_ids"][:, 1:].split(count))
+        assert small["img_ids"][:, 0].tolist() == [0] * count + [1] * count
+    places = coarse_call(arch, inputs, noisy, 2, Coarse(positions="interpolated")).inputs["img_ids"]
+    assert torch.equal(*places[:, 1:].split(own // 4)) and places[1].tolist() == [0, 0.5, 2.5]
     velocity = torch.randn(1, 4, 16, 24)
     tokens = arch.output(velocity, inputs)
     assert tokens.shape == answer.shape and torch.equal(arch.velocity(tokens, (16, 24)), velocity)
@@ -243,14 +251,26 @@ def test_tokens_of_flux_2_are_latents_of_twice_the_size():
     assert torch.equal(noisy.latents, diffusers.Flux2Pipeline._unpatchify_latents(channels))
 
 
-def test_reference_images_of_flux_2_stay_as_they_are():
+def test_reference_images_of_flux_2_are_pooled_each():
     arch, inputs, _ = call_of(tiny_flux.flux2(), "flux2-reference")
     small = coarse_call(arch, inputs, arch.read(inputs), 2, Coarse()).inputs
-    assert inputs["img_ids"].shape == (1, 96 + 2 * 24, 4) and small["img_ids"].shape == (1, 24 + 2 * 24, 4)
+    assert inputs["img_ids"].shape == (1, 96 + 2 * 24, 4) and small["img_ids"].shape == (1, 24 + 2 * 6, 4)
     ids = small["img_ids"][0]
-    assert torch.equal(ids[24:], inputs["img_ids"][0, 96:].float())
-    assert ids[:24].unique(dim=0).shape[0] == 24 and ids[:24, [0, 3]].eq(0).all()
-    assert torch.equal(small["hidden_states"][:, 24:], inputs["hidden_states"][:, 96:])
+    assert ids.unique(dim=0).shape[0] == 36 and ids[:24, [0, 3]].eq(0).all()
+    assert ids[24:30, 0].eq(10).all() and ids[30:, 0].eq(20).all() and torch.equal(ids[24:30, 1:], ids[30:, 1:])
+    for i in range(2):
+        one = inputs["hidden_states"][:, 96 + 24 * i : 96 + 24 * (i + 1)]
+        rows, columns = (int(n) + 1 for n in inputs["img_ids"][0, 96:120, 1:3].max(0).values)
+        pooled = pool_packed(one, 2, (rows, columns), 2)
+        assert torch.equal(small["hidden_states"][:, 24 + 6 * i : 30 + 6 * i], pooled)
+
+
+def test_positions_that_are_no_grids_keep_full_steps():
+    """As those of a condition that another pipeline puts behind the picture, thinned out."""
+    arch, inputs, _ = call_of(tiny_flux.kontext(), "flux-kontext")
+    few = {name: torch.cat([x[..., :96, :], x[..., 96:111, :]], -2) for name, x in inputs.items() if name in WHERE}
+    with pytest.raises(UnsupportedCall, match="full grids"):
+        arch.read({**inputs, **few})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ddit.cli import main
 from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
 from ddit.models import architecture_for
+from ddit.patches import pool_packed
 from ddit.pipelines.generate import run
 from ddit.pipelines.loading import load_pipeline
 from ddit.pipelines.outputs import eight_bits
@@ -29,14 +30,19 @@ flux3 = pytest.mark.skipif(not tiny_modular.HAS_FLUX3, reason="this diffusers ha
 
 
 @flux3
-def test_reference_images_stay_and_positions_are_half_a_unit_apart():
+def test_reference_images_are_pooled_and_positions_are_half_a_unit_apart():
     arch, inputs, _ = call_of(tiny_modular.flux3(), "flux3-reference")
-    names = ("image_cond_hidden_states", "image_cond_ids", "txt_ids")
     assert inputs["image_cond_hidden_states"].shape == (1, 4 * 4 + 4 * 6, 16)
     for scale, first in ((2, 0.25), (4, 0.75)):
         for coarse in (Coarse(), Coarse(positions="interpolated")):
             small = coarse_call(arch, inputs, arch.read(inputs), scale, coarse).inputs
-            assert all(torch.equal(small[name], inputs[name]) for name in names)
+            assert torch.equal(small["txt_ids"], inputs["txt_ids"])
+            given, images = inputs["image_cond_hidden_states"], [(4, 4), (4, 6)]
+            parts = zip(given.split([16, 24], 1), images, strict=True)
+            pooled = torch.cat([pool_packed(x, 2, size, scale) for x, size in parts], 1)
+            assert torch.equal(small["image_cond_hidden_states"], pooled)
+            assert len(small["image_cond_ids"]) == pooled.shape[1]
+            assert torch.equal(small["image_cond_ids"][0, 1:3], small["img_ids"].view(-1, 4)[0, 1:3])
             grid = small["img_ids"].reshape(8 // scale, 12 // scale, 4)
             step, begin = (0.5, 0.0) if coarse.positions == "grid" else (0.5 * scale, first)
             assert grid[1, 2].tolist() == [0, begin + step, begin + 2 * step, 0]

@@ -16,7 +16,7 @@ from ddit.coarse import coarse_call, coarse_step
 from ddit.config import FULL, Coarse
 from ddit.models import architecture_for
 from ddit.models.base import first
-from ddit.patches import TokenLayout, pool_tokens
+from ddit.patches import TokenLayout, pool_packed, pool_tokens
 from ddit.pipelines.generate import recorded
 from ddit.teacache import TeaCacheConfig
 from families import COARSE, call_of, check_flops, check_large_patches
@@ -29,20 +29,22 @@ NAMES = tuple(name for name in tiny_qwen.CASES if name != "qwen-image-2.1")
 @pytest.mark.parametrize(
     ("name", "size", "references"),
     [
-        ("qwen-image-edit", (8, 12), [(1, 4, 4)]),
-        ("qwen-image-edit-plus", (8, 12), [(1, 4, 4), (1, 4, 4)]),
-        ("qwen-image-layered", (3, 8, 8), [(1, 4, 4)]),
+        ("qwen-image-edit", (8, 12), 1),
+        ("qwen-image-edit-plus", (8, 12), 2),
+        ("qwen-image-layered", (3, 8, 8), 1),
     ],
 )
-def test_reference_images_stay_as_they_are(name, size, references):
+def test_reference_images_are_pooled(name, size, references):
     arch, inputs, answer = call_of(CASES[name].make(), name)
     noisy = arch.read(inputs)
     assert noisy.latents.shape == (1, 4, *size)
     *layers, rows, columns = size
     small = coarse_call(arch, inputs, noisy, 2, Coarse()).inputs
-    assert small["img_shapes"] == [[(1, rows // 4, columns // 4)] * (layers[0] if layers else 1) + references]
-    behind = 16 * len(references)
-    assert torch.equal(small["hidden_states"][:, -behind:], inputs["hidden_states"][:, -behind:])
+    assert small["img_shapes"] == [
+        [(1, rows // 4, columns // 4)] * (layers[0] if layers else 1) + [(1, 2, 2)] * references
+    ]
+    one = inputs["hidden_states"][:, -16:]
+    assert torch.equal(small["hidden_states"][:, -4:], pool_packed(one, 2, (4, 4), 2))
     velocity = torch.randn(1, 4, *size)
     tokens = arch.output(velocity, inputs)
     assert tokens.shape == answer.shape and torch.equal(arch.velocity(tokens, size), velocity)

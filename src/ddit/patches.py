@@ -269,6 +269,13 @@ def pool_tokens(x: Tensor, grid: Sequence[int], scale: int) -> Tensor:
     return rearrange(F.avg_pool2d(z, scale), "b d h w -> b (h w) d")
 
 
+def pool_packed(tokens: Tensor, patch: int, grid: Sequence[int], scale: int) -> Tensor:
+    """Tokens of a picture ``[B, N, C p p]`` after its latents were pooled: ``[B, N/s s, C p p]``."""
+    size = [n * patch for n in grid]
+    z = unpack(tokens, patch, (len(tokens), tokens.shape[-1] // patch**2, *size))
+    return pack(shrink(pad_to_multiple(z.float(), scale * patch), scale, patch, "noise-consistent").to(tokens), patch)
+
+
 def where_rows(chosen: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
     """``new`` for the chosen samples of a batch, ``old`` for the others; both ``[B, ...]``."""
     if all(chosen):

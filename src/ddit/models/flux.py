@@ -2,14 +2,15 @@
 
 The pipeline packs 2 x 2 latent pixels into a token of 4 C features in the order (c, dy, dx), and tells the grid
 through ``img_ids [N, 3] = (0, row, column)`` alone. Fill and Control put features of a condition behind those of the
-latents, Kontext puts tokens of reference images behind the image's: the former are pooled with them, the latter stay.
+latents, Kontext puts tokens of reference images behind the image's. All are pooled together.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,36 @@ from ddit.patches import TokenLayout
 
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An image whose tokens ``img_ids`` place."""
+
+    grid: tuple[int, int]
+    """Rows and columns"""
+    origin: tuple[float, float]
+    """Where the first token is."""
+    spacing: float
+    """From row to row, and from column to column."""
+
+    def pooled(self, scale: int) -> tuple[int, int]:
+        """Rows and columns of tokens of large patches."""
+        rows, columns = self.grid
+        return -(-rows // scale), -(-columns // scale)
+
+
+class Images:
+    """What ``img_ids`` tell, read by the host once per generation (the tensor stays the same)."""
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None
+        self._found: list[Placed] | None = None
+
+    def __call__(self, ids: Tensor) -> list[Placed] | None:
+        if ids is not self._ids:
+            self._ids, self._found = ids, images_of(of_one(ids).cpu())
+        return self._found
 
 
 class Flux(PackedArchitecture):
@@ -57,39 +88,33 @@ class Flux(PackedArchitecture):
 
     def __init__(self, transformer: Any) -> None:
         super().__init__(transformer)
-        self._ids: Tensor | None = None
-        self._grid: tuple[int, int] | None = None
-        self._origin = (0.0, 0.0)
-        self._spacing = 1.0
+        self._images = Images()
 
     def read(self, inputs: Inputs) -> Noisy:
         check_arguments(inputs.get(self.attention_arguments), _HARMLESS)
-        grid = self._read_grid(inputs)
-        if grid is None:
-            raise UnsupportedCall("img_ids do not begin with one full grid of rows and columns")
-        return self.unpacked(inputs["hidden_states"], self.sigma(inputs), grid)
+        images = self._images(inputs["img_ids"])
+        if images is None:
+            raise UnsupportedCall("img_ids are not full grids of rows and columns")
+        return self.unpacked(inputs["hidden_states"], self.sigma(inputs), images[0].grid)
 
     def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
-        grid = self._read_grid(inputs)
-        assert grid is not None, "read() has refused this call"
-        count, ids = math.prod(grid), _of_one(inputs["img_ids"])
+        images = self._images(inputs["img_ids"])
+        assert images is not None, "read() has refused this call"
+        own, *others = (image.grid for image in images)
+        behind = self.pooled_references(inputs["hidden_states"][:, math.prod(own) :], others, layout.scale)
         changed = {
-            "hidden_states": self.packed(noisy, inputs["hidden_states"][:, count:]),
+            "hidden_states": self.packed(noisy, behind),
             "timestep": noisy.sigma.to(noisy.latents.dtype),
             "return_dict": False,
         }
         if inputs.get(self.attention_arguments) is not None:
             # A copy, as diffusers pops entries of it during the call.
             changed[self.attention_arguments] = dict(inputs[self.attention_arguments])
-        if layout.grid != grid:
-            places = layout.places(self._origin, self._spacing, ids.device)
-            # float32 whatever the model's dtype: bfloat16 holds no half positions from 128 on.
-            own = ids[:1].float().repeat(len(places), 1)
-            own[:, 1:3] = places
-            placed = torch.cat([own, ids[count:].float()])
-            # As many axes as they came with: so diffusers splits them over devices.
-            changed["img_ids"] = placed.expand(*inputs["img_ids"].shape[:-2], *placed.shape)
-        return {**inputs, **changed, **self.pooled_residuals(inputs, layout, grid)}
+        if layout.scale > 1:
+            # What fills up the last large patches is not told by the image's own grid.
+            grids = [layout.grid, *(image.pooled(layout.scale) for image in images[1:])]
+            changed["img_ids"] = placed(inputs["img_ids"], images, grids, layout)
+        return {**inputs, **changed, **self.pooled_residuals(inputs, layout, own)}
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]
@@ -120,32 +145,53 @@ class Flux(PackedArchitecture):
             return None
         return (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
-    def _read_grid(self, inputs: Inputs) -> tuple[int, int] | None:
-        """Rows and columns from ``img_ids``, read by the host once per generation (the tensor stays the same)."""
-        ids = inputs["img_ids"]
-        if ids is not self._ids:
-            self._ids, own = ids, _of_one(ids).cpu()
-            self._grid = _grid(own)
-            (row, column), *others = own[:2, 1:3].tolist()
-            self._origin = (row, column)
-            self._spacing = max(others[0][0] - row, others[0][1] - column) if others else 1.0
-        return self._grid
 
-
-def _of_one(ids: Tensor) -> Tensor:
+def of_one(ids: Tensor) -> Tensor:
     """Positions ``[N, 3]``; diffusers used to give them for each sample, and does so for FLUX.2."""
     return ids[0] if ids.ndim == 3 else ids
 
 
-def _grid(ids: Tensor) -> tuple[int, int] | None:
-    """(rows, columns) if the positions ``[N, 3]`` begin with those of one grid, row by row, else ``None``.
+def placed(ids: Tensor, images: Sequence[Placed], grids: Sequence[tuple[int, ...]], layout: TokenLayout) -> Tensor:
+    """Positions of images on other grids, float32 whatever the model's dtype: bfloat16 has no half ones from 128 on.
 
-    Tokens of reference images (Kontext) come behind, with another number in front.
+    Args:
+        ids: Their positions on grids of their own.
+        grids: Rows and columns for each.
+        layout: How positions are told, see `TokenLayout`.
     """
-    own = ids[ids[:, 0] == ids[0, 0]]
-    rows, columns = (len(own[:, axis].unique()) for axis in (1, 2))
-    if rows * columns != len(own) or not torch.equal(own, ids[: len(own)]):
+    own, parts, begin = of_one(ids), [], 0
+    for image, grid in zip(images, grids, strict=True):
+        places = replace(layout, grid=grid).places(image.origin, image.spacing, ids.device)
+        part = own[begin : begin + 1].float().repeat(len(places), 1)
+        part[:, 1:3] = places
+        parts.append(part)
+        begin += math.prod(image.grid)
+    joined = torch.cat(parts)
+    # As many axes as they came with: so diffusers splits them over devices.
+    return joined.expand(*ids.shape[:-2], *joined.shape)
+
+
+def images_of(ids: Tensor) -> list[Placed] | None:
+    """The images that positions ``[N, 3]`` are made of, one behind the other, row by row; ``None`` if they are not.
+
+    Reference images have another number in front, or begin again at their first row.
+    """
+    image, row, column = ids[:, :3].T.double()
+    new = (image.diff() != 0) | (row.diff() < 0) | ((row.diff() == 0) & (column.diff() <= 0))
+    ends = [*(new.nonzero().flatten() + 1).tolist(), len(ids)]
+    found = [_image(ids[begin:end, 1:3]) for begin, end in zip([0, *ends], ends, strict=False)]
+    known = [image for image in found if image is not None]
+    return known if len(known) == len(found) else None
+
+
+def _image(places: Tensor) -> Placed | None:
+    """The image of rows and columns ``[N, 2]``, if they are one full grid."""
+    rows, columns = (len(axis.unique()) for axis in places.T)
+    if rows * columns != len(places):
         return None
-    table = own[:, 1:3].reshape(rows, columns, 2)
-    even = (table[..., 0] == table[:, :1, 0]).all() and (table[..., 1] == table[:1, :, 1]).all()
-    return (rows, columns) if bool(even) else None
+    table = places.reshape(rows, columns, 2)
+    if not (table[..., 0] == table[:, :1, 0]).all() or not (table[..., 1] == table[:1, :, 1]).all():
+        return None
+    (row, column), *others = places[:2].tolist()
+    spacing = max(others[0][0] - row, others[0][1] - column) if others else 1.0
+    return Placed((rows, columns), (row, column), spacing)

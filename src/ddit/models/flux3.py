@@ -1,19 +1,21 @@
 """FLUX.3: `diffusers.Flux3Transformer2DModel`, which diffusers calls from modular pipelines only.
 
 Tokens are those of FLUX.2. Their positions ``img_ids [N, 4] = (0, row, column, 0)`` are half a unit apart. Reference
-images come beside the image's tokens and stay.
+images come beside the image's tokens, and are pooled with them.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddit.models.base import Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
-from ddit.models.flux import Flux
+from ddit.models.flux import Flux, Images, placed
+from ddit.patches import TokenLayout
 
 
 class Flux3(Flux):
@@ -40,12 +42,28 @@ class Flux3(Flux):
         ),
     )
 
+    def __init__(self, transformer: Any) -> None:
+        super().__init__(transformer)
+        self._references = Images()
+
     def read(self, inputs: Inputs) -> Noisy:
         if inputs.get("target_timestep") is not None:
             raise UnsupportedCall(
                 "a step-distilled model is told the noise level it jumps to, and has few steps to save"
             )
         return super().read(inputs)
+
+    def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
+        changed, given = super().write(inputs, noisy, layout), inputs.get("image_cond_hidden_states")
+        if given is None or layout.scale == 1:
+            return changed
+        ids = inputs["image_cond_ids"]
+        images = self._references(ids)
+        if images is None:
+            raise UnsupportedCall("image_cond_ids are not full grids of rows and columns")
+        tokens = self.pooled_references(given, [image.grid for image in images], layout.scale)
+        places = placed(ids, images, [image.pooled(layout.scale) for image in images], layout)
+        return {**changed, "image_cond_hidden_states": tokens, "image_cond_ids": places}
 
     def further_rows(self, inputs: Inputs) -> dict[str, int]:
         """Text and reference images have the noise level 0."""

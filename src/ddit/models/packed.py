@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ddit.models.base import Architecture, Inputs, Noisy
-from ddit.patches import pack, unpack
+from ddit.patches import pack, pool_packed, unpack
 
 
 class PackedArchitecture(Architecture):
     """One whose pipeline packs squares of latent pixels into tokens ``[B, N, C p p]`` for the transformer.
 
-    Further features of a token are a condition. Tokens behind those of the grid are reference images', which stay.
+    Further features of a token are a condition. Tokens behind those of the grid are reference images'. Models are
+    trained to find what belongs together at the same positions, so references are pooled with the image.
     """
 
     def unpacked(self, tokens: Tensor, sigma: Tensor, grid: Sequence[int]) -> Noisy:
@@ -31,6 +32,14 @@ class PackedArchitecture(Architecture):
         parts = [noisy.latents] if noisy.condition is None else [noisy.latents, noisy.condition.to(noisy.latents)]
         tokens = pack(torch.cat(parts, dim=1), self.patch_size)
         return torch.cat([tokens, references.to(tokens)], dim=1) if references.shape[1] else tokens
+
+    def pooled_references(self, tokens: Tensor, grids: Sequence[Sequence[int]], scale: int) -> Tensor:
+        """Tokens of images of so many rows and columns, one behind the other, as they go with a coarse grid."""
+        if scale == 1 or not grids:
+            return tokens
+        images = tokens.split([prod(grid) for grid in grids], dim=1)
+        pooled = (pool_packed(x, self.patch_size, grid, scale) for x, grid in zip(images, grids, strict=True))
+        return torch.cat(list(pooled), dim=1)
 
     def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
         tokens = self.own(output, prod(size) // self.patch_size**2)

@@ -2,8 +2,8 @@
 
 The pipeline packs 2 x 2 latent pixels into a token as FLUX.1's does, but tells the grid as ``img_shapes``, a list of
 (frames, rows, columns) per sample. The model counts positions from the middle of that grid, and those of the text on
-from its edge: a coarse grid is to it a smaller picture. Shapes and tokens of reference images (Edit) come behind and
-stay. Layered draws several images at once, here the frames of the latents; its reference is the last one.
+from its edge: a coarse grid is to it a smaller picture. Shapes and tokens of reference images (Edit) come behind, and
+are pooled too. Layered draws several images at once, here the frames of the latents; its reference is the last one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,10 +57,14 @@ class QwenImage(PackedArchitecture):
     def write(self, inputs: Inputs, noisy: Noisy, layout: TokenLayout) -> Inputs:
         own, references = self._shapes(inputs)
         grid, count = own[0][1:], sum(math.prod(shape) for shape in own)
+        grids, scale = [shape[1:] for shape in references], layout.scale
+        pooled = [(1, *(-(-n // scale) for n in size)) for size in grids]
         changed = {
-            "hidden_states": self.packed(noisy, inputs["hidden_states"][:, count:]),
+            "hidden_states": self.packed(
+                noisy, self.pooled_references(inputs["hidden_states"][:, count:], grids, scale)
+            ),
             "timestep": noisy.sigma.to(noisy.latents.dtype),
-            "img_shapes": [[(1, *layout.grid)] * len(own) + references] * len(noisy.latents),
+            "img_shapes": [[(1, *layout.grid)] * len(own) + pooled] * len(noisy.latents),
             "return_dict": False,
         }
         return {**inputs, **changed, **self.pooled_residuals(inputs, layout, grid)}
@@ -76,16 +81,20 @@ class QwenImage(PackedArchitecture):
         return {**super().rows(inputs, samples), "img_shapes": inputs["img_shapes"][:1] * len(samples)}
 
     def rotary(self, layout: TokenLayout, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Any:
-        """Positions count from the middle of the image, those of the text on from its edge."""
+        """Positions count from the middle of every image, those of the text on from its edge."""
         rope: Any = self.transformer.get_submodule("pos_embed")
         own, references = self._shapes({"img_shapes": args[0]})
-        rows, columns = (n * layout.scale for n in layout.grid)
-        places = layout.places((float(rows // 2 - rows), float(columns // 2 - columns)))
-        frames = torch.arange(len(own)).repeat_interleave(len(places))
-        axes = (frames, *places.repeat(len(own), 1).T)
-        waves = torch.cat([rope.rope_params(axis, dim) for axis, dim in zip(axes, rope.axes_dim, strict=True)], dim=1)
-        image = torch.cat([waves.to(output[0], non_blocking=True), output[0][len(waves) :]])
-        begin = max(rows, columns, *(n for _, *size in references for n in size)) // 2
+        sizes = [[n * layout.scale for n in size] for _, *size in own + references]
+        places = torch.cat(
+            [
+                replace(layout, grid=tuple(grid)).places([float(n // 2 - n) for n in size])
+                for (_, *grid), size in zip(own + references, sizes, strict=True)
+            ]
+        )
+        frame, *dims = rope.axes_dim
+        waves = torch.cat([rope.rope_params(axis, dim) for axis, dim in zip(places.T, dims, strict=True)], dim=1)
+        image = torch.cat([output[0][:, : frame // 2], waves.to(output[0], non_blocking=True)], dim=1)
+        begin = max(n for size in sizes for n in size) // 2
         begin = max(begin, len(own)) if len(own) > 1 else begin  # as many images are drawn as positions go by
         return image, rope.pos_freqs[begin : begin + len(output[1])].to(output[1])
 
