@@ -32,6 +32,11 @@ def with_settings(model: Any, patch_size: int | None = None, **changes: Any) -> 
             "DDiT needs a flow-matching model (FLUX, Wan, Qwen-Image, SD3 and their like), and this one is sampled in "
             "another way; connect it to the sampler without DDiT nodes"
         )
+    if getattr(model.get_model_object("diffusion_model"), "time_r_in", None) is not None:
+        raise ValueError(
+            "this distilled model predicts a mean between two noise levels (MeanFlow), and has few steps to save; "
+            "connect it to the sampler without DDiT nodes"
+        )
     patched = model.clone()
     options = patched.model_options["transformer_options"]
     before = options.get(SETTINGS, Settings())

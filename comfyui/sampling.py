@@ -43,6 +43,10 @@ KEPT = 4
 """Latents that a third difference needs."""
 NOISY = re.compile("ancestral|sde|ddpm|lcm|seeds|sa_solver")
 """In the names of ComfyUI's samplers that add noise in each step."""
+REMEMBERED = {"dpmpp_2m": 2, "res_multistep": 2, "gradient_estimation": 2, "deis": 3, "unipc": 4, "ipndm": 4, "lms": 4}
+"""In the name of a sampler -> of how many steps it takes the model's answers into its next move; of others 1."""
+GRID_BOUND = ("position_ids", "vinput_mask")
+"""Conditioning that tells where each token is."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,15 @@ class Run:
 
     Args:
         settings: What was asked for.
-        levels: Noise level at the beginning of each step.
+        sigmas: Noise level at the beginning of each step, and where the last one ends.
         noisy: Whether the sampler adds noise of its own, so that latents do not tell what comes next.
+        remembers: Of how many steps it takes the model's answers into its next move.
     """
 
-    def __init__(self, settings: Settings, levels: Sequence[float], noisy: bool) -> None:
-        self.levels, self.patch_size = levels, settings.patch_size
-        self.policy, self.skipper = _policy(settings.patches, len(levels)), _skipper(settings)
+    def __init__(self, settings: Settings, sigmas: Sequence[float], noisy: bool, remembers: int = 1) -> None:
+        self.sigmas, self.levels, self.patch_size = sigmas, sigmas[:-1], settings.patch_size
+        self.remembers = remembers
+        self.policy, self.skipper = _policy(settings.patches, len(self.levels)), _skipper(settings)
         self.points: list[Tensor] = []
         """The last latents, float32."""
         self.sigma, self.step = math.inf, 0
@@ -83,6 +89,8 @@ class Run:
         """Whether this is the first evaluation at this noise level; Heun's method has two."""
         self.scales: list[int] = []
         """Decision on this step for each sample."""
+        self.chosen: list[list[int]] = []
+        """The same for all steps so far."""
         self.skip = self.called = False
         self.passes = 0
         """Answers that were given in this evaluation."""
@@ -112,6 +120,7 @@ class Run:
             self.points[-1] = x.float().clone()
             return
         if sigma > self.sigma:  # a sampler went back, or a wrapper restarts it
+            self.tell("begins anew where the noise level rises again; samplers that go back in each step gain nothing")
             self._forget()
         self.sigma = sigma
         self.step = min(sum(level > sigma * (1 + 1e-4) for level in self.levels), len(self.levels) - 1)
@@ -120,11 +129,21 @@ class Run:
         if x.ndim < 4:
             self.tell("full steps, since these latents are no pictures or videos")
             self.policy, self.skipper = Fixed(FULL), None
-        context = StepContext(self.step, len(self.levels), self._statistics(), sigma, self.levels)
+        context = StepContext(
+            self.step,
+            len(self.levels),
+            self._statistics(),
+            sigma,
+            self.levels,
+            chosen=self.chosen,
+            end=max((level for level in self.sigmas if level < sigma * (1 - 1e-4)), default=0.0),
+            remembers=self.remembers,
+        )
         self.scales = self.policy.choose(context)
         if self.bound is not None and max(self.scales) > 1:
             self.tell(f"full steps, since {self.bound} lies on the full grid")
             self.scales = [1] * len(x)
+        self.chosen = [*self.chosen, self.scales]
         if self.skipper is not None:
             moved = self.points[-1] - self.points[-2] if len(self.points) > 1 else None
             self.skip = all(self.skipper.choose(context, moved, [answered] * len(x)))
@@ -137,7 +156,7 @@ class Run:
         return statistics(values, self.patch_size, schedule.scales, schedule.percentile)
 
     def _forget(self) -> None:
-        self.points = []
+        self.points, self.chosen = [], []
         if self.skipper is not None:
             self.skipper.forget()
 
@@ -147,25 +166,28 @@ class Run:
         Args:
             x: Latents ``[B, C, (F,) H, W]`` or windows of them.
             sigma: Noise level ``[B]``.
-            asked: For each list, what its answer depends on beside the latents; ``None`` where there is none.
+            asked: For each list, what its answer depends on beside the latents; ``None`` where there is none: such a
+                list is not counted.
             call: Asks the model.
         """
         assert self.skipper is not None
-        passes = range(self.passes, self.passes + len(asked))
-        self.passes += len(asked)
+        given = [place for place, one in enumerate(asked) if one is not None]
+        passes = range(self.passes, self.passes + len(given))
+        self.passes += len(given)
         if self.asked.get(passes.start, asked) != asked:  # a prompt came or went: old answers tell nothing
             self.skipper.forget()
         self.asked[passes.start] = asked
-        used = [which for which, one in zip(passes, asked, strict=True) if one is not None]
         samples = range(len(x))
-        skip = self.skip and all(self.skipper.ready(which, i) for which in used for i in samples)
+        skip = self.skip and all(self.skipper.ready(which, i) for which in passes for i in samples)
         if skip:
-            velocities = {which: self.skipper.forecast(which, samples, x, sigma) for which in used}
-            none = torch.zeros_like(x)
-            clean = [x - expand(sigma, x) * velocities[w] if w in velocities else none for w in passes]
+            velocities = {which: self.skipper.forecast(which, samples, x, sigma) for which in passes}
+            clean = [torch.zeros_like(x) for _ in asked]
+            for which, place in zip(passes, given, strict=True):
+                clean[place] = x - expand(sigma, x) * velocities[which]
         else:
             clean = call()
-            velocities = {w: (x - clean[w - passes.start]).float() / expand(sigma, x) for w in used}
+            answers = ((x - clean[place]).float() / expand(sigma, x) for place in given)
+            velocities = dict(zip(passes, answers, strict=True))
             self.called = True
         if self.first:
             for which, v in velocities.items():
@@ -188,11 +210,15 @@ def _skipper(settings: Settings) -> Skipper | None:
     return Skipper(SkipRule(settings.skip.threshold or 0.0, settings.patch_size))
 
 
+def name_of(sampler: Any) -> str:
+    """Of a sampler of ComfyUI, such as ``sample_euler``."""
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__).lower()
+
+
 def adds_noise(sampler: Any) -> bool:
     """Whether a sampler of ComfyUI adds noise in each step; one that nobody knows is taken for deterministic."""
     options = getattr(sampler, "extra_options", {})
-    name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__).lower()
-    usual = 1.0 if NOISY.search(name) else 0.0
+    usual = 1.0 if NOISY.search(name_of(sampler)) else 0.0
     return options.get("eta", usual) > 0 or options.get("s_churn", 0.0) > 0
 
 
@@ -201,7 +227,8 @@ def outer_sample(
 ) -> Any:
     """A sampling begins, with a state of its own."""
     options = executor.class_obj.model_options["transformer_options"]
-    run = options[RUN] = Run(options[SETTINGS], sigmas.tolist()[:-1], adds_noise(sampler))
+    remembers = next((n for name, n in REMEMBERED.items() if name in name_of(sampler)), 1)
+    run = options[RUN] = Run(options[SETTINGS], sigmas.tolist(), adds_noise(sampler), remembers)
     result = executor(noise, latents, sampler, sigmas, *args, **more)
     logging.info("ddit: %s", " ".join(run.ran))
     return result
@@ -213,7 +240,8 @@ def predict_noise(executor: Any, x: Tensor, sigma: Tensor, options: dict[str, An
     if run is None:
         return executor(x, sigma, options, *args)
     if not run.ran:
-        run.bound = bound_to_grid(x, executor.class_obj.conds)
+        wrappers = options.get("transformer_options", {}).get("wrappers", {}).get("diffusion_model", {})
+        run.bound = "EasyCache's memory" if "easycache" in wrappers else bound_to_grid(x, executor.class_obj.conds)
     run.begin(x, float(sigma.max()))
     result = executor(x, sigma, options, *args)
     run.ran[-1] = run.ran[-1] or "-"
@@ -306,15 +334,22 @@ def bound_to_grid(x: Tensor, conds: dict[str, list[dict[str, Any]]]) -> str | No
         if cond.get("control") is not None:
             return "a ControlNet"
         for name, value in cond["model_conds"].items():
-            if name != "c_concat" and _has_latents(value.cond, x):
+            if name in GRID_BOUND or (name != "c_concat" and _has_latents(value.cond, x)):
                 return f"the conditioning {name}"
     return None
 
 
 def _has_latents(value: Any, x: Tensor) -> bool:
-    """Whether conditioning holds pictures or masks in latents: of the same size, or of as many channels."""
+    """Whether conditioning holds pictures or masks, or a mask of attention between all tokens.
+
+    Pictures are of the latents' size or so many times it, or have as many channels.
+    """
     if isinstance(value, Tensor):
-        return value.ndim >= 4 and (value.shape[-2:] == x.shape[-2:] or value.shape[1] == x.shape[1])
+        if value.ndim < 4:
+            return value.ndim == 3 and value.shape[1] == value.shape[2] > 1
+        height, width = x.shape[-2:]
+        times = max(1, value.shape[-2] // height)
+        return value.shape[-2:] == (times * height, times * width) or value.shape[1] == x.shape[1]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return any(_has_latents(each, x) for each in values)
 

@@ -6,13 +6,14 @@ import json
 import logging
 import sys
 from copy import copy
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from ddit.config import SkipSchedule
 from ddit.patches import consistent_level, shrink
 
 PACK = Path(__file__).resolve().parent.parent / "comfyui"
@@ -295,6 +296,9 @@ def test_channels_beside_the_latents_are_pooled_with_them(nodes):
         ({"control": object()}, "ControlNet"),
         ({"model_conds": {"ref_latents": noise_like((1, 4, 6, 6))}}, "ref_latents"),
         ({"model_conds": {"denoise_mask": noise_like((1, 1, 10, 14))}}, "denoise_mask"),
+        ({"model_conds": {"attention_mask": noise_like((1, 9, 9))}}, "attention_mask"),
+        ({"model_conds": {"camera_conditions": noise_like((1, 24, 3, 80, 112))}}, "camera_conditions"),
+        ({"model_conds": {"position_ids": noise_like((1, 9))}}, "position_ids"),
     ],
 )
 def test_what_lies_on_the_full_grid_keeps_all_prompts_at_full_steps(nodes, caplog, more, reason):
@@ -304,6 +308,22 @@ def test_what_lies_on_the_full_grid_keeps_all_prompts_at_full_steps(nodes, caplo
         drawn, _ = sample(nodes.patches(Patcher(), schedule="fixed", share=0.5), positive=positive, together=False)
     assert torch.equal(drawn, plain)
     assert [reason in record.message for record in caplog.records] == [True]
+
+
+def test_easycache_keeps_full_steps(nodes, caplog):
+    """Its memory is of one grid."""
+    model = nodes.patches(Patcher(), schedule="fixed", share=0.5)
+    model.model_options["transformer_options"]["wrappers"] = {"diffusion_model": {"easycache": [object()]}}
+    with caplog.at_level(logging.WARNING):
+        _, calls = sample(model)
+    assert set(widths(calls)) == {14} and "EasyCache" in caplog.text
+
+
+def test_mean_flow_models_are_refused(nodes):
+    model = Patcher()
+    model.objects["diffusion_model"].time_r_in = object()
+    with pytest.raises(ValueError, match="MeanFlow"):
+        nodes.patches(model)
 
 
 def test_a_patch_size_that_the_model_does_not_tell_is_taken_from_the_node(nodes):
@@ -380,13 +400,56 @@ def test_a_noise_level_seen_twice_has_one_decision(nodes):
 
 def test_the_path_keeps_one_point_for_a_noise_level_and_starts_anew_where_it_rises(pack):
     sampling = sys.modules["comfyui.sampling"]
-    run = sampling.Run(sampling.Settings(), [1.0, 0.8, 0.6, 0.4], noisy=False)
+    run = sampling.Run(sampling.Settings(), [1.0, 0.8, 0.6, 0.4, 0.0], noisy=False)
     points = [torch.full(ODD, float(i)) for i in range(5)]
     for sigma, point in zip((1.0, 0.8, 0.8, 0.6), points[:4], strict=True):
         run.begin(point, sigma)
     assert [float(z.mean()) for z in run.points] == [0.0, 2.0, 3.0]
     run.begin(points[4], 0.8)
     assert [float(z.mean()) for z in run.points] == [4.0] and run.step == 1
+
+
+def test_policies_are_told_what_those_of_pipelines_are(pack):
+    """Where a step ends, what was chosen before, and what the sampler remembers."""
+    sampling = sys.modules["comfyui.sampling"]
+    settings = sampling.Settings(sampling.FirstSteps(2, 0.5), SkipSchedule(threshold=0.1))
+    sampler = SimpleNamespace(sampler_function=SimpleNamespace(__name__="sample_dpmpp_2m"))
+    assert next(n for name, n in sampling.REMEMBERED.items() if name in sampling.name_of(sampler)) == 2
+    run = sampling.Run(settings, [1.0, 0.8, 0.6, 0.4, 0.0], noisy=False, remembers=2)
+    told, choose = [], run.skipper.choose
+    run.skipper.choose = lambda context, *rest: told.append(context) or choose(context, *rest)
+    for sigma in (1.0, 0.8, 0.8, 0.7, 0.4):  # one level twice, and one between two steps
+        run.begin(noise_like(ODD), sigma)
+    assert [(c.sigma, c.end) for c in told] == [(1.0, 0.8), (0.8, 0.6), (0.7, 0.6), (0.4, 0.0)]
+    assert [len(c.chosen) for c in told] == [0, 1, 2, 3] and told[-1].chosen[:2] == [[2], [2]]
+    assert {c.remembers for c in told} == {2}
+
+
+def test_the_rule_settles_after_a_change_of_size(nodes):
+    """It keeps a size until the difference spans steps of that size alone."""
+    _, calls = sample(nodes.patches(Patcher(), threshold=0.002, careful=False), noise_like(ODD), steps=24, cfg=1.0)
+    runs = [len(list(group)) for _, group in groupby(widths(calls))]
+    assert len(runs) > 1 and all(length >= 3 for length in runs[:-1])
+
+
+def test_a_list_without_prompts_is_no_answer_to_wait_for(nodes):
+    """As guiders ask that leave one of several lists out."""
+    plain, calls = sample(Patcher(), cfg=1.0)
+
+    def sample_as(model):
+        model.calls.clear()
+        guider = Guider(model, [prompt(0.5, "p")], [prompt(-0.2, "n")], 1.0, True)
+
+        def predict(x, sigma, options, seed):
+            calc = guider.patcher.executor("calc_cond_batch", guider.calc)
+            return calc(None, [None, guider.conds["positive"]], x, sigma, options)[1]
+
+        guider.predict = predict
+        options = SimpleNamespace(sampler_function=sample_euler, extra_options={})
+        return guider.sample(noise_like(ODD), options, torch.linspace(1, 0, STEPS + 1)), len(model.calls)
+
+    drawn, count = sample_as(nodes.skip(Patcher(), speedup=2.0))
+    assert 2 * count == len(calls) and (drawn - plain).std() < 0.1 * plain.std()
 
 
 def test_a_sampler_that_goes_back_asks_the_model_anew(nodes):
