@@ -79,6 +79,13 @@ def test_a_stage_is_ended_when_its_time_has_passed_and_keeps_what_it_has(tmp_pat
     assert read(tmp_path / "good.json")["done"]
 
 
+def test_results_of_another_card_are_not_taken(tmp_path):
+    first = Record(tmp_path / "x.json", Budget(5), {"card": "a", "environment": {}})
+    first.once("one", lambda: 1)
+    assert Record(tmp_path / "x.json", Budget(5), {"card": "a", "environment": {}}).values == {"one": 1}
+    assert Record(tmp_path / "x.json", Budget(5), {"card": "b", "environment": {}}).values == {}
+
+
 def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):
     record = Record(tmp_path / "x.json", Budget(5))
     assert record.once("long", lambda: 1, need=60) is None

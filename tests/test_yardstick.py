@@ -116,6 +116,12 @@ def test_the_judge_of_clips_reads_tracks_finer_than_its_cells():
     assert clip_judge.flicker(still, centres, 24) == 10
 
 
+def test_a_stage_ends_before_the_deadline_but_only_where_it_has_seconds():
+    deadline = Deadline(60.0)
+    assert deadline.within(None) is None and deadline.within(20.0) == 20.0
+    assert 50 < (deadline.within(600.0) or 0) <= 55 and Deadline().within(600.0) == 600.0
+
+
 def _line(folder, steps=6, every=200):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)

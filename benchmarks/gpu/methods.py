@@ -33,6 +33,8 @@ class Method:
 Methods = dict[str, Method]
 ADAPTER = "patches, adapter"
 SKIPS = (2, 3, 5)
+FIRST = ("plain", "patches", "patches, skip 4")
+"""Of ddit's own, what tells most."""
 
 
 def schedule(total: int, flops: Mapping[int, float]) -> list[int]:

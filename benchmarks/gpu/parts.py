@@ -23,6 +23,8 @@ FLOWS = ("flow-32", "flow-64", "flow-128", "flow-guided")
 SMALL = "flows.pt"
 """In the archive, in place of the flow's checkpoints."""
 TEXT = "text.pt"
+ENDED = 1e9
+"""Seconds after which any stage is at its end: of those that another followed."""
 FINISHED = ("settings.json", "vae", "judge.safetensors", "model", "adapter")
 
 
@@ -111,6 +113,7 @@ def _small_flows(run: Path) -> dict[str, Any]:
 def _large_flows(run: Path) -> None:
     """Checkpoints as the training writes them."""
     small = torch.load(run / SMALL, map_location="cpu", weights_only=True)
+    newest = next(reversed(small["stages"]))
     weights = {name: value.float() for name, value in small["weights"].items()}
     for name, stage in small["stages"].items():
         state = {
@@ -118,6 +121,7 @@ def _large_flows(run: Path) -> None:
             "average": {key: weights[key] for key in stage["averaged"]},
             "optimizers": [{"state": {}, "param_groups": groups} for groups in stage["groups"]],
             "step": stage["step"],
+            "elapsed": 0.0 if name == newest else ENDED,
         }
         with replacing(run / f"{name}.pt") as partial:
             torch.save(state, partial)

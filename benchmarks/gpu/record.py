@@ -56,7 +56,7 @@ class Budget:
 
 
 class Record:
-    """The JSON of a stage; what an earlier call wrote there is kept.
+    """The JSON of a stage; what an earlier call on the same card wrote there is kept.
 
     Its ``values`` are results by name; ``errors`` and ``left_out`` say of which there are none, and why.
     """
@@ -64,6 +64,8 @@ class Record:
     def __init__(self, path: Path, budget: Budget, about: dict[str, Any] | None = None) -> None:
         self.path, self.budget = path, budget
         found = read(path)
+        if found.get("card") != (about or {}).get("card"):
+            found = {}  # figures of two cards would be compared
         self.values: dict[str, Any] = found.get("values", {})
         self.about = {**(about or {}), **({"first_environment": found["environment"]} if self.values else {})}
         self.errors: dict[str, str] = {}

@@ -111,6 +111,12 @@ def _model_stage(name: str, session: Session, record: Record) -> None:
     shape = loaded.shape
     record.put("weights_bytes", sum(p.numel() * p.element_size() for p in loaded.transformer.parameters()))
     record.once("matmul", lambda: matmul_peak(shape, loaded.device))
+    for form in FORMS:  # what tells most of both forms comes before the rest of either
+        steps = _steps(loaded, record, form, adapter=form == "eager")
+        if steps is not None:
+            chosen = methods.own(loaded, shape.lengths[0], _by_scale(steps["flops"]))
+            first = {name: chosen[name] for name in methods.FIRST}
+            _runs(loaded, record, shape.lengths[0], first, steps, late=False)
     for form in FORMS:
         steps = _steps(loaded, record, form, adapter=form == "eager")
         if steps is None:

@@ -147,7 +147,7 @@ def _yardstick(name: str, chain: Chain, seconds: float) -> tuple[list[str], dict
         chosen = TINY[name]
     else:
         timed = {key: round(share * seconds) for key, share in SHARES[name].items()}
-        workers = max((os.cpu_count() or 2) // chain.beside - 1, 1)
+        workers = max((os.cpu_count() or 2) // chain.beside - (chain.beside > 1), 1)
         chosen = {**SETTINGS[name], **timed, "workers": workers, **({} if name == "judge" else {"compile": "false"})}
     chosen = {**chosen, **dict(pair.split("=", 1) for pair in place.settings)}
     command = [sys.executable, "-m", "benchmarks.yardstick", f"train-{name}", "--out", str(place.work)]

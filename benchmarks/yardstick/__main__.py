@@ -106,12 +106,12 @@ def draw(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     """Train the model, and write the pipeline."""
-    kind: Kind = args.kind
+    kind, deadline = args.kind, Deadline(args.seconds)
     settings, folder = _settings(args, kind.settings), args.out / kind.name
     drawn = kind.drawn(args.out / "drawings", settings)
     write_json(folder / "settings.json", asdict(settings))
     try:
-        pipe = train(kind, folder, settings, args.device, Deadline(args.seconds), drawn, args.only)
+        pipe = train(kind, folder, settings, args.device, deadline, drawn, args.only)
     except OutOfTime as stop:
         print(f"{stop}; the same command goes on from there")
         return
@@ -124,11 +124,11 @@ def _train(args: argparse.Namespace) -> None:
 def _train_judge(args: argparse.Namespace) -> None:
     """Train the judge of pictures and clips, judge.safetensors."""
     settings = _settings(args, JudgeSettings)
-    folder, seed, workers = args.out / "drawings", settings.seed, settings.workers
+    folder, seed, workers, deadline = args.out / "drawings", settings.seed, settings.workers, Deadline(args.seconds)
     drawn = cached_drawings(folder, settings.pictures, seed, workers)
     filmed = cached_clips(folder, settings.clips, seed, workers)
     try:
-        train_judge(args.out / "judge", drawn, filmed, settings, args.device, Deadline(args.seconds))
+        train_judge(args.out / "judge", drawn, filmed, settings, args.device, deadline)
     except OutOfTime as stop:
         print(f"{stop}; the same command goes on from there")
 

@@ -42,6 +42,10 @@ class Deadline:
     def passed(self) -> bool:
         return time.monotonic() >= self.end
 
+    def within(self, seconds: float | None, spare: float = 5.0) -> float | None:
+        """So many seconds, or fewer where fewer are left; ``spare`` is for what comes after."""
+        return None if seconds is None else max(min(seconds, self.end - time.monotonic() - spare), 1.0)
+
 
 @dataclass
 class Stage:

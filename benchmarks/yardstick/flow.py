@@ -185,7 +185,8 @@ def train_flow(folder: Path, flow: Flow, source: Source, deadline: Deadline) -> 
         (high, settings.high_steps, settings.high_seconds, settings.high_mix, settings.high_noise, trapezoid),
     ):
         loss = matching(flow, source, mix, noise)
-        stage = flow_stage(folder, f"flow-{size}", flow, loss, (steps, seconds), schedule, settings)
+        length = steps, deadline.within(seconds)
+        stage = flow_stage(folder, f"flow-{size}", flow, loss, length, schedule, settings)
         flow.load_state_dict(fit(stage, deadline), strict=False)
     flow.forget()
 

@@ -144,8 +144,8 @@ def step_costs(
 
 
 def matrix(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    """The product of two large matrices: about the most work in a second that the machine gives."""
-    factor = torch.ones(MATRIX, MATRIX, dtype=dtype, device=device)
+    """The product of two large random matrices: about the most work in a second that the machine gives."""
+    factor = torch.randn(MATRIX, MATRIX, dtype=dtype, device=device)  # of ones the product takes less power
     return lambda: factor @ factor
 
 
