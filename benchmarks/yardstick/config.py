@@ -66,9 +66,9 @@ class ImageSettings(Settings):
 class VideoSettings(Settings):
     """Of the video model."""
 
-    clips: int = 6_000
+    clips: int = 10_000
     text_steps: int = 600
-    batch: int = 8
+    high_steps: int = 4_500
 
 
 @dataclass(frozen=True, kw_only=True)
