@@ -269,6 +269,11 @@ def pool_tokens(x: Tensor, grid: Sequence[int], scale: int) -> Tensor:
     return rearrange(F.avg_pool2d(z, scale), "b d h w -> b (h w) d")
 
 
+def coarse_grid(grid: Sequence[int], scale: int) -> tuple[int, ...]:
+    """Rows and columns of large patches that cover a grid of the model's own."""
+    return tuple(-(-n // scale) for n in grid)
+
+
 def pool_packed(tokens: Tensor, patch: int, grid: Sequence[int], scale: int) -> Tensor:
     """Tokens of a picture ``[B, N, C p p]`` after its latents were pooled: ``[B, N/s s, C p p]``."""
     size = [n * patch for n in grid]

@@ -20,7 +20,7 @@ from torch import Tensor
 from ddit.models.base import Inputs, Noisy, UnsupportedCall, check_arguments
 from ddit.models.flops import Costs
 from ddit.models.packed import PackedArchitecture
-from ddit.patches import TokenLayout
+from ddit.patches import TokenLayout, coarse_grid
 
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""
@@ -36,11 +36,6 @@ class Placed:
     """Where the first token is."""
     spacing: float
     """From row to row, and from column to column."""
-
-    def pooled(self, scale: int) -> tuple[int, int]:
-        """Rows and columns of tokens of large patches."""
-        rows, columns = self.grid
-        return -(-rows // scale), -(-columns // scale)
 
 
 class Images:
@@ -112,7 +107,7 @@ class Flux(PackedArchitecture):
             changed[self.attention_arguments] = dict(inputs[self.attention_arguments])
         if layout.scale > 1:
             # What fills up the last large patches is not told by the image's own grid.
-            grids = [layout.grid, *(image.pooled(layout.scale) for image in images[1:])]
+            grids = [layout.grid, *(coarse_grid(grid, layout.scale) for grid in others)]
             changed["img_ids"] = placed(inputs["img_ids"], images, grids, layout)
         return {**inputs, **changed, **self.pooled_residuals(inputs, layout, own)}
 

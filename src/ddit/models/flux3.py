@@ -15,7 +15,7 @@ from torch import Tensor
 from ddit.models.base import Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
 from ddit.models.flux import Flux, Images, placed
-from ddit.patches import TokenLayout
+from ddit.patches import TokenLayout, coarse_grid
 
 
 class Flux3(Flux):
@@ -61,8 +61,9 @@ class Flux3(Flux):
         images = self._references(ids)
         if images is None:
             raise UnsupportedCall("image_cond_ids are not full grids of rows and columns")
-        tokens = self.pooled_references(given, [image.grid for image in images], layout.scale)
-        places = placed(ids, images, [image.pooled(layout.scale) for image in images], layout)
+        grids = [image.grid for image in images]
+        tokens = self.pooled_references(given, grids, layout.scale)
+        places = placed(ids, images, [coarse_grid(grid, layout.scale) for grid in grids], layout)
         return {**changed, "image_cond_hidden_states": tokens, "image_cond_ids": places}
 
     def further_rows(self, inputs: Inputs) -> dict[str, int]:

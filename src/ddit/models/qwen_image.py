@@ -20,7 +20,7 @@ from torch import Tensor
 from ddit.models.base import Inputs, Noisy, UnsupportedCall
 from ddit.models.flops import Costs
 from ddit.models.packed import PackedArchitecture
-from ddit.patches import TokenLayout
+from ddit.patches import TokenLayout, coarse_grid
 
 
 class QwenImage(PackedArchitecture):
@@ -58,7 +58,7 @@ class QwenImage(PackedArchitecture):
         own, references = self._shapes(inputs)
         grid, count = own[0][1:], sum(math.prod(shape) for shape in own)
         grids, scale = [shape[1:] for shape in references], layout.scale
-        pooled = [(1, *(-(-n // scale) for n in size)) for size in grids]
+        pooled = [(1, *coarse_grid(size, scale)) for size in grids]
         changed = {
             "hidden_states": self.packed(
                 noisy, self.pooled_references(inputs["hidden_states"][:, count:], grids, scale)
