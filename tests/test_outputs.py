@@ -18,7 +18,7 @@ from benchmarks.yardstick import wan as yardstick
 from ddit.cli import main
 from ddit.embedded import VIDEO_MODEL_FOLDER
 from ddit.embedded.clip_judge import verdict
-from ddit.embedded.clips import clips, parse_clip
+from ddit.embedded.clips import CLIP_SIZE, clips, parse_clip
 from ddit.embedded.judge import load_judge
 from ddit.pipelines.generate import check_call, draws_video
 from ddit.pipelines.loading import EMBEDDED
@@ -166,6 +166,7 @@ def test_the_embedded_video_model_moves_things_as_asked(direction, tmp_path):
 @pytest.mark.slow
 def test_the_quality_suite_judges_clips(wan, tmp_path):
     flags = ["--prompts", "4", "--batch", "2", "--split", "tune", "--out", str(tmp_path / "q")]
+    flags += ["--height", str(CLIP_SIZE), "--width", str(CLIP_SIZE)]
     methods = ["plain", "plain:run_steps=3", "ddit:threshold=1e9,careful=false"]
     assert main(["evaluate", "--model", wan, *flags, "--methods", *methods]) == 0
     rows = json.loads((tmp_path / "q.json").read_text())["methods"]

@@ -22,10 +22,10 @@ from benchmarks.yardstick.kind import train
 from benchmarks.yardstick.train_judge import train_judge
 from benchmarks.yardstick.video import VideoKind
 from ddit.embedded import clip_judge
-from ddit.embedded.clips import FRAMES, MOTIONS, clips, film, parse_clip, track
+from ddit.embedded.clips import CLIP_SIZE, FRAMES, MOTIONS, clips, film, parse_clip, track
 from ddit.embedded.drawing import draw, drawings
 from ddit.embedded.judge import CELL, Found, distances, features, load_judge, score
-from ddit.embedded.scenes import SIZES, Scene, Thing, arrange, parse, random_scene, reach, scenes
+from ddit.embedded.scenes import IMAGE_SIZE, SIZES, Scene, Thing, arrange, parse, random_scene, reach, scenes
 from ddit.eval.metrics import FrechetTo
 
 
@@ -90,10 +90,10 @@ def test_a_clip_moves_as_its_prompt_says():
     rng = np.random.default_rng(0)
     clip = parse_clip("a plain red star moving left quickly on a sea background")
     frames, covers, spots = film(clip, rng)
-    assert frames.shape == (FRAMES, 64, 64, 3) and covers.shape == (FRAMES, 64, 64)
-    y, x = np.mgrid[0:64, 0:64] + 0.5
+    assert frames.shape == (FRAMES, CLIP_SIZE, CLIP_SIZE, 3) and covers.shape == frames.shape[:3]
+    y, x = np.mgrid[0:CLIP_SIZE, 0:CLIP_SIZE] + 0.5
     seen = np.stack([[(c * x).sum(), (c * y).sum()] / c.sum() for c in covers])
-    assert np.abs(2 * seen - spots[:, :2]).max() < 3 and seen[-1, 0] < seen[0, 0] - 18
+    assert np.abs(IMAGE_SIZE / CLIP_SIZE * seen - spots[:, :2]).max() < 3 and seen[-1, 0] < seen[0, 0] - 18
     for clip in islice(clips(1, "train"), 60):
         moved, speed = clip_judge.motion(track(clip, 24, rng))
         assert moved == clip.motion and (clip.speed is None or speed == clip.speed)
@@ -110,7 +110,7 @@ def test_the_judge_of_clips_reads_tracks_finer_than_its_cells():
     assert there and radius == 0 and np.abs(found - centres).max() < 1.5
     assert clip_judge.motion(found) == ("bouncing off the top", "slowly")
     assert clip_judge.roughness(found) < 1.5
-    still = np.zeros((FRAMES, 64, 64, 3), np.uint8)
+    still = np.zeros((FRAMES, CLIP_SIZE, CLIP_SIZE, 3), np.uint8)
     assert clip_judge.flicker(still, centres, 24) == 0
     still[::2] += 10
     assert clip_judge.flicker(still, centres, 24) == 10
@@ -169,11 +169,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert (tmp_path / "line.pt").read_bytes() == kept
 
 
-TINY = {"batch": 1, "vae_steps": 1, "text_steps": 1, "low_steps": 1, "high_steps": 1, "workers": 1}
+TINY = {"vae_steps": 1, "text_steps": 1, "workers": 1}
 
 
 def test_all_stages_of_the_image_model_and_a_pipeline_that_draws(tmp_path):
-    settings = ImageSettings(**TINY, pictures=4, distil_steps=1, high_mix=(0.0, 1.0, 0.0))
+    flow = {"steps": (1, 1), "batch": (1, 1), "mix": ((0.0, 1.0), (0.0, 1.0, 0.0))}
+    settings = ImageSettings(**TINY, **flow, pictures=4, distil_steps=1)
     prompts = [scene.prompt for scene in islice(scenes(0, "train"), 4)]
     pictures = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), np.uint8)
     drawn = Drawn(prompts, pictures, np.zeros((4, 3, 32, 32), np.uint8), np.zeros((4, 3, 3)))
@@ -187,12 +188,12 @@ def test_all_stages_of_the_image_model_and_a_pipeline_that_draws(tmp_path):
 
 def filmed(count):
     prompts = [clip.prompt for clip in islice(clips(0, "train"), count)]
-    frames = np.random.default_rng(0).integers(0, 256, (count, FRAMES, 64, 64, 3), np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (count, FRAMES, CLIP_SIZE, CLIP_SIZE, 3), np.uint8)
     return Drawn(prompts, frames, np.zeros((count, 5, 32, 32), np.uint8), np.full((count, FRAMES, 3), 30.0, np.float32))
 
 
 def test_all_stages_of_the_video_model_and_a_pipeline_that_films(tmp_path):
-    settings = VideoSettings(**TINY, clips=2)
+    settings = VideoSettings(**TINY, clips=2, steps=(1, 1, 1), batch=(1, 1, 1))
     train(VideoKind(), tmp_path, settings, "cpu", Deadline(), filmed(2)).save_pretrained(tmp_path / "model")
     again = train_vae(tmp_path, wan.make_vae, np.empty(0), settings, "cpu", Deadline(), side=32)
     assert len(again.config.latents_std) == wan.CHANNELS and set(again.config.latents_std) != {1.0}
@@ -260,8 +261,22 @@ def test_drawings_are_shown_and_ununderstood_settings_refused(tmp_path, monkeypa
     for args, said in (
         (("train-image", "--set", "foo=1"), "no setting 'foo'"),
         (("train-video", "--set", "compile=True"), "'compile=True'"),
+        (("train-video", "--set", "steps=[1]"), "each of the 3 stages"),
         (("sample", "--out", tmp_path), "train-image"),
     ):
         with pytest.raises(SystemExit, match="2"):
             run(*args, monkeypatch=monkeypatch)
         assert said in capsys.readouterr().err
+
+
+def test_what_is_finished_goes_into_the_package_with_every_hundredth_step_of_its_log(tmp_path, monkeypatch):
+    for name in ("MODEL_FOLDER", "VIDEO_MODEL_FOLDER", "JUDGE"):
+        monkeypatch.setattr(yardstick, name, tmp_path / name)
+    (tmp_path / "video" / "model").mkdir(parents=True)
+    (tmp_path / "video" / "model" / "model_index.json").write_text("{}")
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (*range(10, 210, 10), 204)]
+    (tmp_path / "video" / "vae.jsonl").write_text("\n".join(lines) + "\n")
+    run("ship", "--out", tmp_path, "--results", tmp_path, monkeypatch=monkeypatch)
+    assert (tmp_path / "VIDEO_MODEL_FOLDER" / "model_index.json").exists() and not (tmp_path / "MODEL_FOLDER").exists()
+    kept = [json.loads(line) for line in (tmp_path / "training-video.jsonl").read_text().splitlines()]
+    assert [(one["stage"], one["step"]) for one in kept] == [("vae", 100), ("vae", 200), ("vae", 204)]

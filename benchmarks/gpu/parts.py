@@ -18,7 +18,7 @@ from ddit.util.files import replacing
 
 PART = 14 * 2**20
 """Bytes of a part."""
-FLOWS = ("flow-32", "flow-64", "flow-128", "flow-guided")
+FLOWS = ("flow-32", "flow-64", "flow-96", "flow-128", "flow-guided")
 """Of videos or images, in the order they are made."""
 SMALL = "flows.pt"
 """In the archive, in place of the flow's checkpoints."""

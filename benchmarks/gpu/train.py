@@ -35,32 +35,37 @@ DONE = {
 STEPS = 1_000_000
 """More than the time suffices for: it is the seconds that end a stage."""
 SHARES = {
-    "image": {"low_seconds": 0.22, "high_seconds": 0.5, "distil_seconds": 0.08},
-    "video": {"low_seconds": 0.3, "high_seconds": 0.5},
+    "image": {"seconds": (0.22, 0.5), "distil_seconds": 0.08},
+    "video": {"seconds": (0.2, 0.3, 0.3)},
     "judge": {"judge_seconds": 0.5},
 }
-"""Shares of a training's time; what is left draws, and trains autoencoder and text encoders."""
+"""Shares of a training's time, or of each stage's; what is left draws, and trains autoencoder and text encoders."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "image": {
         "pictures": 16_000,
-        "batch": 96,
+        "batch": [384, 96],
         "vae_steps": 5_000,
-        "low_steps": STEPS,
-        "high_steps": STEPS,
+        "steps": [STEPS] * 2,
         "distil_steps": STEPS,
     },
-    "video": {"clips": 8_000, "vae_steps": 3_000, "batch": 96, "low_steps": STEPS, "high_steps": STEPS},
+    "video": {"clips": 8_000, "vae_steps": 3_000, "steps": [STEPS] * 3, "batch": [384, 96, 64]},
     "judge": {"pictures": 16_000, "clips": 4_000, "batch": 96, "steps": STEPS},
 }
 """Of the yardstick, beside its own for a GPU. Compiling would cost a quarter of such a training, and gain less."""
 _ADAPTER = {"steps": 4_000, "batch": 64, "count": 1_024, "sample-batch": 128, "shard": 128, "validation": 32}
 ADAPTERS: dict[str, dict[str, Any]] = {"image-adapter": _ADAPTER, "video-adapter": {**_ADAPTER, "count": 512}}
 """Of ``ddit train``. Its learning rate stays, and what is saved are averages: it may be ended at any time."""
-_TINY_FLOW = {"vae_steps": 1, "text_steps": 1, "low_steps": 1, "high_steps": 1, "batch": 1, "workers": 1}
-_TINY_FLOW |= {"low_mix": "[1,0,0]", "high_mix": "[1,0,0]"}
+
+
+def _tiny(mix: list[list[int]]) -> dict[str, Any]:
+    """Settings of a flow whose stages have these shares."""
+    ones = [1] * len(mix)
+    return {"vae_steps": 1, "text_steps": 1, "workers": 1, "steps": ones, "batch": ones, "mix": mix}
+
+
 TINY: dict[str, dict[str, Any]] = {
-    "image": {**_TINY_FLOW, "distil_steps": 1, "pictures": 8},
-    "video": {**_TINY_FLOW, "clips": 8},
+    "image": {**_tiny([[1, 0], [1, 0, 0]]), "distil_steps": 1, "pictures": 8},
+    "video": {**_tiny([[1, 0], [1, 0, 0], [1, 0, 0]]), "clips": 8},
     "judge": {"steps": 1, "batch": 4, "pictures": 8, "clips": 8, "workers": 1},
 }
 _TINY_ADAPTER = {"steps": 1, "batch": 1, "count": 2, "validation": 1, "rank": 2, "sample-steps": 2}
@@ -146,13 +151,18 @@ def _yardstick(name: str, chain: Chain, seconds: float) -> tuple[list[str], dict
     if place.tiny:
         chosen = TINY[name]
     else:
-        timed = {key: round(share * seconds) for key, share in SHARES[name].items()}
+        timed = {key: _of(seconds, share) for key, share in SHARES[name].items()}
         workers = max((os.cpu_count() or 2) // chain.beside - (chain.beside > 1), 1)
         chosen = {**SETTINGS[name], **timed, "workers": workers, **({} if name == "judge" else {"compile": "false"})}
     chosen = {**chosen, **dict(pair.split("=", 1) for pair in place.settings)}
     command = [sys.executable, "-m", "benchmarks.yardstick", f"train-{name}", "--out", str(place.work)]
     command += ["--device", place.device, "--threads", "2", "--seconds", f"{seconds:.0f}"]
     return [*command, "--set", *(f"{key}={value}" for key, value in chosen.items())], chosen
+
+
+def _of(seconds: float, share: float | tuple[float, ...]) -> Any:
+    """A share of the seconds, or each of them."""
+    return [_of(seconds, part) for part in share] if isinstance(share, tuple) else round(share * seconds)
 
 
 def _adapter(name: str, chain: Chain, seconds: float) -> tuple[list[str], dict[str, Any]]:

@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     check = add("check-judge", check_judge)
     check.add_argument("--count", type=int, default=1000, help="number of pictures; a fifth as many clips")
     check.add_argument("--json", type=Path, default=Path("docs/results/judge.json"))
-    add("ship", ship)
+    shipping = add("ship", ship)
+    shipping.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the trainings' logs")
     return parser
 
 
@@ -94,7 +95,11 @@ def _change(pair: str, kind: type[Any]) -> tuple[str, Any]:
 
 def _settings(args: argparse.Namespace, kind: type[Any]) -> Any:
     fast = gpu(kind) if args.device != "cpu" and issubclass(kind, Settings) else {}
-    return kind(**{**fast, "seed": args.seed, **dict(args.set)})
+    try:
+        return kind(**{**fast, "seed": args.seed, **dict(args.set)})
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -162,13 +167,22 @@ def ship(args: argparse.Namespace) -> None:
         if made.exists():
             with replacing_folder(to) as partial:
                 shutil.copytree(made, partial, dirs_exist_ok=True)
-            print(f"wrote {to}; 'ddit calibrate' measures its preset")
+            log = args.results / f"training-{kind}.jsonl"
+            log.write_text("".join(_thinned(path) for path in sorted(made.parent.glob("*.jsonl"))))
+            print(f"wrote {to} and {log}; 'ddit calibrate' measures its preset")
     judge = args.out / "judge" / "judge.safetensors"
     if judge.exists():
         JUDGE.parent.mkdir(parents=True, exist_ok=True)
         weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(judge).items()}
         save_file(weights, JUDGE)
         print(f"wrote {JUDGE}")
+
+
+def _thinned(log: Path) -> str:
+    """Every hundredth step of a stage's log, and its last, each with the stage's name."""
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    kept = [step for step in steps if step["step"] % 100 == 0 or step is steps[-1]]
+    return "".join(json.dumps({"stage": log.stem, **step}) + "\n" for step in kept)
 
 
 def load(args: argparse.Namespace) -> Any:

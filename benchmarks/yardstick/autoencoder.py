@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def train_vae(
         return type(vae).from_pretrained(folder / "vae").to(device)
     torch.manual_seed(settings.seed)
     vae = make().to(device)
-    batch = max(8, settings.batch // 3)
+    batch = max(8, settings.batch[-1] // 3)
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
         x = to_model(crops(samples, rng, count=batch, side=side, spots=spots), device)
@@ -116,6 +117,13 @@ def crops(
     return np.stack([samples[r, ..., j : j + side, i : i + side, :] for r, j, i in zip(rows, y, x, strict=True)])
 
 
+def resized(x: Tensor, size: int) -> Tensor:
+    """Pictures or clips ``[B, 3, (F,) H, W]``, smaller; each pixel is the mean of those it covers."""
+    if x.ndim == 4:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.adaptive_avg_pool3d(x, (x.shape[2], size, size))
+
+
 @torch.no_grad()
 def encode(folder: Path, vae: Any, samples: np.ndarray, size: int, device: str) -> np.ndarray:
     """Normalised latents of samples at a size, kept as float16.
@@ -127,8 +135,10 @@ def encode(folder: Path, vae: Any, samples: np.ndarray, size: int, device: str) 
         print(f"encoding at {size} pixels", flush=True)
         batches, many = [], (50 if samples.ndim == 4 else 8) * (1 if device == "cpu" else 10)
         for start in range(0, len(samples), many):
-            x = pool(to_model(samples[start : start + many], device), samples.shape[-2] // size)
-            z = normalised(vae.encode(x).latent_dist.mean, vae.config)
+            x = resized(to_model(samples[start : start + many], device), size)
+            with precision(device):
+                mean = vae.encode(x).latent_dist.mean.float()
+            z = normalised(mean, vae.config)
             if z.ndim == 4:
                 z = rearrange(z, "b c (h y) (w x) -> b (h w) (c y x)", y=2, x=2)
             batches.append(z.half().cpu().numpy())

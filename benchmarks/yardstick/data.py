@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 
-from ddit.embedded.clips import clips, film
+from ddit.embedded.clips import CLIP_SIZE, clips, film
 from ddit.embedded.drawing import drawings
 from ddit.embedded.scenes import IMAGE_SIZE, MOST
 from ddit.util.files import replacing
@@ -28,7 +28,7 @@ class Drawn:
 
     prompts: list[str]
     samples: np.ndarray
-    """Pictures ``[N, 128, 128, 3]`` or clips ``[N, 9, 64, 64, 3]``, uint8"""
+    """Pictures ``[N, 128, 128, 3]`` or clips ``[N, 9, 96, 96, 3]``, uint8"""
     masks: np.ndarray
     """``[N, K, 32, 32]`` uint8: what each of 3 objects covers, in the prompt's order; of clips, what the one object
     covers at the time of each of 5 frames of the latents"""
@@ -43,7 +43,7 @@ def cached_drawings(folder: Path, count: int, seed: int, workers: int) -> Drawn:
 
 def cached_clips(folder: Path, count: int, seed: int, workers: int) -> Drawn:
     """The first ``count`` clips of training prompts; shards already on disk are kept."""
-    return _cached(folder / f"clips-{seed}", _film_shard, count, seed, workers)
+    return _cached(folder / f"clips-{CLIP_SIZE}-{seed}", _film_shard, count, seed, workers)
 
 
 def _cached(stem: Path, make: Callable[[Path, int, int], None], count: int, seed: int, workers: int) -> Drawn:
@@ -73,8 +73,8 @@ def _film_shard(path: Path, seed: int, count: int) -> None:
 
 
 def _at_latents(covers: np.ndarray) -> np.ndarray:
-    """``[9, 64, 64]`` in [0, 1] -> ``[5, 32, 32]`` uint8: a frame of latents is the first frame, then two each."""
-    small = covers.reshape(len(covers), MASK_SIZE, 2, MASK_SIZE, 2).mean((2, 4))
+    """``[9, 96, 96]`` in [0, 1] -> ``[5, 32, 32]`` uint8: a frame of latents is the first frame, then two each."""
+    small = reduce(covers, "f (h a) (w b) -> f h w", "mean", h=MASK_SIZE, w=MASK_SIZE)
     joined = np.concatenate([small[:1], (small[1::2] + small[2::2]) / 2])
     return (255 * joined).round().astype(np.uint8)
 
@@ -83,11 +83,10 @@ def _draw_shard(path: Path, seed: int, count: int) -> None:
     prompts, pictures = [], np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     masks = np.empty((count, MOST, MASK_SIZE, MASK_SIZE), np.uint8)
     spots = np.zeros((count, MOST, 3), np.float32)
-    pool = IMAGE_SIZE // MASK_SIZE
     for i, (scene, picture, covers, where) in enumerate(islice(drawings(seed, "train"), count)):
         prompts.append(scene.prompt)
         pictures[i], spots[i, : len(where)] = picture, where
-        pooled = covers.reshape(MOST, MASK_SIZE, pool, MASK_SIZE, pool).mean((2, 4))
+        pooled = reduce(covers, "k (h a) (w b) -> k h w", "mean", h=MASK_SIZE, w=MASK_SIZE)
         masks[i] = (pooled * 255).round().astype(np.uint8)
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, prompts=np.array(prompts), samples=pictures, masks=masks, spots=spots)

@@ -1,4 +1,4 @@
-"""Flow matching at half the size, then at full size: what the image and the video model's training share."""
+"""Flow matching at small sizes first, then at full size: what the image and the video model's training share."""
 
 from __future__ import annotations
 
@@ -156,14 +156,15 @@ class Source:
         """Vectors of prompts by number; -1 is the empty one."""
         return tuple(vector[rows] for vector in self.vectors)
 
-    def batch(self, rng: np.random.Generator, mix: tuple[float, ...], noise: tuple[float, float], drop: float) -> Batch:
-        """Samples of one size at logit-normal noise levels (SD3, arXiv 2403.03206).
+    def batch(self, rng: np.random.Generator, stage: int, drop: float) -> Batch:
+        """Samples of one size of a stage at logit-normal noise levels (SD3, arXiv 2403.03206).
 
         Pooling by s divides the noise by s: the same picture is as visible at a logit higher by log(s).
         """
-        settings, device, sizes = self.settings, self.device, tuple(self.latents)
-        size = int(rng.choice(sizes, p=mix))
-        count = settings.batch * (max(sizes) // size) ** 2
+        settings, device = self.settings, self.device
+        sizes, noise = settings.sizes[stage], settings.noise[stage]
+        size = int(rng.choice(sizes, p=settings.mix[stage]))
+        count = round(settings.batch[stage] * (max(sizes) / size) ** 2)
         generator = noise_from(rng, device)
         rows = torch.randint(len(self.masks), (count,), generator=generator, device=device)
         x, covers = self.latents[size][rows].float(), self.masks[rows].float() / 255
@@ -177,16 +178,14 @@ class Source:
 
 
 def train_flow(folder: Path, flow: Flow, source: Source, deadline: Deadline) -> None:
-    """Stages A and B; the model is left with its averaged weights."""
+    """One stage for each size; the model is left with its averaged weights."""
     settings = source.settings
-    low, high = max(source.latents) // 2, max(source.latents)
-    for size, steps, seconds, mix, noise, schedule in (
-        (low, settings.low_steps, settings.low_seconds, settings.low_mix, settings.low_noise, constant),
-        (high, settings.high_steps, settings.high_seconds, settings.high_mix, settings.high_noise, trapezoid),
+    for number, (sizes, steps, seconds) in enumerate(
+        zip(settings.sizes, settings.steps, settings.seconds, strict=True)
     ):
-        loss = matching(flow, source, mix, noise)
+        loss, schedule = matching(flow, source, number), trapezoid if number else constant
         length = steps, deadline.within(seconds)
-        stage = flow_stage(folder, f"flow-{size}", flow, loss, length, schedule, settings)
+        stage = flow_stage(folder, f"flow-{max(sizes)}", flow, loss, length, schedule, settings)
         flow.load_state_dict(fit(stage, deadline), strict=False)
     flow.forget()
 
@@ -220,12 +219,12 @@ def make_optimizers(flow: Flow, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def matching(flow: Flow, source: Source, mix: tuple[float, ...], noise: tuple[float, float]) -> Loss:
-    """Flow matching with guidance 1: mean squared error to ``eps - x``."""
+def matching(flow: Flow, source: Source, stage: int) -> Loss:
+    """Flow matching of a stage with guidance 1: mean squared error to ``eps - x``."""
     settings = source.settings
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
-        batch = source.batch(rng, mix, noise, settings.unconditional)
+        batch = source.batch(rng, stage, settings.unconditional)
         with precision(source.device):
             output = flow.velocity(batch.noisy, batch.sigma, batch.text, torch.ones_like(batch.sigma))
             masks, places = flow.aid_loss(batch.covers, batch.spots)

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from benchmarks.yardstick.components import WIDTH, TextEncoders, grid_ids, make_pipeline, make_transformer, make_vae
-from benchmarks.yardstick.config import SIZES, ImageSettings
+from benchmarks.yardstick.config import ImageSettings
 from benchmarks.yardstick.data import Drawn, cached_drawings
 from benchmarks.yardstick.fit import Deadline, Figures, Loss, cosine, fit, noise_from, precision
 from benchmarks.yardstick.flow import Flow, Source, flow_stage, grid
@@ -64,7 +64,6 @@ class ImageKind(Kind):
 
     name = "image"
     settings = ImageSettings
-    sizes = SIZES
     crop = 64
     call: ClassVar = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "guidance_scale": 3.0, "max_sequence_length": 24}
 
@@ -89,7 +88,7 @@ class ImageKind(Kind):
         return tuple(torch.cat(list(one)) for one in zip(*parts, strict=True))
 
     def distil(self, folder: Path, flow: Flow, source: Source, deadline: Deadline) -> None:
-        """Stage C: one call answers as the model's two, combined, do (arXiv 2210.03142)."""
+        """One call answers as the model's two, combined, do (arXiv 2210.03142)."""
         teacher = copy.deepcopy(flow.requires_grad_(False).eval())
         flow.requires_grad_(True)
         for aid in (flow.norm, flow.aid):
@@ -101,7 +100,7 @@ class ImageKind(Kind):
         flow.load_state_dict(fit(stage, deadline), strict=False)
 
     def call_of(self, checkpoint: str | None, count: int) -> dict[str, Any]:
-        """Before stage C it knows guidance 1 alone, and is asked twice."""
+        """Before it is distilled it knows guidance 1 alone, and is asked twice."""
         if checkpoint is None or "guided" in Path(checkpoint).name:
             return self.call
         twice = {"true_cfg_scale": self.call["guidance_scale"], "negative_prompt": [""] * count}
@@ -113,7 +112,7 @@ def _distilling(flow: Flow, teacher: Flow, source: Source) -> Loss:
     low, high = settings.guidance
 
     def loss(step: int, rng: np.random.Generator) -> tuple[Tensor, Figures]:
-        batch = source.batch(rng, settings.high_mix, settings.high_noise, 0.0)
+        batch = source.batch(rng, -1, 0.0)
         one = torch.ones_like(batch.sigma)
         empty = source.text(torch.full((len(one),), -1, device=source.device))
         guidance = torch.empty_like(one).uniform_(low, high, generator=noise_from(rng, source.device))

@@ -24,8 +24,6 @@ class Kind(ABC):
 
     name: ClassVar[str]
     settings: ClassVar[type[Settings]]
-    sizes: ClassVar[tuple[int, ...]]
-    """Height and width in pixels it is trained at, rising."""
     crop: ClassVar[int]
     """Side in pixels of what its autoencoder is trained on."""
     call: ClassVar[dict[str, Any]]
@@ -80,7 +78,7 @@ def train(
     text = kind.train_text(folder, settings, device, deadline)
     if only == "text":
         return None
-    latents = {size: encode(folder, vae, drawn.samples, size, device) for size in kind.sizes}
+    latents = {size: encode(folder, vae, drawn.samples, size, device) for size in settings.all_sizes}
     source = Source.made(latents, drawn, kind.vectors(text, drawn.prompts, device), settings, device)
     torch.manual_seed(settings.seed + 2)
     flow = kind.make_flow().to(device)

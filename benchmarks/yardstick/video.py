@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from benchmarks.yardstick.config import CLIP_SIZES, VideoSettings
+from benchmarks.yardstick.config import VideoSettings
 from benchmarks.yardstick.data import Drawn, cached_clips
 from benchmarks.yardstick.fit import Deadline, Figures, Stage, cosine, fit
 from benchmarks.yardstick.flow import Flow, grid
@@ -91,13 +91,12 @@ class VideoKind(Kind):
 
     name = "video"
     settings = VideoSettings
-    sizes = CLIP_SIZES
     crop = 32
     call: ClassVar = {
         "height": CLIP_SIZE,
         "width": CLIP_SIZE,
         "num_frames": FRAMES,
-        "guidance_scale": 4.0,
+        "guidance_scale": 3.0,
         "max_sequence_length": 16,
     }
 

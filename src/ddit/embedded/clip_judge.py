@@ -26,7 +26,7 @@ BESIDE = ("flicker", "roughness")
 
 @torch.no_grad()
 def verdict(judge: Judge, frames: np.ndarray, asked: Clip) -> dict[str, float]:
-    """What a clip ``[F, 64, 64, 3]`` uint8 got right of what was asked, 1 or 0 by attribute, and `BESIDE`.
+    """What a clip ``[F, 96, 96, 3]`` uint8 got right of what was asked, 1 or 0 by attribute, and `BESIDE`.
 
     What a prompt leaves open is absent. Where a frame shows no object, nothing of the object is right.
     """
@@ -99,7 +99,7 @@ def flicker(frames: np.ndarray, track: np.ndarray, radius: float) -> float:
 
 @torch.no_grad()
 def clip_features(judge: Judge, clips: Sequence[np.ndarray]) -> Tensor:
-    """``[N, 131]`` of clips ``[F, 64, 64, 3]`` uint8, for the Fréchet distance.
+    """``[N, 131]`` of clips ``[F, 96, 96, 3]`` uint8, for the Fréchet distance.
 
     The mean of the frames' features, and the mean change in between, by which a clip that stands still is far.
     """
@@ -112,6 +112,6 @@ def clip_features(judge: Judge, clips: Sequence[np.ndarray]) -> Tensor:
 
 
 def clip_distances(judge: Judge, one: np.ndarray, two: np.ndarray) -> Tensor:
-    """Mean over the frames of `Judge.distance` of clips ``[N, F, 64, 64, 3]`` uint8 each, ``[N]``."""
+    """Mean over the frames of `Judge.distance` of clips ``[N, F, 96, 96, 3]`` uint8 each, ``[N]``."""
     frames = ((enlarged(to_model(a)), enlarged(to_model(b))) for a, b in zip(one, two, strict=True))
     return torch.stack([distances(judge, *pair).mean() for pair in frames])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -27,12 +28,12 @@ from ddit.embedded.scenes import (
 )
 
 FRAMES = 9
-CLIP_SIZE = 64
-"""Height and width in pixels of a clip; it is drawn on a canvas of 128 and pooled."""
+CLIP_SIZE = 96
+"""Height and width in pixels of a clip; it is drawn on a canvas of 128 and made smaller."""
 RADII = (22.0, 28.0)
 """Range of an object's radius in pixels of the canvas."""
 GRAIN = 1.6
-"""How much coarser textures are than in pictures, as a clip has half as many pixels for them."""
+"""How much coarser textures are than in pictures, as a clip has fewer pixels for them."""
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Name -> (x, y), downwards positive."""
 SIDES = {"left": "left", "right": "right", "top": "up", "bottom": "down"}
@@ -123,7 +124,7 @@ def film(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, 
         rng: Decides everything the clip leaves open.
 
     Returns:
-        Frames ``[9, 64, 64, 3]`` uint8; what the object covers ``[9, 64, 64]`` in [0, 1]; and where it is in each,
+        Frames ``[9, 96, 96, 3]`` uint8; what the object covers ``[9, 96, 96]`` in [0, 1]; and where it is in each,
         ``[9, 3]`` (x, y, radius) in pixels of the canvas.
     """
     light = rng.uniform(0, 2 * np.pi)
@@ -146,12 +147,19 @@ def film(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, 
         rest = np.random.default_rng(before)
         for _ in range(front):
             clutter(frame, sun, rest)
-        frames[i] = (pooled(np.clip(frame * shade, 0, 1)) * 255).round().astype(np.uint8)
-        covers[i] = pooled(cover)
+        frames[i] = (shrunk(np.clip(frame * shade, 0, 1)) * 255).round().astype(np.uint8)
+        covers[i] = shrunk(cover)
     return frames, covers, np.column_stack([centres, np.full(FRAMES, radius)])
 
 
-def pooled(canvas: np.ndarray, size: int = CLIP_SIZE) -> np.ndarray:
-    """``[S, S, ...]`` -> ``[size, size, ...]``"""
-    pool = len(canvas) // size
-    return canvas.reshape(size, pool, size, pool, *canvas.shape[2:]).mean((1, 3))
+def shrunk(canvas: np.ndarray) -> np.ndarray:
+    """``[S, S, ...]`` -> ``[96, 96, ...]``, each pixel the mean of the area it covers."""
+    area = _areas(len(canvas), CLIP_SIZE)
+    return np.tensordot(area, np.tensordot(area, canvas, (1, 0)), (1, 1)).swapaxes(0, 1)
+
+
+@cache
+def _areas(size: int, smaller: int) -> np.ndarray:
+    """Share of each of ``size`` pixels in a row in each of the ``smaller`` ones, ``[smaller, size]``."""
+    parts = np.repeat(np.eye(size, dtype=np.float32), smaller, 0)
+    return parts.reshape(smaller, size, size).mean(1)

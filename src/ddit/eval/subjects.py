@@ -120,7 +120,7 @@ class Pictures:
 
 
 class Clips:
-    """Clips of 9 frames of 64 x 64."""
+    """Clips of 9 frames of 96 x 96."""
 
     judged: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = clip_judge.BESIDE
