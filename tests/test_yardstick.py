@@ -262,6 +262,7 @@ def test_drawings_are_shown_and_ununderstood_settings_refused(tmp_path, monkeypa
         (("train-image", "--set", "foo=1"), "no setting 'foo'"),
         (("train-video", "--set", "compile=True"), "'compile=True'"),
         (("train-video", "--set", "steps=[1]"), "each of the 3 stages"),
+        (("train-video", "--set", "mix=[1,1,1]"), "mix is [1, 1, 1]; it must be a list"),
         (("sample", "--out", tmp_path), "train-image"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from ddit.util.files import replacing
 
 PART = 14 * 2**20
 """Bytes of a part."""
-FLOWS = ("flow-32", "flow-64", "flow-96", "flow-128", "flow-guided")
-"""Of videos or images, in the order they are made."""
 SMALL = "flows.pt"
 """In the archive, in place of the flow's checkpoints."""
 TEXT = "text.pt"
@@ -45,7 +44,7 @@ def pack(run: Path, out: Path) -> list[Path]:
         if "model" not in names:
             if (run / TEXT).exists():
                 _add(archive, TEXT, _without_momenta(run / TEXT))
-            if any((run / f"{name}.pt").exists() for name in FLOWS):
+            if _flows(run):
                 _add(archive, SMALL, _small_flows(run))
     data = stream.getvalue() if set(names) - {"settings.json"} else b""  # what was drawn and no more is drawn again
     pieces = [data[start : start + PART] for start in range(0, len(data), PART)]
@@ -96,17 +95,25 @@ def _without_momenta(checkpoint: Path) -> dict[str, Any]:
     }
 
 
+def _flows(run: Path) -> list[Path]:
+    """The flow's checkpoints in the order they are made: sizes rise, guidance comes last."""
+
+    def size(path: Path) -> float:
+        name = path.stem.removeprefix("flow-")
+        return int(name) if name.isdigit() else math.inf
+
+    return sorted(run.glob("flow-*.pt"), key=size)
+
+
 def _small_flows(run: Path) -> dict[str, Any]:
     """Weights of the newest checkpoint, averaged where they are, and what else each checkpoint needs."""
     stages: dict[str, Any] = {}
     weights: dict[str, torch.Tensor] = {}
-    for name in FLOWS:
-        path = run / f"{name}.pt"
-        if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            groups = [optimizer["param_groups"] for optimizer in state["optimizers"]]
-            stages[name] = {"step": state["step"], "groups": groups, "averaged": list(state["average"])}
-            weights = {**state["model"], **state["average"]}
+    for path in _flows(run):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        groups = [optimizer["param_groups"] for optimizer in state["optimizers"]]
+        stages[path.stem] = {"step": state["step"], "groups": groups, "averaged": list(state["average"])}
+        weights = {**state["model"], **state["average"]}
     return {"stages": stages, "weights": {name: value.half().clone() for name, value in weights.items()}}
 
 

@@ -30,7 +30,7 @@ from ddit.embedded.judge import JUDGE
 from ddit.eval.subjects import Clips, Pictures
 from ddit.preset import Preset
 from ddit.train.parts import attention_backends
-from ddit.util.files import replacing_folder, write_json
+from ddit.util.files import read_lines, replacing_folder, write_json, write_text
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (ImageKind(), VideoKind())}
 
@@ -168,7 +168,7 @@ def ship(args: argparse.Namespace) -> None:
             with replacing_folder(to) as partial:
                 shutil.copytree(made, partial, dirs_exist_ok=True)
             log = args.results / f"training-{kind}.jsonl"
-            log.write_text("".join(_thinned(path) for path in sorted(made.parent.glob("*.jsonl"))))
+            write_text(log, "".join(_thinned(path) for path in sorted(made.parent.glob("*.jsonl"))))
             print(f"wrote {to} and {log}; 'ddit calibrate' measures its preset")
     judge = args.out / "judge" / "judge.safetensors"
     if judge.exists():
@@ -180,7 +180,7 @@ def ship(args: argparse.Namespace) -> None:
 
 def _thinned(log: Path) -> str:
     """Every hundredth step of a stage's log, and its last, each with the stage's name."""
-    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = read_lines(log)
     kept = [step for step in steps if step["step"] % 100 == 0 or step is steps[-1]]
     return "".join(json.dumps({"stage": log.stem, **step}) + "\n" for step in kept)
 

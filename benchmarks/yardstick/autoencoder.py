@@ -119,9 +119,7 @@ def crops(
 
 def resized(x: Tensor, size: int) -> Tensor:
     """Pictures or clips ``[B, 3, (F,) H, W]``, smaller; each pixel is the mean of those it covers."""
-    if x.ndim == 4:
-        return F.adaptive_avg_pool2d(x, size)
-    return F.adaptive_avg_pool3d(x, (x.shape[2], size, size))
+    return F.interpolate(x, (*x.shape[2:-2], size, size), mode="area")
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import get_type_hints
+
+from ddit.util.kinds import fits, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +43,12 @@ class Settings:
     """Processes that draw."""
 
     def __post_init__(self) -> None:
-        """Raises a `ValueError` where a stage lacks something."""
+        """Raises a `ValueError` where a value is of another kind, or a stage lacks something."""
+        for name, hint in get_type_hints(type(self)).items():
+            if not fits(getattr(self, name), hint):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {told(hint)}")
         for name in ("steps", "seconds", "batch", "mix", "noise"):
-            values = getattr(self, name)
-            if not isinstance(values, list | tuple) or len(values) != len(self.sizes):
+            if len(getattr(self, name)) != len(self.sizes):
                 raise ValueError(f"{name} is a list with a value for each of the {len(self.sizes)} stages of sizes")
         for sizes, mix in zip(self.sizes, self.mix, strict=True):
             if len(mix) != len(sizes):
