@@ -60,7 +60,6 @@ def main() -> None:
         folder = args.runs / name.replace(" ", "-").replace("'", "")
         settings = {"steps": args.steps, "batch": args.batch, "validation": 32, "pictures": 0, **change}
         settings |= {"dtype": "bfloat16", "mixed_precision": "bf16", "lr_schedule": "cosine", "lr_warmup": 50}
-        settings["shard"] = json.loads((Path(args.samples) / "samples.json").read_text())["shard"]
         settings |= {"checkpoint_every": args.steps, "validate_every": args.steps, "min_sigma": (0.4, 0.7)}
         train(TrainConfig(model=args.model, samples=args.samples, out=str(folder), **settings))
         told[name] = errors(folder)

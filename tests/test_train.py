@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,8 +26,10 @@ from ddit import FixedSchedule, PatchAdapter
 from ddit.cli import main
 from ddit.eval.bench import count
 from ddit.models import architecture_for
+from ddit.pipelines.loading import load_pipeline
 from ddit.pipelines.prompts import read_prompts
 from ddit.preset import Preset
+from ddit.pretrained import config_hash, fingerprint
 from ddit.train.config import TrainConfig
 from ddit.train.disk import checkpoints, result_folder
 from ddit.train.distill import Draw, draw, make_batch
@@ -36,7 +38,7 @@ from ddit.train.pictures import check_encodes, encoded
 from ddit.train.plan import plan
 from ddit.train.samples import Samples, draw_samples, shard_path
 from ddit.train.sources import read_captions
-from ddit.train.trainer import train
+from ddit.train.trainer import Run, train
 
 PROMPTS = [
     f"a {size} {colour} {shape} on the left on a sea background"
@@ -55,7 +57,7 @@ def base(tmp_path_factory) -> Path:
     pipe.save_pretrained(folder / "model")
     Preset(call=CALL).save(folder / "model")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    draw_samples(folder / "samples", pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
+    draw_samples(folder / "samples", pipe, CALL, PROMPTS, batch=5, seed=0)
     return folder
 
 
@@ -65,7 +67,7 @@ def settings(base: Path, out: Path, **changes) -> TrainConfig:
         prompts=str(base / "prompts.txt"),
         samples=str(base / "samples"),
         out=str(out),
-        shard=5,
+        sample_batch=5,
         rank=2,
         steps=6,
         batch=3,
@@ -95,7 +97,7 @@ def test_samples_are_plain_runs_with_the_models_own_velocity(base):
     """Latents moved by that velocity from step to step, and the model answers it again."""
     pipe, samples = tiny.pipeline(), stored(base)
     architecture = architecture_for(pipe.transformer)
-    assert len(samples) == len(PROMPTS) and samples.passes == 1 and samples.prompt(7) == PROMPTS[7]
+    assert len(samples) == len(PROMPTS) and samples.passes == 1 and samples.prompts == PROMPTS
     assert len(samples.sigmas) == 8 and samples.sigmas == sorted(samples.sigmas, reverse=True)
     levels = torch.tensor([*samples.sigmas, 0.0])
     for record in (7, 0):
@@ -116,12 +118,12 @@ def test_samples_are_plain_runs_with_the_models_own_velocity(base):
 
 def test_missing_shards_alone_are_drawn_again(base, tmp_path):
     pipe = tiny.pipeline()
-    first = draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
+    first = draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=5, seed=0)
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
     assert len(before) == 3
     middle, expected = shard_path(tmp_path, 1), load_file(shard_path(tmp_path, 1))
     middle.unlink()
-    draw_samples(tmp_path, pipe, CALL, None, batch=5, shard=5, seed=0)
+    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=3, seed=0)
     for name, tensor in load_file(middle).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
     changed = {p.name for p in tmp_path.glob("*.safetensors") if before[p.name] != p.stat().st_mtime_ns}
@@ -130,9 +132,9 @@ def test_missing_shards_alone_are_drawn_again(base, tmp_path):
 
 def test_two_processes_share_the_work(base, tmp_path):
     pipe = tiny.pipeline()
-    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0, rank=0, processes=2)
+    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=5, seed=0, rank=0, processes=2)
     assert {p.name for p in tmp_path.glob("*.safetensors")} == {shard_path(tmp_path, n).name for n in (0, 2)}
-    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=4, shard=5, seed=0, rank=1, processes=2)
+    draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=5, seed=0, rank=1, processes=2)
     for number in range(3):
         ours, theirs = load_file(shard_path(tmp_path, number)), load_file(shard_path(base / "samples", number))
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -144,13 +146,13 @@ def test_samples_of_something_else_are_refused(base, change):
     call = {**CALL, "num_inference_steps": 5} if change == "settings" else CALL
     prompts = PROMPTS[::-1] if change == "prompts" else PROMPTS
     with pytest.raises(ValueError, match=change):
-        draw_samples(base / "samples", pipe, call, prompts, batch=4, shard=5, seed=int(change == "seed"))
+        draw_samples(base / "samples", pipe, call, prompts, batch=5, seed=int(change == "seed"))
 
 
 def test_true_guidance_gives_a_record_per_pass(tmp_path):
     pipe = tiny.pipeline()
     call = {**CALL, "true_cfg_scale": 2.0, "negative_prompt": "a red circle"}
-    samples = draw_samples(tmp_path, pipe, call, PROMPTS[:2], batch=2, shard=2, seed=0)
+    samples = draw_samples(tmp_path, pipe, call, PROMPTS[:2], batch=2, seed=0)
     assert samples.passes == 2 and len(samples) == 4
     latents, velocity, inputs = samples.load([0, 1], [[2, 5], [2, 5]])
     assert latents.shape[:2] == (2, 2) and torch.equal(latents[0], latents[1])
@@ -172,6 +174,15 @@ def test_prompts_are_read(tmp_path):
 # Chance
 
 
+def test_prompts_come_without_the_mark_of_windows(tmp_path):
+    for name, text in (("p.txt", "a cat\n"), ("p.jsonl", '{"text": "a cat"}\n'), ("p.json", '["a cat"]')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_prompts(str(tmp_path / name)) == ["a cat"]
+    (tmp_path / "coco.json").write_text('{"annotations": ["a", "b"]}')
+    with pytest.raises(ValueError, match="must be objects, as COCO has them; one is 'a'"):
+        read_prompts(str(tmp_path / "coco.json"))
+
+
 @pytest.fixture
 def shown(tmp_path):
     """A folder of pictures with captions in text files."""
@@ -188,8 +199,8 @@ def test_pictures_are_noised_along_the_samplers_levels(shown, tmp_path):
     pipe, found = tiny.pipeline(), read_captions(shown)
     call = {**CALL, "negative_prompt": "", "true_cfg_scale": 2.0}
     paths = list(found)
-    samples = draw_samples(tmp_path / "s", pipe, call, list(found.values()), batch=2, shard=3, seed=0, pictures=paths)
-    assert samples.passes == 2 and len(samples) == 10 and samples.prompt(3) == "a red circle"
+    samples = draw_samples(tmp_path / "s", pipe, call, list(found.values()), batch=3, seed=0, pictures=paths)
+    assert samples.passes == 2 and len(samples) == 10 and samples.prompts[1] == "a red circle"
     assert "step" not in vars(pipe.scheduler)
     architecture, levels = architecture_for(pipe.transformer), torch.tensor(samples.sigmas)
     for record, path in ((2, paths[1]), (9, paths[4])):
@@ -213,6 +224,9 @@ def test_an_adapter_learns_from_pictures(base, shown, tmp_path):
     ]
     shutil.rmtree(shown)  # the samples are there
     train(settings(base, tmp_path / "run", **{**changes, "steps": 3}))
+    shard_path(tmp_path / "run" / "samples", 0).unlink()
+    with pytest.raises(ValueError, match=r"samples of pictures, and 1 of its files are missing; .*--images"):
+        train(settings(base, tmp_path / "run", **{**changes, "images": None, "steps": 4}))
     assert PatchAdapter.from_pretrained(tmp_path / "run" / "adapter").config["steps_trained"] == 3
 
 
@@ -237,10 +251,26 @@ def test_pictures_need_captions_and_a_known_autoencoder(base, shown, tmp_path):
     (shown / "2.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"2\.png can't be read as a picture"):
         encoded(tiny.pipeline().vae, [shown / "2.png"], 64, 64)
+    damaged = bytearray((shown / "4.png").read_bytes())
+    damaged[damaged.index(b"IDAT") + 6] ^= 255
+    (shown / "4.png").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"4\.png can't be read as a picture"):
+        encoded(tiny.pipeline().vae, [shown / "4.png"], 64, 64)
     with pytest.raises(ValueError, match="leave prompts"):
         settings(base, tmp_path, images=str(shown))
     with pytest.raises(ValueError, match="give prompts instead"):
         check_encodes(SimpleNamespace(vae=torch.nn.Linear(1, 1)))
+
+
+def test_pictures_stand_upright(tmp_path):
+    """As cameras tell in EXIF, where 6 is a picture that lies on its side."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 32, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "upright.png")
+    upright.rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
+    one, other = (encoded(tiny.pipeline().vae, [tmp_path / name], 64, 32) for name in ("upright.png", "lying.png"))
+    assert torch.equal(one, other)
 
 
 def test_draws_depend_on_seed_step_and_number_alone(base):
@@ -296,7 +326,59 @@ def test_samples_of_another_sampler_are_refused(base):
     pipe = tiny.pipeline()
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with pytest.raises(ValueError, match="with other sampler, sampler_hash"):
-        draw_samples(base / "samples", pipe, CALL, PROMPTS, batch=4, shard=5, seed=0)
+        draw_samples(base / "samples", pipe, CALL, PROMPTS, batch=5, seed=0)
+
+
+def test_samples_of_other_weights_are_refused(base):
+    pipe = tiny.pipeline()
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].attn.to_q.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="with other base_weights"):
+        draw_samples(base / "samples", pipe, CALL, PROMPTS, batch=5, seed=0)
+
+
+def test_fingerprints_forget_precision_and_configurations_their_defaults():
+    one, other = tiny.transformer(), tiny.transformer(seed=1)
+    assert fingerprint(one) != fingerprint(other) and config_hash(one) == config_hash(other)
+    assert fingerprint(one) == fingerprint(tiny.transformer().bfloat16())
+    known = config_hash(one)
+    one.register_to_config(out_channels=None)  # the default, written out
+    assert config_hash(one) == known
+    one.register_to_config(out_channels=8)
+    assert config_hash(one) != known
+
+
+def test_samplers_with_several_calls_a_step_are_refused(tmp_path):
+    pipe = tiny.pipeline()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler calls the model 2 times in a step"):
+        draw_samples(tmp_path, pipe, CALL, PROMPTS, batch=5, seed=0)
+
+
+def test_a_pipeline_with_two_transformers_is_refused(base, tmp_path, monkeypatch):
+    pipe, preset = load_pipeline(str(base / "model"))
+    pipe.transformer_2 = pipe.transformer
+    monkeypatch.setattr("ddit.train.trainer.load_pipeline", lambda *_, **__: (pipe, preset))
+    with pytest.raises(ValueError, match="has two transformers, and an adapter serves one"):
+        train(settings(base, tmp_path / "run", samples=None))
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_samples_for_validation_are_kept_apart_with_all_their_passes(base, tmp_path, monkeypatch):
+    pipe, preset = load_pipeline(str(base / "model"))
+    guided = replace(preset, call={**CALL, "true_cfg_scale": 2.0, "negative_prompt": "a red circle"})
+    monkeypatch.setattr("ddit.train.trainer.load_pipeline", lambda *_, **__: (pipe, guided))
+    drawn: dict[str, set[str]] = {"train": set(), "validation": set()}
+    load = Samples.load
+
+    def spy(self, indices, steps):
+        kind = "validation" if len(indices) == 6 else "train"
+        drawn[kind] |= {self.prompts[i // self.passes] for i in indices}
+        return load(self, indices, steps)
+
+    monkeypatch.setattr(Samples, "load", spy)
+    train(settings(base, tmp_path, samples=None, count=5, validation=3, batch=7, steps=4))
+    assert drawn["validation"] == set(PROMPTS[2:5]) and drawn["train"] == set(PROMPTS[:2])
 
 
 def test_prodigy_checkpointing_and_pictures(base, tmp_path):
@@ -402,6 +484,37 @@ def test_other_settings_are_refused(base, tmp_path):
         train(settings(base, tmp_path, steps=4, rank=4))
 
 
+def test_settings_may_change_until_there_is_a_checkpoint(base, tmp_path):
+    """A slip, or too large a batch, does not make a folder useless."""
+    with pytest.raises(ValueError, match="can't be loaded"):
+        train(settings(base, tmp_path, adapter=str(tmp_path / "typo")))
+    train(settings(base, tmp_path, batch=2, steps=2))
+
+
+def test_an_adapter_keeps_its_errors_when_its_run_goes_on(base, tmp_path):
+    train(settings(base, tmp_path, steps=2))
+    errors = PatchAdapter.from_pretrained(tmp_path / "adapter").errors
+    assert set(errors) == {2, 4}
+    config = settings(base, tmp_path, steps=50, checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddit.train.trainer.Run.advance", stopping_at(3))
+        train(config)
+    resumed = PatchAdapter.from_pretrained(tmp_path / "adapter")
+    assert resumed.config["steps_trained"] == 3 and resumed.errors == errors
+
+
+def stopping_at(step: int):
+    """`Run.advance`, which is broken off once so many steps are done."""
+    advance = Run.advance
+
+    def stop(run):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return advance(run)
+
+    return stop
+
+
 def test_vanished_prompts_do_not_stop_a_run_that_has_its_samples(base, tmp_path):
     with pytest.warns(UserWarning, match=r"there is no '.*gone.txt'; the samples in .* are taken"):
         train(settings(base, tmp_path, prompts=str(tmp_path / "gone.txt"), steps=2))
@@ -465,6 +578,7 @@ def test_a_damaged_checkpoint_is_named(base, tmp_path):
         ({"lr": -1.0}, "above 0"),
         ({"scales": (3,)}, "powers of two"),
         ({"rank": -1}, "rank is -1"),
+        ({"dtype": "float16"}, "float32, bfloat16"),
         ({"min_sigma": (0.3,)}, "from 0 to below 1 for each of"),
         ({"min_sigma": (0.3, 1.0)}, "min_sigma is"),
         ({"validation": 12}, "not more than validation"),

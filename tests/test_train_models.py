@@ -47,7 +47,7 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
     case = CASES[name]
     pipe = case.make()
     told = Told(pipe, case.call)
-    samples = draw_samples(tmp_path, told, {"num_inference_steps": 8}, [tiny.PROMPT], batch=1, shard=1, seed=0)
+    samples = draw_samples(tmp_path, told, {"num_inference_steps": 8}, [tiny.PROMPT], batch=1, seed=0)
     assert samples.passes == case.passes * case.rows == len(samples) and len(samples.sigmas) == 8
     architecture = architecture_for(pipe.transformer)
     batch = make_batch(architecture, samples, [Draw(n, 2, 5) for n in range(len(samples))], "cpu", torch.float32)
@@ -76,7 +76,7 @@ def test_records_are_those_of_their_runs_where_guidance_is_stacked(tmp_path):
         )
         told.given = {"prompt": ["a"] * batch, "height": 32, "width": 32}
         settings = {"num_inference_steps": 3}
-        samples = draw_samples(tmp_path / str(batch), told, settings, ["a"] * 4, batch=batch, shard=4, seed=0)
+        samples = draw_samples(tmp_path / str(batch), told, settings, ["a"] * 4, batch=batch, seed=0)
         assert samples.passes == 2 and len(samples) == 8
         loaded = [samples.load([i], [[0, 2]]) for i in range(8)]
         found.append([(latents, velocity, samples.clean(i)) for i, (latents, velocity, _) in enumerate(loaded)])

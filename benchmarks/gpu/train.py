@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "judge": {"pictures": 16_000, "clips": 4_000, "batch": 96, "steps": STEPS},
 }
 """Of the yardstick, beside its own for a GPU. Compiling would cost a quarter of such a training, and gain less."""
-_ADAPTER = {"steps": 4_000, "batch": 64, "count": 1_024, "sample-batch": 128, "shard": 128, "validation": 32}
+_ADAPTER = {"steps": 4_000, "batch": 64, "count": 1_024, "sample-batch": 128, "validation": 32}
 ADAPTERS: dict[str, dict[str, Any]] = {"image-adapter": _ADAPTER, "video-adapter": {**_ADAPTER, "count": 512}}
 """Of ``ddit train``. Its learning rate stays, and what is saved are averages: it may be ended at any time."""
 

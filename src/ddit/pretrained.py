@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData, file_exists
 from safetensors import safe_open
@@ -152,6 +154,8 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+SOME = 16
+"""Numbers of a weight that are looked at."""
 LARGEST = 1e4
 """Beyond this no weight of a trained part lies; float16 ends at 6.5e4."""
 
@@ -187,11 +191,31 @@ def check_types(folder: Path) -> None:
 
 
 def config_hash(transformer: Any) -> str:
-    """Twelve hex digits that tell configurations apart; names, versions and quantization don't count."""
+    """Twelve hex digits that tell configurations apart; names, versions and quantization don't count.
+
+    Nor do options at their defaults: a later diffusers may have more of them.
+    """
+    known = inspect.signature(type(transformer).__init__).parameters
+    defaults = {name: json.dumps(known[name].default, default=str) for name in known}
     settings = {
-        k: v for k, v in dict(transformer.config).items() if not k.startswith("_") and k != "quantization_config"
+        name: value
+        for name, value in dict(transformer.config).items()
+        if not name.startswith("_")
+        and name != "quantization_config"
+        and json.dumps(value, default=list) != defaults.get(name)
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Twelve hex digits that tell weights apart, by a few numbers of each; bfloat16 and float32 of them are alike."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // SOME)]
+        some = some.bfloat16() if some.is_floating_point() else some
+        found.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def _some(keys: Sequence[Any], count: int = 3) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from ddit.util.extras import require
 
 HUB = "dataset:"
+UTF8 = "utf-8-sig"
+"""Without the mark that Windows begins files with."""
 USUAL = ("prompt", "prompts", "caption", "captions", "text")
 """Names of columns that are taken without asking, in any case of letters."""
 CONVERTED = "refs/convert/parquet"
@@ -61,14 +63,16 @@ def _file(path: Path, column: str | None) -> Iterable[Any]:
 def _lines(path: Path, column: str | None) -> list[str]:
     if column is not None:
         raise ValueError(f"{path} has no columns, it is read as a prompt per line; leave --prompt-column out")
-    return path.read_text(encoding="utf-8").splitlines()
+    return path.read_text(encoding=UTF8).splitlines()
 
 
 def _json(path: Path, column: str | None) -> list[Any]:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(path.read_text(encoding=UTF8))
     if isinstance(values, dict) and isinstance(values.get("annotations"), list):
         first: dict[Any, Any] = {}
         for row in values["annotations"]:
+            if not isinstance(row, dict):
+                raise ValueError(f"annotations of {path} must be objects, as COCO has them; one is {str(row)[:40]!r}")
             first.setdefault(row.get("image_id"), row)
         return list(first.values())
     if not isinstance(values, list):
@@ -77,11 +81,11 @@ def _json(path: Path, column: str | None) -> list[Any]:
 
 
 def _json_lines(path: Path, column: str | None) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding=UTF8).splitlines() if line.strip()]
 
 
 def _table(path: Path, column: str | None) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=UTF8, newline="") as file:
         return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
 
 

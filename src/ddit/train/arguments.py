@@ -65,7 +65,7 @@ def padded(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     if short and not any(name.endswith("mask") for name in short):
         raise ValueError(
             f"the prompts have different lengths ({', '.join(sorted(short))}) and this model takes no mask to tell "
-            "them apart; take prompts of one length, or one at a time (sample_batch, shard and batch 1)"
+            "them apart; take prompts of one length, or one at a time (sample_batch and batch 1)"
         )
 
     def whole(name: str, value: Tensor) -> Tensor:

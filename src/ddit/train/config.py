@@ -14,17 +14,17 @@ from ddit.util.kinds import fits, told
 OptimizerName = Literal["prodigy", "adamw"]
 Weighting = Literal["relative", "bounded", "none", "sigma_sqrt", "cosmap"]
 Precision = Literal["no", "bf16"]
-"""Half precision would need its loss scaled."""
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16"]
+"""Half precision would need its loss scaled: gradients vanish in it."""
 LrSchedule = Literal["constant", "cosine", "linear"]
 
 LIVE = (
-    *("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out"),
+    *("steps", "checkpoint_every", "keep", "validate_every", "pictures", "tracker", "out", "sample_batch"),
     *("prompts", "prompt_column", "images"),
 )
 """Fields that may change when a run is resumed; what samples are made of is compared with the samples themselves."""
 FROM_ONE = (
-    *("sample_batch", "shard", "steps", "batch", "accumulation", "checkpoint_every", "keep", "validate_every"),
+    *("sample_batch", "steps", "batch", "accumulation", "checkpoint_every", "keep", "validate_every"),
     *("validation", "count", "height", "width", "sample_steps"),
 )
 """Fields that are whole numbers of at least 1, where they are given."""
@@ -58,9 +58,7 @@ class TrainConfig:
     sample_steps: int | None = None
     """Denoising steps of a sample; by default the model's own."""
     sample_batch: int = 8
-    """Samples drawn at once."""
-    shard: int = 64
-    """Samples per file."""
+    """Samples drawn at once, and kept in one file."""
     height: int | None = None
     width: int | None = None
 
@@ -118,7 +116,7 @@ class TrainConfig:
     """Checkpoints kept."""
     validate_every: int = 500
     validation: int = 8
-    """Samples kept apart for validation."""
+    """Samples kept apart for validation, each with all its guidance passes."""
     pictures: int = 4
     """Pictures of the example grid at every validation; 0 draws none and frees the text encoders."""
     tracker: str | None = None

@@ -13,10 +13,14 @@ from ddit.pretrained import TrainedPart, model_card
 from ddit.train.config import TrainConfig
 from ddit.util.files import read_lines, replacing, write_text
 
+SETTINGS = "train.json"
+"""What a run was asked for."""
 
-def check_settings(config: TrainConfig, saved: Path) -> None:
-    """Refuse settings other than those that the run began with, where it has begun."""
-    if not saved.exists():
+
+def check_settings(config: TrainConfig) -> None:
+    """Refuse settings other than those of the run's checkpoints, where there are any."""
+    saved = Path(config.out) / SETTINGS
+    if not checkpoints(saved.parent) or not saved.exists():
         return
     try:
         changed = config.differences(TrainConfig.from_dict(json.loads(saved.read_text())))
@@ -24,7 +28,10 @@ def check_settings(config: TrainConfig, saved: Path) -> None:
         raise ValueError(f"{saved} is not the configuration of a run ({error}); name another folder") from error
     if changed:
         told = ", ".join(f"{k} ({there!r} then, {here!r} now)" for k, (here, there) in changed.items())
-        raise ValueError(f"the run in {saved.parent} began with other settings: {told}; use the same, or another --out")
+        raise ValueError(
+            f"the run in {saved.parent} began with other settings: {told}; use the same, or another --out "
+            f"(with --samples {config.samples_folder} nothing is drawn again)"
+        )
 
 
 def result_folder(config: TrainConfig) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ddit.models import architecture_for
@@ -40,8 +40,9 @@ def encoded(vae: AutoencoderKL, paths: Sequence[Path], height: int, width: int) 
     for path in paths:
         try:
             with Image.open(path) as file:
-                fitted = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-        except (OSError, UnidentifiedImageError) as error:
+                upright = ImageOps.exif_transpose(file).convert("RGB")
+                fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a damaged PNG is a SyntaxError
             raise ValueError(f"{path} can't be read as a picture ({error})") from error
         pictures.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1))
     x = torch.stack(pictures).to(vae.device, vae.dtype) / 127.5 - 1

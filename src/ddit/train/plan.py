@@ -38,9 +38,8 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     # Prodigy keeps the first weights, but for those that are all zero.
     state = started * _state_per_parameter(config, 1.0) + (trained - started) * _state_per_parameter(config, 0.0)
     base = sum(p.numel() for p in transformer.parameters())
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
     bytes_used = {
-        "base": base * width,
+        "base": base * WIDTH[config.dtype],
         "adapter": 4 * trained,
         "gradients": 4 * trained,
         "optimizer": round(4 * state),
@@ -61,6 +60,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
 
 RATE = 400e12
 """Operations in a second that the hours are told for: about two fifths of what an H100 can do in bfloat16."""
+CALLS = 50
+"""Of a sample. Latents and answers of each are kept, and where it ended."""
+WIDTH = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number."""
 FRAMES = 81
 """Of a clip; pictures have one whatever is asked for."""
 
@@ -73,8 +76,9 @@ def _work(config: TrainConfig, transformer: nn.Module, adapter: Any) -> dict[str
     forward = statistics.mean(architecture.count_flops(c, s, adapter) for s, c in coarse.items())
     step = forward * config.batch * config.accumulation * (3 if config.gradient_checkpointing else 2)
     full = architecture.count_flops(call)
-    hours = {"training_hours": config.steps * step / RATE / 3600, "drawing_hours": 50_000 * full / RATE / 3600}
-    return {"full_call": full, "optimizer_step": step, "steps": config.steps, **hours}
+    hours = {"training_hours": config.steps * step / RATE / 3600, "drawing_hours": 1000 * CALLS * full / RATE / 3600}
+    drawn = 1000 * (2 * CALLS + 1) * architecture.read(call).latents.numel() * WIDTH[config.dtype]
+    return {"full_call": full, "optimizer_step": step, "steps": config.steps, **hours, "samples_bytes": drawn}
 
 
 _STARTED = re.compile(r"down\.weight")
@@ -107,6 +111,7 @@ def table(figures: dict[str, Any]) -> str:
         lines += [
             f"  a step     {work['optimizer_step'] / 1e15:7.2f} PFLOP",
             f"  {work['steps']:,} steps take {work['training_hours']:.1f} h {rate}",
-            f"  drawing 1,000 samples of 50 calls first takes {work['drawing_hours']:.1f} h",
+            f"  drawing 1,000 samples of {CALLS} calls first takes {work['drawing_hours']:.1f} h, "
+            f"and {work['samples_bytes'] / 1e9:,.0f} GB of disk",
         ]
     return "\n".join(lines)

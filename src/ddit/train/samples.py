@@ -26,7 +26,7 @@ from ddit.models import architecture_for
 from ddit.models.base import Inputs
 from ddit.pipelines.generate import call_settings, check_call, recorded
 from ddit.preset import Preset, for_batch
-from ddit.pretrained import config_hash
+from ddit.pretrained import config_hash, fingerprint
 from ddit.train.arguments import arguments, is_list_of_tensors, optional_masks, padded
 from ddit.train.config import TrainConfig
 from ddit.train.pictures import noised
@@ -35,7 +35,7 @@ from ddit.util.files import replacing, write_json
 from ddit.util.progress import progress
 
 MANIFEST = "samples.json"
-VERSION = 5
+VERSION = 6
 """Of the files."""
 
 
@@ -58,11 +58,13 @@ class Samples:
     def passes(self) -> int:
         return self.manifest["passes"]
 
-    def __len__(self) -> int:
-        return len(self.manifest["prompts"]) * self.passes
+    @property
+    def prompts(self) -> list[str]:
+        """One for each run."""
+        return self.manifest["prompts"]
 
-    def prompt(self, index: int) -> str:
-        return self.manifest["prompts"][index // self.passes]
+    def __len__(self) -> int:
+        return len(self.prompts) * self.passes
 
     def clean(self, index: int) -> Tensor:
         """Where a record's run ended, ``[1, C, ..., H, W]``."""
@@ -129,37 +131,50 @@ def draw_samples(
     folder: Path,
     pipe: Any,
     settings: dict[str, Any],
-    prompts: list[str] | None,
+    prompts: list[str],
     *,
     batch: int,
-    shard: int,
     seed: int,
     pictures: Sequence[Path] = (),
     rank: int = 0,
     processes: int = 1,
     wait: Any = lambda: None,
 ) -> Samples:
-    """Draw what is not there yet; several processes take shards by turns.
+    """Draw what is not there yet; several processes take files by turns.
 
     Args:
         settings: Arguments of the pipeline's call.
-        prompts: ``None`` takes those of the samples already begun in the folder.
-        pictures: One for each prompt, to be noised; none for the base's own runs.
+        batch: Samples drawn at once and kept in a file; files that are there keep their size.
+        pictures: One for each prompt, to be noised; none for the base's own runs, or where nothing is missing.
         wait: Returns when all processes have called it.
 
     Raises:
-        ValueError: When the folder holds samples of another model, other prompts or settings.
+        ValueError: When the folder holds samples of another model, other prompts, pictures or settings, or the sampler
+            calls the model several times in a step.
     """
+    check_sampler(pipe.scheduler)
     path = folder / MANIFEST
-    asked = {"settings": settings, "seed": seed, "shard": shard, "version": VERSION}
+    asked: dict[str, Any] = {"settings": settings, "seed": seed, "prompts": prompts, "version": VERSION}
     for name, part in (("base", pipe.transformer), ("sampler", pipe.scheduler)):
         asked |= {name: type(part).__name__, f"{name}_hash": config_hash(part)}
+    asked["base_weights"] = fingerprint(pipe.transformer)
     if pictures:
         asked["pictures"] = [file.name for file in pictures]
-    prompts = _prompts(path, asked, prompts)
-    shards = range(-(-len(prompts) // shard))
+    begun = json.loads(path.read_text()) if path.exists() else {**asked, "shard": batch}
+    wrong = [k for k, v in asked.items() if begun.get(k) != v]
+    if wrong:
+        raise ValueError(
+            f"{folder} holds samples with other {', '.join(wrong)}; name another folder, or delete this one"
+        )
+    shard = begun["shard"]
+    missing = [n for n in range(-(-len(prompts) // shard)) if not shard_path(folder, n).exists()]
+    if missing and "pictures" in begun and not pictures:
+        raise ValueError(
+            f"{folder} holds samples of pictures, and {len(missing)} of its files are missing; "
+            "name the folder of the pictures (--images), to make them again"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    mine = [n for n in shards if n % processes == rank and not shard_path(folder, n).exists()]
+    mine = [n for n in missing if n % processes == rank]
     parts = {n: range(n * shard, min((n + 1) * shard, len(prompts))) for n in mine}
     total = sum(-(-len(part) // batch) for part in parts.values())
     runs = _Runs(pipe, settings, batch)
@@ -169,25 +184,20 @@ def draw_samples(
             shown = [pictures[i] for i in part] if pictures else []
             tensors, facts = runs.draw([prompts[i] for i in part], seeds, shown, advance)
             if not path.exists() and rank == 0:
-                write_json(path, {**asked, **facts, "prompts": prompts})
+                write_json(path, {**begun, **facts})
             _save_shard(tensors, shard_path(folder, number))
     wait()
     return Samples(folder, json.loads(path.read_text()))
 
 
-def _prompts(path: Path, asked: dict[str, Any], prompts: list[str] | None) -> list[str]:
-    """The prompts of the samples, after a look at those that are there already."""
-    if path.exists():
-        manifest = json.loads(path.read_text())
-        prompts = prompts or manifest["prompts"]
-        wrong = [k for k, v in {**asked, "prompts": prompts}.items() if manifest.get(k) != v]
-        if wrong:
-            raise ValueError(
-                f"{path.parent} holds samples with other {', '.join(wrong)}; name another folder, or delete this one"
-            )
-    if not prompts:
-        raise ValueError(f"there are no samples in {path.parent} yet: name a file with prompts")
-    return prompts
+def check_sampler(scheduler: Any) -> None:
+    """Refuse a sampler whose steps hold several calls of the model: its noise levels can't be told from the calls."""
+    calls = getattr(scheduler, "order", 1)
+    if calls > 1:
+        raise ValueError(
+            f"{type(scheduler).__name__} calls the model {calls} times in a step, and samples hold one call of each; "
+            "save the pipeline with another sampler, such as FlowMatchEulerDiscreteScheduler"
+        )
 
 
 def samples_of(config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, source: Source) -> Samples:
@@ -201,7 +211,6 @@ def samples_of(config: TrainConfig, accelerator: Accelerator, pipe: Any, preset:
         settings,
         source.prompts,
         batch=config.sample_batch,
-        shard=config.shard,
         seed=config.seed,
         pictures=source.pictures,
         rank=accelerator.process_index,
@@ -222,7 +231,7 @@ class _Runs:
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], pictures: Sequence[Path], advance: Callable[[], Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of one shard, and the facts that all shards share."""
+        """The tensors of one file, and the facts that all files share."""
         parts: dict[str, list[Tensor]] = {}
         lists: dict[str, list[Tensor]] = {}
         shared: dict[str, Tensor] = {}
@@ -232,15 +241,15 @@ class _Runs:
             rows, others, facts = self._draw_batch(prompts[chosen], seeds[chosen], pictures[chosen])
             for name, value in rows.items():
                 if isinstance(value, Tensor):
-                    parts.setdefault(name, []).append(value)
+                    parts.setdefault(name, []).append(value.cpu())
                 else:
-                    lists.setdefault(name, []).extend(value)
-            shared.update(others)
+                    lists.setdefault(name, []).extend(x.cpu() for x in value)
+            shared.update({name: value.cpu() for name, value in others.items()})
             advance()
         # Of lists NaN lies behind what is shorter.
         ragged = {k: pad_sequence(v, batch_first=True, padding_value=torch.nan) for k, v in lists.items()}
         tensors = {**padded(parts), **ragged, **shared}
-        return {name: t.cpu().contiguous() for name, t in tensors.items()}, facts
+        return {name: t.contiguous() for name, t in tensors.items()}, facts
 
     def _draw_batch(
         self, prompts: Sequence[str], seeds: Sequence[int], pictures: Sequence[Path]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ddit.pipelines.prompts import HUB, read_prompts
+from ddit.pipelines.prompts import HUB, UTF8, read_prompts
 from ddit.train.config import TrainConfig
 from ddit.util.tell import warn
 
@@ -18,14 +18,13 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 class Source(NamedTuple):
     """What samples are made of."""
 
-    prompts: list[str] | None
-    """``None`` takes those of samples that are there."""
+    prompts: list[str]
     pictures: list[Path]
-    """One for each prompt, or none where the base draws."""
+    """One for each prompt; none where the base draws, or where the samples are there."""
 
 
 def read_source(config: TrainConfig) -> Source:
-    """What a run names; nothing where its samples are there, and what they were made of is gone or not named.
+    """What a run names; what its samples know where they are there, and what they were made of is gone or not named.
 
     Raises:
         ValueError: When nothing is named that the samples could be made of, or pictures that they were not made of.
@@ -47,7 +46,7 @@ def read_source(config: TrainConfig) -> Source:
             )
         warn(f"there is no {source!r}; the samples in {manifest.parent} are there, and are taken")
     if source is None or (begun and gone):
-        return Source(None, [])
+        return Source(json.loads(manifest.read_text())["prompts"], [])
     if config.images is None:
         return Source(read_prompts(source, config.prompt_column, config.count), [])
     captions = read_captions(source, config.count)
@@ -67,7 +66,7 @@ def read_captions(folder: str | Path, count: int | None = None) -> dict[Path, st
     found: dict[Path, str] = {}
     if table.is_file():
         try:
-            rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [json.loads(line) for line in table.read_text(encoding=UTF8).splitlines() if line.strip()]
             found = {folder / row["file_name"]: str(row["text"]).strip() for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -76,7 +75,7 @@ def read_captions(folder: str | Path, count: int | None = None) -> dict[Path, st
     else:
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS):
             beside = path.with_suffix(".txt")
-            found[path] = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+            found[path] = beside.read_text(encoding=UTF8).strip() if beside.is_file() else ""
     missing = [path.name for path, text in found.items() if not path.is_file() or not text]
     if missing:
         raise ValueError(

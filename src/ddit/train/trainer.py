@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from diffusers import ModularPipeline
 from diffusers.training_utils import EMAModel
@@ -43,6 +44,9 @@ from ddit.util.extras import require
 from ddit.util.files import add_lines, read_lines, replacing, replacing_folder, write_json
 from ddit.util.progress import progress
 
+PATIENCE = timedelta(hours=12)
+"""For which processes wait for each other, while one draws or validates."""
+
 
 def train(config: TrainConfig) -> Path:
     """Draw samples, train, validate; returns the folder of the result. Run again to continue.
@@ -54,7 +58,11 @@ def train(config: TrainConfig) -> Path:
     out = Path(config.out)
     source = _prepare(config, out)
     accelerator = Accelerator(
-        cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.tracker, project_dir=str(out)
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        log_with=config.tracker,
+        project_dir=str(out),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=str(accelerator.device))
     if isinstance(pipe, ModularPipeline):
@@ -62,10 +70,15 @@ def train(config: TrainConfig) -> Path:
             f"{config.model} is a modular pipeline, whose latents do not come as the transformer gets them; "
             "train on an ordinary pipeline with the same transformer"
         )
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            f"{config.model} has two transformers, and an adapter serves one; train on a pipeline with one, "
+            "and let two work without an adapter"
+        )
     if config.images is not None:
         check_encodes(pipe)
     if accelerator.is_main_process:
-        write_json(out / "train.json", config.to_dict())
+        write_json(out / disk.SETTINGS, config.to_dict())
     run = Run.begin(config, accelerator, pipe, preset, source)
     if config.tracker:
         accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list)})
@@ -91,7 +104,7 @@ def _prepare(config: TrainConfig, out: Path) -> Source:
     """Check the run's settings against those it began with; returns what its samples are made of."""
     if config.optimizer == "prodigy":
         require("prodigyopt", "the optimizer Prodigy")
-    disk.check_settings(config, out / "train.json")
+    disk.check_settings(config)
     trackers = [kind.value for kind in get_available_trackers()]
     if config.tracker is not None and config.tracker not in trackers:
         raise ValueError(
@@ -99,6 +112,11 @@ def _prepare(config: TrainConfig, out: Path) -> Source:
             "install its package, or leave --tracker out"
         )
     source = read_source(config)
+    if len(source.prompts) <= config.validation:
+        raise ValueError(
+            f"{len(source.prompts)} samples are not more than validation={config.validation}; "
+            "give more prompts or pictures (--count), or keep fewer apart (--validation)"
+        )
     out.mkdir(parents=True, exist_ok=True)
     return source
 
@@ -129,8 +147,6 @@ class Run:
         transformer = pipe.transformer.requires_grad_(False).eval()
         earlier = earlier_adapter(transformer, config)  # what is refused is refused before samples are drawn
         samples = samples_of(config, accelerator, pipe, preset, source)
-        if len(samples) <= config.validation:
-            raise ValueError(f"{len(samples)} samples are not more than validation={config.validation}; draw more")
         if config.pictures == 0:
             for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
                 if hasattr(pipe, name):
@@ -154,7 +170,7 @@ class Run:
     @property
     def records(self) -> int:
         """Number of records to train on; those behind are for validation."""
-        return len(self.samples) - self.config.validation
+        return len(self.samples) - self.config.validation * self.samples.passes
 
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over the global batch."""
@@ -235,9 +251,6 @@ class Run:
         out = Path(self.config.out)
         with self.averaged():
             rows = validate(self)
-            if self.config.pictures:
-                (out / "pictures").mkdir(exist_ok=True)
-                save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
         add_lines(out / "validation.jsonl", rows)
         if self.config.tracker:
             named = {f"error/scale{r['scale']}/sigma{r['sigma']:g}": r["error"] for r in rows}
@@ -247,6 +260,10 @@ class Run:
         if disk.saved_step(result) == self.step:
             self.adapter.save_config(result)
             disk.write_card(result, self.config, self.adapter)
+        if self.config.pictures:
+            (out / "pictures").mkdir(exist_ok=True)
+            with self.averaged():
+                save_pictures(self, out / "pictures" / f"step-{self.step:06d}.png")
 
     def save(self) -> None:
         """A checkpoint beside the earlier ones, then the result; what is replaced is deleted last."""
@@ -303,6 +320,9 @@ class Run:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.accelerator.device)
         self.step = state["step"]
+        rows = [row for row in read_lines(Path(self.config.out) / "validation.jsonl") if row["step"] <= self.step]
+        if rows:
+            self.adapter.register_to_config(errors=errors_of([row for row in rows if row["step"] == rows[-1]["step"]]))
 
     def _log(self, figures: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

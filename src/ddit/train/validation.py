@@ -67,7 +67,7 @@ def save_pictures(run: Run, path: Path) -> None:
     Of sound a WAV for each prompt, in which they follow each other.
     """
     count = min(run.config.pictures, run.config.validation)
-    prompts = [run.samples.prompt(i) for i in range(run.records, run.records + count)]
+    prompts = run.samples.prompts[-run.config.validation :][:count]
     settings = run.samples.manifest["settings"]
     seeds = list(range(count))
     bands = [generate(run.pipe, prompts, seeds, settings).pictures]
