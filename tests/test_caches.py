@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -273,6 +274,16 @@ def test_teacache_adds_what_the_blocks_added():
             assert run.report.strip() == "1 (1)"
             again = pipe.transformer(**later)[0]
     assert again.shape == plain.shape
+
+
+def test_a_pass_that_a_cache_answers_is_paid_for_alone(monkeypatch):
+    """Of two guidance passes the model computes one, and the cache answers the other."""
+    case = CASES["wan"]
+    pipe, turns = case.make(), cycle((False, True))
+    monkeypatch.setattr("ddit.caches.cache._answered", lambda state: next(turns))
+    with ddit.apply(pipe, patches=FixedSchedule(steps=(1,)), cache=TeaCacheConfig(coefficients=(0.0,))) as run:
+        draw(pipe, case)
+    assert case.passes == 2 and run.report.flops_fraction == pytest.approx(0.5)
 
 
 def test_the_polynomial_and_the_change():

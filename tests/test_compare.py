@@ -12,16 +12,21 @@ import torch.nn.functional as F
 
 import tiny
 import tiny_z_image
+from ddit.caches import make_cache
 from ddit.cli import main
 from ddit.config import FixedSchedule, PatchSchedule
 from ddit.eval import calibrate, compare
+from ddit.eval.costs import Costs
+from ddit.eval.drawings import Drawings
+from ddit.eval.drawings import draw as draw_pictures
 from ddit.eval.parts import Part
-from ddit.eval.quality import parse_entry
+from ddit.eval.quality import Entry, parse_entry
 from ddit.models import architecture_for
 from ddit.patches import detail_variance
 from ddit.pipelines.generate import Method, recorded, run
 from ddit.pipelines.methods import make_method
 from ddit.preset import Preset
+from ddit.report import Report, Step
 from ddit.teacache import polynomial
 from test_architectures import CASES, draw
 
@@ -101,6 +106,39 @@ def test_a_part_has_a_row_for_each_picture_also_where_guidance_is_stacked():
     settings = dict(height=32, width=32, num_inference_steps=4)
     part = Part.of(run(pipe, ["a waltz", "a piano"], [0, 1], settings, method=method), None)
     assert part.scales.tolist() == [[1, 2, 4, 4]] * 2 and part.flops.shape == (2,) and len(part.pictures) == 2
+
+
+def test_drawings_have_a_record_for_each_picture_also_where_guidance_is_stacked(tmp_path):
+    pipe = tiny_z_image.pipeline()
+    given = [tiny_z_image.embeds(seed) for seed in (1, 2)]
+    pipe.encode_prompt = lambda prompt, **_: (given[0] * len(prompt), given[1] * len(prompt))
+    entry = Entry("ddit", 4, Method(patches=FixedSchedule(steps=(1, 2, 4))))
+    kept = Drawings(tmp_path, "ddit", {}, ["a waltz", "a piano", "a fox"])
+    draw_pictures(pipe, [entry], [kept], dict(height=32, width=32), batch=2, seed=0)
+    assert [record["call"] for record in kept.records] == [0, 0, 2]
+    assert all(0 < record["flops_fraction"] < 1 for record in kept.records)
+
+
+def test_work_at_other_costs_has_the_blocks_of_that_model():
+    """First-block's one block is a fifth of the embedded model and a fifty-seventh of FLUX.1-dev."""
+    steps = tuple(Step(0.5, (scale,), ({},), 0.0, reused=reused) for scale, reused in ((1, {}), (1, {0: 1.0}), (2, {})))
+    report = Report(steps, {1: 64, 2: 16}, {1: 8.0, 2: 2.0}, reused_share=1 / 5)
+    assert report.flops_fraction == pytest.approx((1 + 0.2 + 0.25) / 3)
+    costs = Costs("flux.1-dev")
+    coarse = costs.ratios[2]
+    for name, share in (("first-block:0.1", 1 / 57), ("teacache:0.1", 0.0), ("cache-dit:0.08", 16 / 57)):
+        told = costs.price(report, make_cache(name, (1.0,))).flops_fraction
+        assert told == pytest.approx((1 + share + coarse) / 3)
+    with pytest.raises(ValueError, match="none of"):
+        Costs("flux.9")
+
+
+def test_patch_sizes_of_all_methods_have_costs(tmp_path, capsys):
+    flags = ["--model", "embedded", "--prompts", "2", "--steps", "6", "--costs", "flux.1-dev"]
+    methods = ["--methods", "plain", "ddit:schedule=1/8,adapter=none"]
+    assert main(["evaluate", *flags, *methods, "--out", str(tmp_path / "a")]) == 0
+    row = json.loads((tmp_path / "a.json").read_text())["methods"][1]
+    assert row["flops_fraction"] == pytest.approx((1 + 5 * Costs("flux.1-dev", (1, 8)).ratios[8]) / 6)
 
 
 def test_winners_are_the_best_among_those_as_fast():

@@ -188,6 +188,14 @@ def test_features_are_of_pictures_resized_as_clean_fid_does(weights):
     assert resized[0, 0, 0] != round(float(resized[0, 0, 0])), "not rounded to 8 bits in between"
 
 
+def test_pictures_of_one_call_share_its_time():
+    """Two calls of two pictures and one of one: three figures, not five."""
+    records = [{"call": 0}, {"call": 0}, {"call": 2}, {"call": 2}, {"call": 4}]
+    times = torch.tensor([[4.0, 1.0], [4.0, 1.0], [2.0, 1.0], [2.0, 1.0], [3.0, 2.0]])
+    assert paper._by_call(records, times).tolist() == [[8, 2], [4, 2], [3, 2]]
+    assert torch.equal(paper._by_call([{}] * 5, times), times)  # of files without it
+
+
 def test_the_distance_of_two_gaussians():
     """|m|^2 + sum (s - t)^2 for axes alone; the covariance of the features is exact."""
     target = FrechetTo.of_gaussian(torch.tensor([0.0, 0.0]), torch.diag(torch.tensor([4.0, 9.0])))
@@ -208,8 +216,11 @@ def test_references(weights, tmp_path):
     np.savez(tmp_path / "s.npz", mu=features.mean(0).numpy(), sigma=np.cov(features.numpy(), rowvar=False))
     same = judges.distance_to(tmp_path / "s.npz", judge, "cpu", tmp_path)
     torch.testing.assert_close(same(features[:4]), found(features[:4]), atol=1e-9, rtol=1e-4)
-    (folder / "0.png").write_bytes(b"")  # what was worked out is kept
     judges.distance_to(folder, judge, "cpu", tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 1, "what was worked out is kept"
+    Image.fromarray(pictures(1, seed=1)[0]).save(folder / "0.png")  # another picture of the same name
+    assert float(judges.distance_to(folder, judge, "cpu", tmp_path / "kept")(features)) > 1e-7
+    assert len(list((tmp_path / "kept").iterdir())) == 2
     for number in (1, 2, 3):
         (folder / f"{number}.png").unlink()
     with pytest.raises(ValueError, match="holds 3 pictures; FID needs more than 3"):
@@ -218,8 +229,11 @@ def test_references(weights, tmp_path):
     with pytest.raises(ValueError, match="statistics of 5 features; the judge fid has 3"):
         judges.distance_to(tmp_path / "s.npz", judge, "cpu", tmp_path)
     np.savez(tmp_path / "s.npz", feats=np.eye(5))
-    with pytest.raises(ValueError, match="no file of statistics"):
-        judges.distance_to(tmp_path / "s.npz", judge, "cpu", tmp_path)
+    whole = (tmp_path / "s.npz").read_bytes()
+    for content in (whole, whole[:50], b""):
+        (tmp_path / "s.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="no file of statistics"):
+            judges.distance_to(tmp_path / "s.npz", judge, "cpu", tmp_path)
 
 
 # Prompts

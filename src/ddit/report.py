@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ class Step:
     shares: tuple[float, ...] = ()
     """Of each sample's guidance passes, the share in which the model was called; empty where that is as ``scales`` say.
     A pass that comes back after a pause can't be forecast, and is called where others are skipped."""
-    reused: frozenset[int] = frozenset()
-    """Samples for which a cache answered."""
+    reused: Mapping[int, float] = field(default_factory=dict)
+    """Sample -> share of its guidance passes in which a cache answered, where one did."""
 
     def share(self, sample: int) -> float:
         """Of a sample's guidance passes, the share that its scale's cost is to be paid for."""
         return self.shares[sample] if self.shares else 1.0
+
+    def paid(self, sample: int, reused_share: float) -> float:
+        """The same, where the cost of a call that a cache answers is this share of the whole call's."""
+        return self.share(sample) - self.reused.get(sample, 0.0) * (1 - reused_share)
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,9 @@ class Report:
     def _fraction(self, costs: Mapping[int, float], samples: Sequence[int] | None = None) -> float:
         chosen = range(len(self.steps[0].scales)) if samples is None else samples
         spent = [
-            {0: 0, **costs}[step.scales[i]] * step.share(i) * (self.reused_share if i in step.reused else 1)
-            for step in self.steps
-            for i in chosen
+            {0: 0, **costs}[step.scales[i]] * step.paid(i, self.reused_share) for step in self.steps for i in chosen
         ]
         return sum(spent) / (len(spent) * costs[1])
-
-    def priced(self, costs: Mapping[int, float] | None) -> Report:
-        """The same run with the costs of another model, if there are any: scale -> work of a step in full steps."""
-        if not costs:
-            return self
-        return replace(self, flops={scale: costs[scale] for scale in self.flops})
 
     def strip(self, sample: int = 0) -> str:
         """The schedule of one sample on a line, such as ``1 1 1 4 (4) 2 - 1``.

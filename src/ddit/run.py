@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -112,8 +113,8 @@ class RunState:
     """Decision on the current step: the scale of each sample, 0 where the model is not called."""
     cached: set[int] = field(default_factory=set)
     """Samples that a cache answered for in the current call."""
-    cached_in_step: set[int] = field(default_factory=set)
-    """The same of all passes of the current step: what a cache says is no evidence of what has changed."""
+    reuses: Counter[int] = field(default_factory=Counter)
+    """Sample -> passes of the current step that a cache answered: what it says is no evidence of what has changed."""
     chosen: list[list[int]] = field(default_factory=list)
     """What the policy chose for each step: `scales` without the skipped ones."""
     steps: list[Step] = field(default_factory=list)
@@ -198,7 +199,7 @@ class RunState:
     def _open(self, sigma: float, scales: Sequence[int], chosen: Sequence[int], stats: Sequence[Any]) -> None:
         """Begin a step that is decided on."""
         self.scales, self.answered, self.passes = list(scales), [0] * len(scales), 0
-        self.cached, self.cached_in_step = set(), set()
+        self.cached, self.reuses = set(), Counter()
         self.velocities = [*self.velocities, []][-self.remembers :]
         self.steps.append(Step(sigma, tuple(scales), tuple(stats), 0.0))
         self.chosen.append(list(chosen))
@@ -263,11 +264,8 @@ class RunState:
         return self.skipper.forecast(self.passes, samples, z, sigma)
 
     def reused(self, samples: Sequence[int]) -> None:
-        """Record that a cache answered for these samples in this call; as costs, guidance passes count once."""
+        """Record that a cache answered for these samples in this call."""
         self.cached |= set(samples)
-        self.cached_in_step |= set(samples)
-        if self.passes == 0:
-            self.steps[-1] = replace(self.steps[-1], reused=self.steps[-1].reused | set(samples))
 
     def record(self, velocity: Tensor, scales: Sequence[int], seconds: float) -> None:
         """Take in the answer ``[B, C, ..., H, W]`` to a call, computed at these scales."""
@@ -285,17 +283,23 @@ class RunState:
                 velocity.float(),
                 self.levels[-1],
             )
+        self.reuses.update(self.cached)
         self.cached = set()
         if self.path.keep and self._seen.dtype != torch.float32:
             alike = period(self._seen)
             self.velocities[-1] += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
-        self.passes += 1
-        self.add_seconds(seconds)
+        self._pass_ends(seconds)
 
     def record_full(self, seconds: float) -> None:
         """Count a pass that could not be read and was answered in full."""
         self.answered = [count + 1 for count in self.answered]
+        self._pass_ends(seconds)
+
+    def _pass_ends(self, seconds: float) -> None:
         self.passes += 1
+        if self.reuses:
+            reused = {i: count / self.passes for i, count in self.reuses.items()}
+            self.steps[-1] = replace(self.steps[-1], reused=reused)
         self.add_seconds(seconds)
 
     def add_seconds(self, seconds: float) -> None:
@@ -311,7 +315,7 @@ class RunState:
     def _called(self) -> list[bool]:
         """Per sample, whether the model itself answered the last step."""
         last = self.steps[-1].scales if self.steps else ()
-        return [scale > 0 and i not in self.cached_in_step for i, scale in enumerate(last)]
+        return [scale > 0 and i not in self.reuses for i, scale in enumerate(last)]
 
     def _like(self, z: Tensor) -> bool:
         seen = self._seen

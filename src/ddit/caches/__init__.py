@@ -5,7 +5,7 @@ the scale they fail, or silently add the old answer to the wrong tokens. Here ea
 scale has states of its own, and only for as long as it keeps that scale from step to step.
 """
 
-from ddit.caches.cache import Cache, suits
+from ddit.caches.cache import Cache, answered_share, suits
 from ddit.caches.config import CacheDitConfig, Config, make_cache
 
-__all__ = ["Cache", "CacheDitConfig", "Config", "make_cache", "suits"]
+__all__ = ["Cache", "CacheDitConfig", "Config", "answered_share", "make_cache", "suits"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ddit.caches.config import CacheDitConfig, Config, check_config, insides, unknown_blocks
-from ddit.caches.dbcache import DitContexts
+from ddit.caches.dbcache import DitContexts, dbcache_settings
 from ddit.models.base import Architecture
 from ddit.teacache import TeaCacheConfig
 
@@ -44,6 +44,17 @@ def _state_manager() -> type[StateManager]:
     with insides():
         from diffusers.hooks.hooks import StateManager
     return StateManager
+
+
+def answered_share(config: Any, blocks: Sequence[int]) -> float:
+    """Of a model with lists of so many blocks, what a call computes in which a cache with these settings answers."""
+    if isinstance(config, CacheDitConfig):
+        settings = dbcache_settings(config, blocks)
+        always = settings["Fn_compute_blocks"] + settings.get("Bn_compute_blocks", 0)
+        return min(1.0, len(blocks) * always / sum(blocks))
+    if _is(config, "TaylorSeerCacheConfig") and not config.use_lite_mode:
+        return 1.0  # it leaves out parts of blocks: nobody counted which
+    return 1 / sum(blocks) if _is(config, "FirstBlockCacheConfig") else 0.0
 
 
 def suits(architecture: Architecture, config: Config) -> bool:
@@ -135,9 +146,7 @@ class Cache:
         """Of the blocks, what a call computes in which the cache answers."""
         if self._dit.active:
             return min(1.0, self._dit.computed / len(self.architecture.blocks()))
-        if _is(self._theirs, "TaylorSeerCacheConfig") and not self._theirs.use_lite_mode:
-            return 1.0  # it leaves out parts of blocks: nobody counted which
-        return 1 / len(self.architecture.blocks()) if _is(self._theirs, "FirstBlockCacheConfig") else 0.0
+        return answered_share(self._theirs, [len(self.architecture.blocks())])
 
     def call(
         self,

@@ -30,6 +30,11 @@ def _unhooked(transformer: Any) -> Iterator[None]:
         own.update(dict(zip(names, (hook, hooked, transformer.forward), strict=True)))
 
 
+def dbcache_settings(config: CacheDitConfig, blocks: Sequence[int]) -> dict[str, Any]:
+    """Fields of ``cache_dit.DBCacheConfig`` on a model with lists of so many blocks."""
+    return {"Fn_compute_blocks": min(8, max(1, sum(blocks) // 4), *blocks), **(config.settings or {})}
+
+
 class DitContexts:
     """cache-dit's states on a transformer: it has one set for a run, each of our groups gets its own."""
 
@@ -86,8 +91,7 @@ class DitContexts:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")  # it logs every call otherwise
         import cache_dit  # type: ignore[import-not-found]
 
-        settings = {"Fn_compute_blocks": min(8, max(1, sum(blocks) // 4), *blocks), **(config.settings or {})}
-        chosen = cache_dit.DBCacheConfig(residual_diff_threshold=config.threshold, **settings)
+        chosen = cache_dit.DBCacheConfig(residual_diff_threshold=config.threshold, **dbcache_settings(config, blocks))
         with _unhooked(self.transformer):
             self._forwards = {module: vars(module).get("forward") for module in self.transformer.modules()}
             self._order = list(self.transformer._modules)

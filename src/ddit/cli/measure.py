@@ -24,6 +24,8 @@ PAPER = "paper"
 EMBEDDED_SUITES = ("embedded", "embedded-video")
 JUDGES = ("fid", "clip", "imagereward", "lpips", "ssim", "psnr", "vbench")
 PROMPTS = 200
+TIMED: dict[str, Any] = {"batch": [1], "schedule": PAPER, "steps": [50], "repeats": 15}
+"""Options of `ddit bench` that only timing has, with their defaults."""
 
 
 def add_measure(commands: Any) -> None:
@@ -82,21 +84,21 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--adapter-rank", type=int, help="an adapter of this rank along")
     bench.add_argument("--device", default="meta", help="where to time; meta, the default, counts only")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    bench.add_argument("--batch", type=positive, nargs="+", default=[1])
+    bench.add_argument("--batch", type=positive, nargs="+")
     bench.add_argument("--random-weights", action="store_true", help="don't read those of a folder or hub id")
     bench.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     bench.add_argument("--attention", help="one of diffusers' attention backends, such as native or flash")
     bench.add_argument(
         "--schedule",
-        default=PAPER,
         help="scales such as 1,1,1,4,4,2,1 (the last one holds), a JSON file that ddit generate wrote, or "
         f"{PAPER} (the default): coarsest first, as much work as makes the paper's 2.18x",
     )
-    bench.add_argument("--steps", type=positive, nargs="+", default=[50], help="lengths of the schedule")
+    bench.add_argument("--steps", type=positive, nargs="+", help="lengths of the schedule")
     bench.add_argument("--runs", action="store_true", help="time whole runs, and do not only predict them")
-    bench.add_argument("--repeats", type=positive, default=15, help="medians of this many (default: %(default)s)")
+    bench.add_argument("--repeats", type=positive, help="medians of this many (default: %(default)s)")
     bench.add_argument("--trace", type=Path, help="write a trace of a step at each scale for ui.perfetto.dev")
     bench.add_argument("--out", "--json", type=Path, help="stem of .json and .md")
+    bench.set_defaults(**TIMED)
 
 
 def _judging_options(command: argparse.ArgumentParser) -> None:
@@ -118,7 +120,7 @@ def _paper_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("suite paper")
     text = "who judges (default: all but vbench, which is for clips; fid with --reference)"
     group.add_argument("--judges", nargs="+", choices=JUDGES, default=[], help=text)
-    text = "what FID compares with: a folder of pictures, or statistics as .npz of clean-fid or pytorch-fid"
+    text = "what FID compares with: a folder of pictures, or statistics as .npz of clean-fid"
     group.add_argument("--reference", type=Path, metavar="PATH", help=text)
     text = "a judge's weights on this machine or the hub instead of the default ones; may be given several times"
     group.add_argument("--weights", type=_weights, action="append", default=[], metavar="JUDGE=PATH", help=text)
@@ -237,7 +239,8 @@ def _bench(args: argparse.Namespace) -> None:
     tables = [bench.counts_table(results)]
     print(tables[0])
     if args.device == "meta":
-        given = [f for f in ("compile", "attention", "runs", "trace", "random_weights") if getattr(args, f)]
+        flags = ("compile", "attention", "runs", "trace", "random_weights")
+        given = [f for f in flags if getattr(args, f)] + [f for f, v in TIMED.items() if getattr(args, f) != v]
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"{flags} need a device to time on; add --device cpu or cuda")

@@ -153,7 +153,7 @@ class Bench:
         made = []
         for total in lengths:
             scales = parse_schedule(schedule, total, steps["flops"])
-            predicted = timing.predicted(scales, steps["seconds"])
+            predicted = timing.predicted(scales, steps["seconds"] | steps["adapter_seconds"])
             run = {"asked": schedule, "steps": total, "schedule": scales, "predicted": predicted}
             if runs:
                 run |= timing.run_costs(

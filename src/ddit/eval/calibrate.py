@@ -27,7 +27,7 @@ from ddit.models.base import Architecture, Inputs, first
 from ddit.patches import detail_variance
 from ddit.pipelines.generate import Method, recorded, run
 from ddit.preset import FILE, Preset, QualityCurve
-from ddit.pretrained import config_hash
+from ddit.pretrained import config_hash, fingerprint
 from ddit.skip.joint import expected_error
 from ddit.teacache import TeaCacheConfig, relative_change
 from ddit.util.files import write_json
@@ -96,7 +96,8 @@ def calibrate(
     """
     kept = folder / f"{FILE}.part"
     asked = {
-        "base": config_hash(pipe.transformer),
+        "base": [config_hash(pipe.transformer), fingerprint(pipe.transformer)],
+        "preset": repr(preset),
         "dtype": str(pipe.transformer.dtype),
         "settings": settings,
         "prompts": list(prompts),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddit.eval.costs import Costs
 from ddit.eval.quality import Entry
 from ddit.pipelines.generate import run
 from ddit.pipelines.outputs import eight_bits, save_png
@@ -85,14 +86,14 @@ def draw(
     *,
     batch: int,
     seed: int,
-    costs: Mapping[int, float] | None = None,
+    costs: Costs | None = None,
 ) -> None:
     """Every method on every prompt that it has not drawn yet; for each batch methods take turns in rotating order.
 
     Args:
         drawings: Of each method.
         settings: Arguments of the pipeline's call, without ``num_inference_steps``.
-        costs: Scale -> work of a step in full steps, at which work is told; by default the model's own.
+        costs: At which work is told; by default the model's own.
     """
     prompts = drawings[0].prompts
     starts = range(0, len(prompts), batch)
@@ -117,10 +118,11 @@ def draw(
                         warnings.simplefilter("ignore")  # so few steps are not what anyone asked for
                         call(entry, part, 5)
                 if part:
-                    outcome = call(entry, part, entry.run_steps)
+                    outcome = entry.priced(call(entry, part, entry.run_steps), costs)
                     report = outcome.report
-                    work = [1.0] * len(part) if report is None else report.priced(costs).flops_fractions
-                    each = {"seconds": outcome.seconds / len(part), "device": name}
+                    # A report has more samples where guidance is stacked.
+                    work = [1.0] * len(part) if report is None else report.flops_fractions[: len(part)]
+                    each = {"seconds": outcome.seconds / len(part), "device": name, "call": part.start}
                     kept.add(outcome.pictures, [{"flops_fraction": share, **each} for share in work])
                 advance()
     devices = {record["device"] for drawn in drawings for record in drawn.records[: len(prompts)]}

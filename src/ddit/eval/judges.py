@@ -8,10 +8,13 @@ Letters: B pictures, H and W pixels, D features.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -224,7 +227,7 @@ def distance_to(source: Path, judge: Inception, device: str, kept: Path) -> Frec
     """FID: the distance of features to a reference; computed where ``device`` says, if that has double precision.
 
     Args:
-        source: Folder of pictures, or ``.npz`` with ``mu [D]`` and ``sigma [D, D]`` as clean-fid and pytorch-fid write.
+        source: Folder of pictures, or ``.npz`` with ``mu [D]`` and ``sigma [D, D]`` as clean-fid writes.
         kept: Folder to keep the statistics of a folder in.
 
     Raises:
@@ -241,9 +244,10 @@ def distance_to(source: Path, judge: Inception, device: str, kept: Path) -> Frec
             f"{source} holds {len(pictures)} pictures; FID needs more than {width} to compare with, or a file of "
             "statistics (.npz with mu and sigma)"
         )
-    path = kept / f"reference-{len(pictures)}-{judge.mark}.npz"
-    names = [str(picture.relative_to(source)) for picture in pictures]
-    if path.exists() and np.load(path)["names"].tolist() == names:
+    files = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in pictures]
+    mark = hashlib.sha256(json.dumps([str(source.resolve()), files]).encode()).hexdigest()[:12]
+    path = kept / f"reference-{mark}-{judge.mark}.npz"
+    if path.exists():
         return _statistics(path, width, device)
     judge.to(device)
     features = []
@@ -255,15 +259,15 @@ def distance_to(source: Path, judge: Inception, device: str, kept: Path) -> Frec
     found = np.concatenate(features)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, mu=found.mean(0), sigma=np.cov(found, rowvar=False), names=names)
+        np.savez(file, mu=found.mean(0), sigma=np.cov(found, rowvar=False))
     return _statistics(path, width, device)
 
 
 def _statistics(path: Path, width: int, device: str) -> FrechetTo:
     try:
         with np.load(path, allow_pickle=False) as file:
-            mean, covariance = (torch.from_numpy(file[name]) for name in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError) as error:
+            mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
+    except (OSError, EOFError, BadZipFile, AttributeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is no file of statistics with mu and sigma: {error}") from error
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ValueError(f"{path} has statistics of {len(mean)} features; the judge fid has {width}")

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def summarise(
     times = [torch.tensor([record["seconds"] for record in d.records[:count]]) for d in drawings]
     rows = []
     for entry, drawn, own, words in zip(methods, drawings, times, said, strict=True):
-        both = torch.stack([times[0], own], 1)
+        both = _by_call(drawn.records[:count], torch.stack([times[0], own], 1))
         row: dict[str, Any] = {
             "method": entry.name,
             "run_steps": entry.run_steps,
@@ -210,6 +211,13 @@ def summarise(
             row |= _figures(name, values, base, distance)
         rows.append(row)
     return rows
+
+
+def _by_call(records: Sequence[Mapping[str, Any]], times: Tensor) -> Tensor:
+    """Sums ``[calls, ...]`` of times ``[N, ...]``: pictures of one call share its time, and say nothing each."""
+    starts = [i for i, record in enumerate(records) if record.get("call", i) == i]
+    sizes = [after - before for before, after in pairwise([*starts, len(records)])]
+    return torch.stack([part.sum(0) for part in times.split(sizes)])
 
 
 def _ratio(times: Tensor) -> Tensor:
@@ -237,14 +245,18 @@ def _figures(name: str, values: Tensor, base: Tensor | None, distance: FrechetTo
     return row
 
 
-def markdown(rows: Sequence[dict[str, Any]], prompts: int, sources: Mapping[str, str]) -> str:
-    """The rows as the paper's table, and below it what each judge was loaded from."""
+def markdown(rows: Sequence[dict[str, Any]], prompts: int, sources: Mapping[str, str], costs: str | None = None) -> str:
+    """The rows as the paper's table, and below it what each judge was loaded from.
+
+    Args:
+        costs: Name of the model at whose costs work is told; by default the model's own.
+    """
     shown = [name for name in HEADS if any(name in row for row in rows)]
     text = (
         f"{prompts} prompts. Speed is wall-clock, relative to the first row. In brackets are 95 % intervals: with a "
         "sign, of the change against the first row on the same prompts (a change is measured where they leave out 0)."
-        "\n\n"
     )
+    text += f" Work is that of {costs} in as many steps of each kind.\n\n" if costs else "\n\n"
     lines = []
     for row in rows:
         work = row["flops_fraction"] * row["run_steps"] / rows[0]["run_steps"]
@@ -253,7 +265,9 @@ def markdown(rows: Sequence[dict[str, Any]], prompts: int, sources: Mapping[str,
         cells = [row["method"], row["run_steps"], f"{row['seconds']:.2f}", speed, f"{work:.0%}"]
         lines.append([*cells, *(_cell(row, name) for name in shown)])
     loaded = ", ".join(f"{HEADS[name]} {source}" for name, source in sources.items())
-    told = table(["method", "steps", "s", "speed", "FLOPs", *(HEADS[name] for name in shown)], lines)
+    told = table(
+        ["method", "steps", "s", "speed", "work" if costs else "FLOPs", *(HEADS[name] for name in shown)], lines
+    )
     return text + told + (f"\nWeights of the judges: {loaded}.\n" if loaded else "")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,9 @@ class Part:
     """Bytes at the peak beyond what lay there before, one number; -1 where the device does not tell."""
 
     @classmethod
-    def of(cls, outcome: Run, memory: int | None, costs: Mapping[int, float] | None = None) -> Part:
-        """The part that one call of the pipeline is; work is told at ``costs`` where they are given."""
+    def of(cls, outcome: Run, memory: int | None) -> Part:
+        """The part that one call of the pipeline is."""
         report, count = outcome.report, len(outcome.pictures)  # a report has more samples where guidance is stacked
-        report = None if report is None else report.priced(costs)
         work = (1.0, 1.0) if report is None else (report.tokens_fraction, report.flops_fraction)
         scales = [[]] * count if report is None else report.scales[:count]
         flops = [1.0] * count if report is None else report.flops_fractions[:count]

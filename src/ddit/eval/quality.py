@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ddit.embedded.scenes import Split
+from ddit.eval.costs import Costs
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
 from ddit.eval.subjects import Subject, Verdict
-from ddit.pipelines.generate import Method, run
+from ddit.pipelines.generate import Method, Run, run
 from ddit.pipelines.outputs import frames
 from ddit.preset import Preset
 from ddit.util.memory import with_peak
@@ -35,6 +36,12 @@ class Entry:
     run_steps: int
     method: Method | None = None
     """``None`` is the untouched pipeline."""
+
+    def priced(self, outcome: Run, costs: Costs | None) -> Run:
+        """What it drew, with its work told at the costs of another model where they are given."""
+        if costs is None or outcome.report is None:
+            return outcome
+        return replace(outcome, report=costs.price(outcome.report, self.method and self.method.cache))
 
 
 MakeMethod = Callable[[dict[str, Any]], Method]
@@ -110,14 +117,14 @@ def draw_all(
     batch: int,
     seed: int,
     parts: Parts | None = None,
-    costs: Mapping[int, float] | None = None,
+    costs: Costs | None = None,
 ) -> list[Results]:
     """Run every method on every prompt; for each batch of prompts the methods take turns in rotating order.
 
     Args:
         asked: Each has a ``prompt``.
         parts: Finished batches are taken from here, and kept here.
-        costs: See `Part.of`.
+        costs: At which work is told; by default the model's own.
     """
     prompts = [scene.prompt for scene in asked]
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
@@ -129,7 +136,8 @@ def draw_all(
     def call(entry: Entry, part: slice, steps: int) -> Part:
         chosen = {**settings, "num_inference_steps": steps}
         asked = (pipe, prompts[part], seeds[part], chosen)
-        return Part.of(*with_peak(partial(run, *asked, method=entry.method), device), costs=costs)
+        outcome, memory = with_peak(partial(run, *asked, method=entry.method), device)
+        return Part.of(entry.priced(outcome, costs), memory)
 
     with progress("evaluate", len(starts) * len(methods)) as advance:
         for turn, start in enumerate(starts):
@@ -226,6 +234,7 @@ def _judge(
         return {
             "adherence": float(overall.mean()),
             "adherence_interval": bootstrap_interval(overall),
+            "adherence_of_each": [round(x, 3) for x in overall.tolist()],
             "adherence_change": float((overall - plain).mean()),
             "adherence_change_interval": bootstrap_difference(overall, plain),
             "attributes": _by_attribute(verdicts),
@@ -315,9 +324,12 @@ def markdown(rows: Sequence[dict[str, Any]], prompts: int, costs: str | None = N
         f"{prompts} prompts. Speed is wall-clock, relative to the first row, in the same run; memory is what a call "
         "takes beyond what lay there before."
     )
+    if judged:
+        text += " Fréchet distances of few prompts are too large: compare them within this table alone."
     text += f" Work is that of {costs} in as many steps of each kind.\n\n" if costs else "\n\n"
     return text + table(
-        ["method", "steps", "speed", "work" if costs else "FLOPs", *judged, "PSNR dB", "SSIM", "memory, MB"], cells
+        ["method", "steps", "speed", "work" if costs else "FLOPs", *judged, "median PSNR, dB", "SSIM", "memory, MB"],
+        cells,
     )
 
 

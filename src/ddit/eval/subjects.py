@@ -141,7 +141,7 @@ class Clips:
 
     def reference(self, count: int, split: Split) -> Tensor:
         rng = np.random.default_rng([99, 1])
-        source = islice(clips(99, split), count // 5)  # A clip takes as long to draw as several pictures.
+        source = islice(clips(99, split), count)
         return self.features(np.stack([film(clip, rng)[0] for clip in source]))
 
     def distance(self, drawn: np.ndarray, plain: np.ndarray) -> Tensor:

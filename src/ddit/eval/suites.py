@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ from ddit.adapter import PatchAdapter
 from ddit.caches import make_cache, suits
 from ddit.embedded.scenes import Split
 from ddit.eval import compare, paper, proxy, quality
+from ddit.eval.costs import Costs
 from ddit.eval.drawings import Drawings, draw
 from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts, digest
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.models import architecture_for
 from ddit.pipelines.generate import Method, call_settings, check_call, draws_video
-from ddit.pipelines.known import cost_ratios
 from ddit.pipelines.loading import load_adapter, load_pipeline
 from ddit.pipelines.methods import make_method
 from ddit.pipelines.sounds import refuse_sound
 from ddit.preset import Preset
+from ddit.pretrained import config_hash
 from ddit.util.files import ended, write_json, write_text
 
 DEFAULT_METHODS = (
@@ -131,9 +133,16 @@ def _race(config: SuiteConfig, pipe: Any, preset: Preset) -> Drawn:
     subject = _subject(config, pipe)
     _check_size(subject, settings)
     asked = subject.prompts(config.split, config.prompts, config.seed)
-    parts = Parts(_parts_folder(config), _identity(config, pipe, methods))
+    parts = Parts(_parts_folder(config), _identity(config, pipe, methods, settings))
     results = quality.draw_all(
-        pipe, methods, asked, settings, batch=config.batch, seed=config.seed, parts=parts, costs=preset.costs
+        pipe,
+        methods,
+        asked,
+        settings,
+        batch=config.batch,
+        seed=config.seed,
+        parts=parts,
+        costs=_costs(config, methods),
     )
     rows = quality.summarise(methods, results, asked, subject, config.split)
     _show(config, quality.markdown(rows, len(asked), config.costs))
@@ -211,13 +220,15 @@ def _paper(config: SuiteConfig) -> dict[str, Any]:
     make = _method_maker(config, preset)
     steps = settings.pop("num_inference_steps", None) or _steps({}, pipe)
     methods = [quality.parse_entry(text, steps, make) for text in dict.fromkeys(config.methods or paper.METHODS)]
-    known = _identity(config, pipe, methods)
-    shared = {**{name: known[name] for name in ("model", "seed", "dtype")}, "settings": settings}
+    known = _identity(config, pipe, methods, settings)
+    same = ("model", "scheduler", "versions", "seed", "dtype", "batch", "settings")
+    shared = {name: known[name] for name in same}
     drawings = [
         Drawings(folder, entry.name, {**shared, "method": repr(own)}, config.texts)
         for entry, own in zip(methods, known["methods"], strict=True)
     ]
-    draw(pipe, methods, drawings, settings, batch=config.batch, seed=config.seed, costs=preset.costs)
+    costs = _costs(config, methods)
+    draw(pipe, methods, drawings, settings, batch=config.batch, seed=config.seed, costs=costs)
     del pipe  # judges get its place
     if config.device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -225,7 +236,7 @@ def _paper(config: SuiteConfig) -> dict[str, Any]:
     said = [paper.collect(jury, drawn, drawings[0]) for drawn in drawings]
     rows = paper.summarise(methods, drawings, said, jury.fid)
     sources = {j.name: config.weights.get(j.name, j.weights) for j in jury.judges if j.weights}
-    _show(config, paper.markdown(rows, len(config.texts), sources))
+    _show(config, paper.markdown(rows, len(config.texts), sources, config.costs))
     paper.write_each(ended(config.out, ".jsonl"), methods, drawings, said)
     return {
         "prompts": len(config.texts),
@@ -248,7 +259,7 @@ def _load(config: SuiteConfig) -> tuple[Any, Preset]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
     refuse_sound(pipe)
     check_call(pipe, call_settings(preset, **config.settings))
-    return pipe, preset if config.costs is None else replace(preset, costs=cost_ratios(config.costs))
+    return pipe, preset if config.costs is None else replace(preset, costs=Costs(config.costs).ratios)
 
 
 def _show(config: SuiteConfig, table: str) -> None:
@@ -278,14 +289,27 @@ def subject_of(pipe: Any) -> Subject:
     return Clips() if draws_video(pipe) else Pictures()
 
 
-def _identity(config: SuiteConfig, pipe: Any, methods: Sequence[quality.Entry]) -> dict[str, Any]:
-    """All that the pictures of a suite depend on."""
+def _costs(config: SuiteConfig, methods: Sequence[quality.Entry]) -> Costs | None:
+    """At which work is told, for all patch sizes of these methods."""
+    if config.costs is None:
+        return None
+    used = {s for entry in methods if entry.method is not None for s in getattr(entry.method.patches, "scales", ())}
+    return Costs(config.costs, tuple(sorted({1, 2, 4, *used})))
+
+
+def _identity(
+    config: SuiteConfig, pipe: Any, methods: Sequence[quality.Entry], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """All that the pictures of a suite and its times depend on."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     adapters = [None if m.method is None else m.method.adapter for m in methods]
     learnt = [None if adapter is None else digest(adapter) for adapter in adapters]
     return {
         **{k: str(v) for k, v in asdict(config).items() if k not in ("methods", "out")},
+        "settings": settings,
         "model": [digest(m) for m in modules],
+        "scheduler": [type(pipe.scheduler).__name__, config_hash(pipe.scheduler)],
+        "versions": {name: version(name) for name in ("ddit", "diffusers", "torch")},
         "methods": [
             (m.name, m.run_steps, m.method and repr(replace(m.method, adapter=None)), own)
             for m, own in zip(methods, learnt, strict=True)

@@ -107,10 +107,11 @@ def step_costs(
 
     Returns:
         By scale: ``flops`` of one sample, ``flop_ratio`` and ``time_ratio`` to a full step, ``efficiency`` (the latter
-        by the former), ``seconds``, ``seam_share`` (what a step adds to the model's own call on the coarse grid, as a
-        share of that call), ``adapter_share``, ``switch_share`` (what it costs that the step before had another scale,
-        as a share of a full step), ``peak_memory`` in bytes beyond what lay there (where the device tells),
-        ``utilisation`` (of the speed at which the machine multiplies large matrices). And what
+        by the former), ``seconds``, ``adapter_seconds`` (of a step with it), ``seam_share`` (what a step adds to the
+        model's own call on the coarse grid, as a share of that call), ``adapter_share``, ``switch_share`` (what it
+        costs that the step before had another scale, as a share of a full step), ``peak_memory`` in bytes beyond what
+        lay there (where the device tells), ``utilisation`` (of the speed at which the machine multiplies large
+        matrices). And what
         deciding and recording take of a full step, by the rule, and with skipping.
     """
     z = architecture.read(inputs).latents
@@ -133,6 +134,7 @@ def step_costs(
         "efficiency": {s: time_ratio[s] / (flops[1] / flops[s]) for s in flops},
         "seconds": {s: seconds[str(s)] for s in flops},
         "seam_share": {s: seconds[str(s)] / seconds[f"{s}, model"] - 1 for s in scales},
+        "adapter_seconds": {s: seconds[f"{s}, adapter"] for s in learnt},
         "adapter_share": {s: seconds[f"{s}, adapter"] / seconds[str(s)] - 1 for s in learnt},
         "switch_share": {s: switch / plain for s, switch in switches.items()},
         "peak_memory": memory,
