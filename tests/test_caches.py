@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    WanTransformer3DModel,
+)
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from torch import Tensor
 
@@ -299,6 +305,12 @@ def test_published_coefficients_belong_to_their_models():
         told = architecture_for(meta_transformer(name)).teacache_coefficients()
         assert told is not None and len(told) == 5 and told[-1] == last
     assert architecture_for(tiny.transformer()).teacache_coefficients() is None
+    with torch.device("meta"):  # Wan 2.2 TI2V, with as many blocks as Wan 2.1 1.3B
+        other = WanTransformer3DModel(num_layers=30, num_attention_heads=24, in_channels=48, out_channels=48)
+    assert architecture_for(other).teacache_coefficients() is None
+    pair = CASES["wan2.2-a14b"].make()
+    with pytest.raises(ValueError, match="nobody has published TeaCache's coefficients"):
+        ddit.apply(pair, cache="teacache:0.1")
 
 
 # Refusals

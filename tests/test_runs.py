@@ -11,6 +11,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -18,6 +19,7 @@ from PIL import Image
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
+from ddit.caller import adds_noise
 from ddit.config import FULL, Coarse, Positions, Start
 from ddit.models import architecture_for
 from ddit.preset import Preset
@@ -601,6 +603,11 @@ def test_a_sampler_that_adds_noise_keeps_full_steps_with_one_warning(pipe, sched
     assert torch.equal(drawn, plain)
 
 
+def test_samplers_that_add_noise_are_known():
+    assert adds_noise(SASolverScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
+    assert not adds_noise(tiny.unipc()) and not adds_noise(FlowMatchEulerDiscreteScheduler())
+
+
 def test_a_fixed_schedule_holds_under_a_sampler_that_adds_noise(pipe, recwarn):
     pipe.scheduler = FlowMatchLCMScheduler()
     handle = ddit.apply(pipe, patches=fixed(1, 2, 4))
@@ -730,6 +737,31 @@ class Levels:
     def choose(self, context):
         self.told.append((context.sigma, context.total, list(context.sigmas), context.end))
         return [1] * context.batch
+
+
+def test_forecasts_do_not_cross_from_one_transformer_to_the_other():
+    """Wan 2.2's second one is called twice before it is forecast."""
+    case = CASES["wan2.2-a14b"]
+    pipe = case.make()
+    with ddit.apply(pipe, patches=FixedSchedule(steps=(1,)), skip=SkipSchedule(threshold=1e9)) as run:
+        draw(pipe, case, num_inference_steps=20)
+    scales = run.report.scales[0]
+    boundary = pipe.config.boundary_ratio
+    second = next(i for i, step in enumerate(run.report.steps) if step.sigma < boundary)
+    assert second > 2 and 0 in scales[2:second] and scales[second : second + 2] == [1, 1] and 0 in scales[second + 2 :]
+
+
+def test_first_and_last_frame_go_with_their_sample():
+    """Wan hands over two rows of picture tokens for each sample."""
+    architecture = architecture_for(tiny.wan_transformer(image_dim=16))
+    call = architecture.example(2, 4, 4, 3)
+    rows = {k: torch.cat([v] * 3) for k, v in call.items() if isinstance(v, torch.Tensor)}
+    pictures = torch.arange(6.0)[:, None, None].expand(6, 5, 16)
+    chosen = architecture.rows({**rows, "encoder_hidden_states_image": pictures}, [2, 0])
+    assert chosen["encoder_hidden_states_image"][:, 0, 0].tolist() == [4, 5, 0, 1]
+    assert len(chosen["hidden_states"]) == 2
+    whole = architecture.rows({**rows, "encoder_hidden_states_image": pictures[:3]}, [2, 0])
+    assert whole["encoder_hidden_states_image"][:, 0, 0].tolist() == [2, 0]
 
 
 def test_a_run_that_begins_in_the_middle_knows_its_noise_levels():

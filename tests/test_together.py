@@ -128,6 +128,27 @@ def test_offloading_from_a_gpu(pipe, kind):
         torch.testing.assert_close(tiny.sample(pipe).cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
+class _Leaving(ModelHook):
+    """Takes itself off in its first call, as the hook of streamed group offloading does."""
+
+    def post_forward(self, module, output):
+        module._diffusers_hook.remove_hook("leaving", recurse=False)
+        return output
+
+
+def test_a_hook_that_takes_itself_off_leaves_ddit_on(pipe):
+    with ddit.apply(pipe, patches=fixed(1, 2, 4)) as handle:
+        expected = tiny.sample(pipe)
+    registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    registry.register_hook(_Leaving(), "leaving")
+    with ddit.apply(pipe, patches=fixed(1, 2, 4)) as handle:
+        for _ in range(2):
+            assert torch.equal(tiny.sample(pipe), expected)
+            assert handle.report.strip() == "1 2 4 4 4 4 4 4"
+    forward = vars(pipe.transformer)["forward"]
+    assert "ddit" not in type(forward).__module__ and not registry.hooks
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_weights_in_int8(pipe, when):
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")

@@ -128,4 +128,4 @@ def adds_noise(scheduler: Any) -> bool:
     name = type(scheduler).__name__
     return bool(
         config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")) or "LCM" in name
-    ) or any(word in name for word in ("Ancestral", "SDE"))
+    ) or any(word in name for word in ("Ancestral", "SDE", "SASolver"))

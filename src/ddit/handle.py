@@ -62,7 +62,8 @@ class Handle:
                 # Compiled code does not look for later hooks (torch._dynamo.config.skip_nnmodule_hook_guards).
                 torch._dynamo.reset()
         for architecture, called in zip(plan.architectures, plan.called, strict=True):
-            cache = Cache(architecture, plan.cache, learnt=plan.adapter is not None)
+            alone = len(plan.architectures) == 1
+            cache = Cache(architecture, plan.cache, learnt=plan.adapter is not None, published=alone)
             self._seats.append(Seat(architecture, called, cache, self._call, self._end, self))
 
     def _take_off(self) -> None:
@@ -137,11 +138,15 @@ class Handle:
     def _call(self, seat: Seat, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             if self._active:
+                hooks = seat.hooks
                 try:
-                    return self._step(seat, args, kwargs)
+                    answer = self._step(seat, args, kwargs)
                 except BaseException:
                     self._forget()
                     raise
+                if self._active:  # it may have been taken off from inside the call
+                    seat.stay(hooks)
+                return answer
         return seat.forward(*args, **kwargs)
 
     @property
@@ -171,6 +176,7 @@ class Handle:
         z, sigma = noisy.latents, self._current.sigma(noisy.sigma)
         if not self._state.repeats(z, sigma):
             self._begin(arch, inputs, noisy, self._state.continues(z, sigma))
+            self._state.hand_over(arch)
             with torch.no_grad():
                 self._state.decide(z, sigma, arch.patch_size)
             if self._state.broken:

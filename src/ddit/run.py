@@ -121,6 +121,8 @@ class RunState:
     """Record of all steps, the current one last."""
     examples: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Scale -> arguments of one sample's call without data: costs are counted from these when asked for."""
+    model: Any = None
+    """Which of several transformers answered last."""
     broken: bool = False
     """Whether latents held NaN or infinity."""
     forced: str | None = None
@@ -166,6 +168,12 @@ class RunState:
         other_form = z.ndim != self._seen.ndim and len(z) == len(self._seen)
         alike = self._like(z) and (len(z) == len(self._seen) or len(z) == period(self._seen))
         return sigma <= self.levels[-1] and (alike or other_form)
+
+    def hand_over(self, model: Any) -> None:
+        """Another transformer goes on (Wan 2.2 has two): what the last one said is no evidence of what it will say."""
+        if self.model not in (None, model) and self.skipper is not None:
+            self.skipper.forget()
+        self.model = model
 
     def decide(self, z: Tensor, sigma: float, patch_size: int) -> list[int]:
         """Begin a step: the scale of each sample, 0 where the model is not called.

@@ -65,8 +65,8 @@ class Seat:
         self._place = [*places, "forward"][0]
         self._owner = owner
         self.forward: Callable[..., Any] = getattr(owner, self._place)
-        wrapped = Wrapped(owner, "forward", self.forward, functools.partial(call, self))
-        self._patched: list[tuple[Any, str, Any]] = [(transformer, MARK, mark), (owner, self._place, wrapped)]
+        self._wrapped = Wrapped(owner, "forward", self.forward, functools.partial(call, self))
+        self._patched: list[tuple[Any, str, Any]] = [(transformer, MARK, mark), (owner, self._place, self._wrapped)]
         reset = getattr(transformer, "_reset_stateful_cache", None)
         if reset is not None:
             ending = Wrapped(transformer, "_reset_stateful_cache", reset, functools.partial(end, reset))
@@ -95,6 +95,23 @@ class Seat:
         if inside or later:
             return "the transformer was compiled as a whole after ddit.apply, and is not compiled now: apply ddit again"
         return None
+
+    @property
+    def hooks(self) -> int:
+        """How many hooks of diffusers lie on the transformer."""
+        registry = getattr(self.transformer, "_diffusers_hook", None)
+        return 0 if registry is None else len(registry.hooks)
+
+    def stay(self, hooks: int) -> None:
+        """Put ddit back on, where one of so many hooks below it took itself off in the call just made.
+
+        Streamed group offloading does so in its first call; diffusers then puts what lay below the hook into our place.
+        """
+        attributes = vars(self._owner)
+        below = attributes.get(self._place)
+        if self.hooks < hooks and below is not None and below is not self._wrapped:
+            self.forward = self._saved[self._place] = below
+            attributes[self._place] = self._wrapped
 
     def remove(self) -> None:
         """Give the transformer back as it was."""

@@ -71,12 +71,15 @@ class Cache:
 
     Args:
         learnt: Whether large patches have an adapter.
+        published: Whether the architecture's published coefficients of TeaCache may serve.
     """
 
-    def __init__(self, architecture: Architecture, config: Config | None, *, learnt: bool = False) -> None:
+    def __init__(
+        self, architecture: Architecture, config: Config | None, *, learnt: bool = False, published: bool = True
+    ) -> None:
         self.architecture = architecture
         self.transformer: Any = architecture.transformer
-        self._learnt = learnt
+        self._learnt, self._published = learnt, published
         self._config: Any = copy.copy(config)  # MagCache's is changed with the number of steps
         self._groups: dict[tuple[int, int, int, tuple[int, ...]], _Group] = {}
         self._ratios: Any = None
@@ -111,7 +114,7 @@ class Cache:
                 self.transformer.disable_cache()
                 raise unknown_blocks(config, self.transformer)
             return
-        if config.coefficients is None:
+        if config.coefficients is None and self._published:
             config = replace(config, coefficients=self.architecture.teacache_coefficients())
         if config.coefficients is None:
             raise ValueError(

@@ -18,7 +18,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ddit.models.flops import Costs, count
+from ddit.models.flops import Costs, count, lengths
 from ddit.patches import TokenLayout, pool_tokens
 
 Inputs = dict[str, Any]
@@ -261,9 +261,9 @@ class Architecture(ABC):
             adapter: A `ddit.PatchAdapter`, counted along at scales above 1.
         """
         config = None if adapter is None or scale == 1 else adapter.config
-        shapes: list[Any] = []
-        _walk(inputs, lambda t: shapes.append(t.shape) or t)
-        key = (*inputs, *shapes, scale, str(config))
+        samples, rows = len(inputs[self.batched[0]]), lengths(self, inputs)
+        learnt = config and (config["rank"], config["residual"], len(config["layers"]))
+        key = (samples, *sorted(rows.items()), scale, learnt)
         if key not in self._counted:
             self._counted[key] = count(self, inputs, config, scale)
         return self._counted[key]

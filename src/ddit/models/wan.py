@@ -92,6 +92,15 @@ class Wan(Architecture):
         level = super().sigma(inputs)
         return level if level.ndim == 1 else level.amax(1)
 
+    def rows(self, inputs: Inputs, samples: Sequence[int]) -> Inputs:
+        name, batch = "encoder_hidden_states_image", len(inputs["hidden_states"])
+        pictures = inputs.get(name)
+        if pictures is None or len(pictures) in (1, batch):
+            return super().rows(inputs, samples)
+        # A sample's first and last frame lie in rows one after the other.
+        chosen = super().rows({**inputs, name: pictures.unflatten(0, (batch, -1))}, samples)
+        return {**chosen, name: chosen[name].flatten(0, 1)}
+
     def velocity(self, output: Tensor, size: Sequence[int]) -> Tensor:
         return output
 
@@ -122,16 +131,19 @@ class Wan(Architecture):
         }
 
     def teacache_signal(self, block: Any, argument: Callable[[str], Any]) -> Tensor:
-        return argument("temb")  # The authors watch the timestep's embedding alone (their --use_ret_steps).
+        # The authors watch the timestep's embedding alone (their --use_ret_steps). Where tokens have their own,
+        # that of the last frame stands for what is drawn.
+        embedding = argument("temb")
+        return embedding[:, -1] if embedding.ndim == 4 else embedding
 
     def teacache_coefficients(self) -> tuple[float, ...] | None:
         config: Any = self.transformer.config  # type: ignore[union-attr]
-        if config.in_channels != config.out_channels:  # Those for 480p and 720p differ, the models' shapes do not.
+        if config.in_channels != 16 or config.out_channels != 16:  # From pictures: those for 480p and 720p differ.
             return None
         return {
-            30: (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),  # 1.3B
-            40: (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),  # 14B
-        }.get(config.num_layers)
+            (30, 12): (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),  # 1.3B
+            (40, 40): (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),  # 14B
+        }.get((config.num_layers, config.num_attention_heads))
 
 
 class Vace(Wan):
