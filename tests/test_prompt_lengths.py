@@ -49,11 +49,11 @@ def lumina2():
     return pipe, dict(height=128, width=192)
 
 
-def ask(pipe, samples, records: list[int]) -> tuple[Tensor, Tensor]:
-    """What the model answers to records of the second step, and what it answered when they were drawn."""
+def ask(pipe, samples, runs: list[int], which: int) -> tuple[Tensor, Tensor]:
+    """What the model answers to a pass of runs in the second step, and what it answered when they were drawn."""
     architecture = architecture_for(pipe.transformer)
-    draws = [Draw(record, 1, 2) for record in records]
-    batch = make_batch(architecture, samples, draws, "cpu", torch.float32)
+    draws = [Draw(run, 1, 2) for run in runs]
+    batch = make_batch(architecture, samples, draws, which, "cpu", torch.float32)
     with torch.no_grad():
         answer = pipe.transformer(**{**batch.inputs, "return_dict": False})[0]
     return architecture.velocity(answer, batch.target.shape[2:]), batch.target
@@ -64,10 +64,11 @@ def ask(pipe, samples, records: list[int]) -> tuple[Tensor, Tensor]:
 def test_the_model_says_of_a_record_what_it_said_in_the_run(tmp_path, make, batch):
     pipe, call = make()
     samples = draw_samples(tmp_path, pipe, {"num_inference_steps": 3, **call}, PROMPTS, batch=batch, seed=0)
-    together = [list(range(6))] if make is qwen else []
+    together = [[0, 1, 2]] if make is qwen else []
     assert len(samples) == 6  # two guidance passes each
-    for records in [[record] for record in range(6)] + together:
-        torch.testing.assert_close(*ask(pipe, samples, records), rtol=1e-4, atol=1e-5)
+    for runs in [[0], [1], [2], *together]:
+        for which in range(2):
+            torch.testing.assert_close(*ask(pipe, samples, runs, which), rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_of_one_length_bring_no_mask(tmp_path):

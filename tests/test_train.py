@@ -26,13 +26,14 @@ from ddit import FixedSchedule, PatchAdapter
 from ddit.cli import main
 from ddit.eval.bench import count
 from ddit.models import architecture_for
+from ddit.pipelines.generate import guidance_scale
 from ddit.pipelines.loading import load_pipeline
 from ddit.pipelines.prompts import read_prompts
 from ddit.preset import Preset
 from ddit.pretrained import config_hash, fingerprint
 from ddit.train.config import TrainConfig
 from ddit.train.disk import checkpoints, result_folder
-from ddit.train.distill import Draw, draw, make_batch
+from ddit.train.distill import Draw, draw, losses, make_batch
 from ddit.train.distill import weights as noise_weights
 from ddit.train.pictures import check_encodes, encoded
 from ddit.train.plan import plan
@@ -277,7 +278,7 @@ def test_draws_depend_on_seed_step_and_number_alone(base):
     samples, config = stored(base), settings(base, base)
     table = [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
     assert table == [draw(config, samples, 10, step, number) for step in range(30) for number in range(10)]
-    assert {d.record for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
+    assert {d.run for d in table} == set(range(10)) and {d.scale for d in table} == {2, 4}
     below = {scale: sum(sigma < low for sigma in samples.sigmas) for scale, low in config.lowest.items()}
     assert config.lowest == {2: 0.3, 4: 0.6} and below[4] > below[2] > 0
     for scale in (2, 4):
@@ -292,9 +293,27 @@ def test_bounded_weights_are_those_of_the_clean_latents_below_a_quarter():
     torch.testing.assert_close(noise_weights("none", sigma), torch.ones(4))
 
 
+def test_guidance_makes_more_of_what_passes_err_apart():
+    """On average over which pass is which, the loss is the error of the guided answer."""
+    a, b = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    own, guided = losses([a, b], 3.0)
+    both = [(3 * x - 2 * y).square().flatten(1).mean(1) for x, y in ((a, b), (b, a))]
+    torch.testing.assert_close(guided, sum(both) / 2)
+    torch.testing.assert_close(own, (a.square() + b.square()).flatten(1).mean(1) / 2)
+    assert torch.equal(*losses([a, b], 1.0)) and torch.equal(*losses([a, b, a], 3.0))
+    assert torch.equal(*losses([a], 3.0))
+
+
+def test_scales_of_guidance_are_those_of_two_passes():
+    flux, wan = tiny.pipeline(), tiny.wan_pipeline()
+    assert guidance_scale(flux, {"guidance_scale": 3.5}) == 1
+    assert guidance_scale(flux, {"guidance_scale": 3.5, "true_cfg_scale": 2.0}) == 2
+    assert guidance_scale(wan, {}) == 5 and guidance_scale(wan, {"guidance_scale": 3}) == 3
+
+
 def test_batches_hold_steps_of_plain_runs(base):
     samples, architecture = stored(base), architecture_for(tiny.transformer())
-    batch = make_batch(architecture, samples, [Draw(3, 2, 5)] * 2, "cpu", torch.float32)
+    batch = make_batch(architecture, samples, [Draw(3, 2, 5)] * 2, 0, "cpu", torch.float32)
     latents, velocity, _ = samples.load([3], [[5]])
     assert torch.equal(architecture.read(batch.inputs).latents[0], latents[0, 0])
     assert torch.equal(batch.target[1], velocity[0, 0]) and batch.scales == [2, 2]
@@ -372,13 +391,15 @@ def test_samples_for_validation_are_kept_apart_with_all_their_passes(base, tmp_p
     load = Samples.load
 
     def spy(self, indices, steps):
-        kind = "validation" if len(indices) == 6 else "train"
+        kind = "validation" if len(indices) == 3 else "train"
         drawn[kind] |= {self.prompts[i // self.passes] for i in indices}
         return load(self, indices, steps)
 
     monkeypatch.setattr(Samples, "load", spy)
     train(settings(base, tmp_path, samples=None, count=5, validation=3, batch=7, steps=4))
     assert drawn["validation"] == set(PROMPTS[2:5]) and drawn["train"] == set(PROMPTS[:2])
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").open()]
+    assert all(row["guided_error"] > row["error"] > 0 for row in rows)
 
 
 def test_prodigy_checkpointing_and_pictures(base, tmp_path):

@@ -50,16 +50,16 @@ def test_an_adapter_learns_from_runs_of_its_base(name, tmp_path):
     samples = draw_samples(tmp_path, told, {"num_inference_steps": 8}, [tiny.PROMPT], batch=1, seed=0)
     assert samples.passes == case.passes * case.rows == len(samples) and len(samples.sigmas) == 8
     architecture = architecture_for(pipe.transformer)
-    batch = make_batch(architecture, samples, [Draw(n, 2, 5) for n in range(len(samples))], "cpu", torch.float32)
-    with torch.no_grad():
-        answer = architecture.velocity(first(pipe.transformer(**batch.inputs)), batch.target.shape[2:])
-    torch.testing.assert_close(answer, batch.target, rtol=1e-3, atol=1e-4)
+    for which in range(samples.passes):
+        batch = make_batch(architecture, samples, [Draw(0, 2, 5)], which, "cpu", torch.float32)
+        with torch.no_grad():
+            answer = architecture.velocity(first(pipe.transformer(**batch.inputs)), batch.target.shape[2:])
+        torch.testing.assert_close(answer, batch.target, rtol=1e-3, atol=1e-4)
     adapter = PatchAdapter.for_model(pipe.transformer.requires_grad_(False), rank=2)
     for parameter in adapter.parameters():
         nn.init.normal_(parameter, std=0.02)
     adapter.attach(pipe.transformer)
-    rows = list(range(len(samples)))
-    errors(pipe.transformer, architecture, adapter.coarse, adapter, {}, batch, 2, rows).sum().backward()
+    errors(pipe.transformer, architecture, adapter.coarse, adapter, {}, batch, 2, [0]).square().sum().backward()
     for key, parameter in adapter.named_parameters():
         used = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
         assert used == key.startswith("parts.2"), key

@@ -199,6 +199,16 @@ def _called(
     return np.asarray(made), time.perf_counter() - started
 
 
+def guidance_scale(pipe: Any, settings: Mapping[str, Any]) -> float:
+    """Scale of classifier-free guidance in two passes that a call with these settings has; 1 for none."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in ("true_cfg_scale", "guidance_scale"):  # where there is the first, the second is told to the model
+        if name in known:
+            value = settings.get(name, known[name].default)
+            return float(value) if isinstance(value, int | float) else 1.0
+    return 1.0
+
+
 @contextmanager
 def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
     """Calls of the transformer inside the block: their arguments by name, and the answers.

@@ -1,4 +1,9 @@
-"""The distillation loss (arXiv 2602.16968, section 3.2): coarse velocity against the frozen model's own."""
+"""The distillation loss (arXiv 2602.16968, section 3.2): coarse velocity against the frozen model's own.
+
+With classifier-free guidance in two passes ``a`` and ``b`` a step moves by ``g a - (g - 1) b``, so their errors count
+apart and together: ``|g a - (g - 1) b|^2 = g |a|^2 - (g - 1) |b|^2 + g (g - 1) |a - b|^2``. Without the last term an
+adapter learns what both passes share, and loses what guidance says.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +33,19 @@ FINEST = 1e-3
 class Draw:
     """What chance decides for one sample of one step."""
 
-    record: int
-    """Index into `Samples`."""
+    run: int
+    """Number of the run, of which all guidance passes are taken."""
     scale: int
     step: int
-    """Number of the step in the record's run."""
 
 
-def draw(config: TrainConfig, samples: Samples, records: int, step: int, number: int) -> Draw:
+def draw(config: TrainConfig, samples: Samples, runs: int, step: int, number: int) -> Draw:
     """The same for the same seed, step and number within the step's global batch, on any number of processes."""
     rng = np.random.default_rng([config.seed, step, number])
-    record, scale = int(rng.integers(records)), int(rng.choice(config.scales))
+    run, scale = int(rng.integers(runs)), int(rng.choice(config.scales))
     lowest = config.lowest[scale]
     steps = sum(sigma >= lowest for sigma in samples.sigmas)  # levels fall
-    return Draw(record, scale, int(rng.integers(max(steps, 1))))
+    return Draw(run, scale, int(rng.integers(max(steps, 1))))
 
 
 @dataclass
@@ -56,9 +60,12 @@ class Batch:
     """The model's own velocity ``[B, C, ..., H, W]``, float32."""
 
 
-def make_batch(architecture: Architecture, samples: Samples, draws: Sequence[Draw], device: Any, dtype: Any) -> Batch:
-    """Steps of plain runs, with the base's own velocity there."""
-    latents, velocities, call = samples.load([d.record for d in draws], [[d.step] for d in draws])
+def make_batch(
+    architecture: Architecture, samples: Samples, draws: Sequence[Draw], which: int, device: Any, dtype: Any
+) -> Batch:
+    """Steps of plain runs, with what the base said there in one of its guidance passes."""
+    records = [d.run * samples.passes + which for d in draws]
+    latents, velocities, call = samples.load(records, [[d.step] for d in draws])
     call = {k: placed(v, device, dtype if k in architecture.batched else None) for k, v in call.items()}
     sigma = torch.tensor([samples.sigmas[d.step] for d in draws], device=device)
     z, target = (x[:, 0].to(device).float() for x in (latents, velocities))
@@ -93,7 +100,7 @@ def errors(
     scale: int,
     rows: list[int],
 ) -> Tensor:
-    """Mean squared error of the coarse velocity of each row, ``[rows]``.
+    """Coarse velocity less the model's own, of each row, ``[rows, C, ..., H, W]``.
 
     ``adapter=None`` is the training-free step.
     """
@@ -108,7 +115,25 @@ def errors(
         variance=variance.get(scale),
         adapter=adapter,
     )
-    return (velocity - batch.target[rows]).square().flatten(1).mean(1)
+    return velocity - batch.target[rows]
+
+
+def losses(errors: Sequence[Tensor], guidance: float) -> tuple[Tensor, Tensor]:
+    """Mean squared errors of each row, ``[rows]``: of its guidance passes, and of what guidance makes of them.
+
+    Args:
+        errors: Of each pass ``[rows, ...]``.
+        guidance: Its scale g; counts where there are two passes. Which is which does not: the parts of the passes
+            are taken alike.
+    """
+    own = torch.stack([_mean_square(error) for error in errors]).mean(0)
+    if len(errors) != 2 or guidance <= 1:
+        return own, own
+    return own, own + guidance * (guidance - 1) * _mean_square(errors[0] - errors[1])
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().flatten(1).mean(1)
 
 
 def weights(kind: str, sigma: Tensor) -> Tensor:

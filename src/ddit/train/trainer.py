@@ -23,11 +23,12 @@ from torch.nn.attention import sdpa_kernel
 from ddit.adapter import PatchAdapter
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
+from ddit.pipelines.generate import guidance_scale
 from ddit.pipelines.loading import load_pipeline
 from ddit.preset import Preset
 from ddit.train import disk
 from ddit.train.config import TrainConfig
-from ddit.train.distill import Batch, Draw, draw, errors, groups, make_batch, measured_detail, weights
+from ddit.train.distill import Batch, Draw, draw, errors, groups, losses, make_batch, measured_detail, weights
 from ddit.train.parts import (
     attention_backends,
     earlier_adapter,
@@ -139,6 +140,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr: Any
     ema: EMAModel | None
+    guidance: float
+    """Scale with which samples of two passes were drawn."""
     step: int = 0
 
     @classmethod
@@ -162,15 +165,16 @@ class Run:
         lr = make_lr(optimizer, config)
         ema = EMAModel(adapter.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
         variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
-        made = (adapter, attachment, variance, optimizer, lr, ema)
+        guidance = guidance_scale(pipe, samples.manifest["settings"])
+        made = (adapter, attachment, variance, optimizer, lr, ema, guidance)
         run = cls(config, accelerator, pipe, architecture, samples, *made)
         run._restore()
         return run
 
     @property
-    def records(self) -> int:
-        """Number of records to train on; those behind are for validation."""
-        return len(self.samples) - self.config.validation * self.samples.passes
+    def runs(self) -> int:
+        """Number of runs to train on; those behind are for validation."""
+        return len(self.samples.prompts) - self.config.validation
 
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over the global batch."""
@@ -199,23 +203,27 @@ class Run:
         self._log({"step": self.step, "loss": value, "seconds": round(time.perf_counter() - started, 4)})
         return value
 
-    def load(self, draws: list[Draw]) -> Batch:
-        """See `make_batch`."""
-        return make_batch(self.architecture, self.samples, draws, self.accelerator.device, self.pipe.transformer.dtype)
+    def load(self, draws: list[Draw]) -> list[Batch]:
+        """See `make_batch`; one for each guidance pass, whose prompts may differ in length."""
+        where = self.accelerator.device, self.pipe.transformer.dtype
+        return [make_batch(self.architecture, self.samples, draws, n, *where) for n in range(self.samples.passes)]
 
-    def errors(self, batch: Batch, scale: int, rows: list[int], adapter: PatchAdapter | None) -> Tensor:
-        """See `distill.errors`."""
-        transformer, coarse = self.pipe.transformer, self.adapter.coarse
+    def losses(
+        self, batches: Sequence[Batch], scale: int, rows: list[int], adapter: PatchAdapter | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `distill.losses`."""
+        told = self.pipe.transformer, self.architecture, self.adapter.coarse, adapter, self.variance
         with self.accelerator.autocast():
-            return errors(transformer, self.architecture, coarse, adapter, self.variance, batch, scale, rows)
+            off = [errors(*told, batch, scale, rows) for batch in batches]
+        return losses(off, self.guidance)
 
     def _backward(self, numbers: Sequence[int], total: int) -> Tensor:
         """Gradients of this batch's part of the loss; scales one after another, to hold one graph at a time."""
         share = torch.zeros((), device=self.accelerator.device)
-        batch = self.load([draw(self.config, self.samples, self.records, self.step, n) for n in numbers])
-        for scale, rows in groups(batch.scales).items():
-            error = self.errors(batch, scale, rows, self.adapter)
-            loss = (weights(self.config.weighting, batch.sigma[rows]) * error).sum() / total
+        batches = self.load([draw(self.config, self.samples, self.runs, self.step, n) for n in numbers])
+        for scale, rows in groups(batches[0].scales).items():
+            _, error = self.losses(batches, scale, rows, self.adapter)
+            loss = (weights(self.config.weighting, batches[0].sigma[rows]) * error).sum() / total
             with self.adapter.low_rank_at(scale):
                 loss.backward()
             share += loss.detach()

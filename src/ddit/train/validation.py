@@ -26,30 +26,29 @@ SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
 
 @torch.no_grad()
 def validate(run: Run) -> list[dict[str, Any]]:
-    """Error per scale and noise level of the adapter, and of the training-free step on the same noise."""
+    """Error per scale and noise level of the adapter, and of the training-free step on the same noise.
+
+    With guidance in two passes also of what it makes of them (`ddit.train.distill.losses`).
+    """
     rows = []
     samples = run.samples
-    records = range(run.records, len(samples))
+    kept = range(run.runs, len(samples.prompts))
     places = range(len(samples.sigmas))
     for scale in run.config.scales:
         for sigma in (sigma for sigma in SIGMAS if sigma >= run.config.lowest[scale]):
-            learnt, free = [], []
+            found: dict[str, list[float]] = {}
             nearest = min(places, key=lambda i, sigma=sigma: abs(samples.sigmas[i] - sigma))
-            draws = [Draw(r, scale, nearest) for r in records]
+            draws = [Draw(r, scale, nearest) for r in kept]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
-                batch = run.load(part)
-                for values, adapter in ((learnt, run.adapter), (free, None)):
-                    values += run.errors(batch, scale, list(range(len(part))), adapter).tolist()
-            rows.append(
-                {
-                    "step": run.step,
-                    "scale": scale,
-                    "sigma": sigma,
-                    "error": float(np.mean(learnt)),
-                    "training_free": float(np.mean(free)),
-                }
-            )
+                batches = run.load(part)
+                for name, adapter in (("error", run.adapter), ("training_free", None)):
+                    own, guided = run.losses(batches, scale, list(range(len(part))), adapter)
+                    found.setdefault(name, []).extend(own.tolist())
+                    if samples.passes == 2:
+                        found.setdefault(f"guided_{name}", []).extend(guided.tolist())
+            means = {name: float(np.mean(values)) for name, values in found.items()}
+            rows.append({"step": run.step, "scale": scale, "sigma": sigma, **means})
     return rows
 
 
