@@ -29,6 +29,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"this server needs the package {missing.name}: pip install 'ddit[serve]'") from None
 
+from ddit.api import check_adapter
 from ddit.pipelines import generate, loading, outputs, sounds
 from ddit.pipelines.methods import WORDS, make_method
 
@@ -86,6 +87,8 @@ class Worker:
             generate.check_call(self.pipe, settings)
             words = wanted.model_dump(include=set(WORDS))  # no adapter among them
             method = make_method(words, self.preset, load_adapter=str)
+            if self.adapter is not None and method.patches is not None:
+                check_adapter(self.adapter, method.patches)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         if len(self.jobs) >= MOST:

@@ -20,7 +20,9 @@ from ddit.coarse import coarse_call
 from ddit.config import FULL, Coarse
 from ddit.models.base import UnsupportedCall
 from ddit.patches import pack, pad_to_multiple, pool_packed, pool_tokens, shrink, unpack
+from ddit.pipelines.generate import run
 from ddit.teacache import TeaCacheConfig
+from ddit.train.samples import draw_samples
 from families import COARSE, call_of, check_flops, check_large_patches
 from test_architectures import CASES, draw
 from tiny_flux import EMBEDS as EMBEDS2
@@ -290,6 +292,22 @@ def test_klein_uses_large_patches(cls, changes):
         return pipe(**call, generator=torch.Generator().manual_seed(0))[0]
 
     check_large_patches(pipe, drawn)
+
+
+class PictureFirst(diffusers.FluxPipeline):
+    """As the pipelines of FLUX.2, Kontext and others."""
+
+    def __call__(self, image=None, prompt=None, **settings):
+        assert image is None
+        return super().__call__(prompt, **settings)
+
+
+def test_commands_draw_with_pipelines_that_take_a_picture_first(tmp_path):
+    pipe = tiny.pipeline()
+    pipe.__class__ = PictureFirst
+    settings = dict(height=32, width=32, num_inference_steps=2, max_sequence_length=20)
+    assert run(pipe, ["a red circle"], [0], settings).pictures.shape[0] == 1
+    assert len(draw_samples(tmp_path, pipe, settings, ["a red circle"], batch=1, seed=0)) == 1
 
 
 def test_klein_kv_runs_in_full_where_it_keeps_reference_images():

@@ -584,8 +584,13 @@ def test_the_rule_of_skips_beside_the_rule_of_patches(pipe):
 )
 @pytest.mark.parametrize(
     "settings",
-    [dict(patches=FULL, skip=HALF), dict(patches=FULL, skip=SkipSchedule(threshold=1e9)), dict(patches=COARSE)],
-    ids=["plan", "rule of skips", "rule of patches"],
+    [
+        dict(patches=FULL, skip=HALF),
+        dict(patches=FULL, skip=SkipSchedule(threshold=1e9)),
+        dict(patches=COARSE),
+        dict(skip=HALF, preset=Preset(profile=ErrorProfile(sigmas=(0.5,), coarse={2: (0.05,)}, bend=(50.0,)))),
+    ],
+    ids=["plan", "rule of skips", "rule of patches", "plan over both"],
 )
 def test_a_sampler_that_adds_noise_keeps_full_steps_with_one_warning(pipe, scheduler, settings):
     pipe.scheduler = scheduler

@@ -478,7 +478,11 @@ def test_checkpoints_rotate_and_steps_may_grow(base, tmp_path):
 def test_an_adapter_is_trained_on_from(base, tmp_path):
     train(settings(base, tmp_path / "a", lr=1e-2))
     earlier = str(tmp_path / "a" / "adapter")
-    train(settings(base, tmp_path / "b", adapter=earlier, steps=1, lr=1e-6, ema=0.0))
+    further = settings(base, tmp_path / "b", adapter=earlier, steps=1, lr=1e-6, ema=0.0)
+    train(further)
+    assert PatchAdapter.from_pretrained(tmp_path / "b" / "adapter").config["steps_trained"] == 7
+    train(further)  # is there already
+    assert not (tmp_path / "b" / "validation.jsonl").read_text().count('"step": 2')
     a, b = weights(tmp_path / "a" / "adapter"), weights(tmp_path / "b" / "adapter")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-6)

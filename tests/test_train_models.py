@@ -37,7 +37,7 @@ class Told:
         else:
             setattr(self.pipe, name, value)
 
-    def __call__(self, prompts: list[str], **settings) -> Any:
+    def __call__(self, prompt: list[str], **settings) -> Any:
         return self.pipe(**self.given, **settings)
 
 

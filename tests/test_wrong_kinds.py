@@ -53,6 +53,8 @@ def test_arguments_of_the_call_are_of_its_kinds(name, value):
 
 
 def test_arguments_of_the_right_kind_pass():
+    with pytest.raises(ValueError, match="num_frames is 'abc'; it must be a whole number"):
+        check_call(tiny.wan_pipeline(), {"num_frames": "abc"})
     check_call(tiny.pipeline(), {"sigmas": [1, 0.5], "guidance_scale": 4, "negative_prompt": "grey", "prompt_2": ["a"]})
 
 

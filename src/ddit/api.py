@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,11 @@ def _settle(
         warn(f"the preset holds {known.origin}; 'ddit calibrate' measures this model's own")
     schedule = _checked(known.patches if patches is None else patches, skip)
     if adapter is not None:
-        adapter = _load_adapter(adapter, architectures, schedule)
+        adapter = _load_adapter(adapter, architectures)
+        own = tuple(s for s in schedule.scales if s in (1, *adapter.scales))
+        if patches is None and isinstance(schedule, PatchSchedule) and len(own) > 1:
+            schedule = replace(schedule, scales=own)  # nobody asked for sizes that it has not learnt
+        check_adapter(adapter, schedule)
         detail_variance = detail_variance or adapter.detail_variance
     scales = {s for s in schedule.scales if s > 1}
     variance = _variance(detail_variance or {}, scales, known, architectures[0].channels)
@@ -261,9 +266,7 @@ def _halves(plan: JointPlan) -> tuple[Policy, Any]:
     return JointPatches(plan), lambda: Skipper(JointSkips(plan))
 
 
-def _load_adapter(
-    adapter: PatchAdapter | str | Path, architectures: Sequence[Architecture], schedule: Patches | Policy
-) -> PatchAdapter:
+def _load_adapter(adapter: PatchAdapter | str | Path, architectures: Sequence[Architecture]) -> PatchAdapter:
     transformer: Any = architectures[0].transformer
     if len(architectures) > 1:
         raise ValueError(
@@ -277,6 +280,15 @@ def _load_adapter(
         )
     adapter = adapter if isinstance(adapter, PatchAdapter) else PatchAdapter.from_pretrained(adapter)
     adapter.check(transformer)
+    return adapter
+
+
+def check_adapter(adapter: PatchAdapter, schedule: Patches | Policy) -> None:
+    """Refuse a schedule that asks for what an adapter has not learnt.
+
+    Raises:
+        ValueError: Naming scales or the form of a coarse step.
+    """
     foreign = sorted(set(schedule.scales) - {1, *adapter.scales})
     if foreign:
         raise ValueError(
@@ -289,7 +301,6 @@ def _load_adapter(
             f"the schedule asks for {coarse}, the adapter was trained for {adapter.coarse}; "
             "leave coarse out of the schedule, or the adapter (--adapter none)"
         )
-    return adapter
 
 
 def _skipping(skip: SkipSchedule | None, patch_size: int) -> Callable[[], Skipping] | None:

@@ -52,6 +52,10 @@ def _check_flag(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
+LARGEST = 16
+"""Scale: grids are padded to large patches, so that more would only cost memory."""
+
+
 def _settle(record: Any) -> None:
     """Lists become tuples and scales are checked; a nested record may come as a dictionary, from JSON."""
     if isinstance(record.coarse, dict):
@@ -61,8 +65,8 @@ def _settle(record: Any) -> None:
     name = "steps" if isinstance(record, FixedSchedule) else "scales"
     values = integers(name, getattr(record, name))
     for scale in values:
-        if scale < 1 or scale & (scale - 1):
-            raise ValueError(f"{scale} is not a scale; scales are powers of two: 1, 2, 4, ...")
+        if not 1 <= scale <= LARGEST or scale & (scale - 1):
+            raise ValueError(f"{scale} is not a scale; scales are powers of two from 1 to {LARGEST}")
     if name == "scales":
         if len(set(values)) != len(values):
             raise ValueError(f"scales are {values}; they must be distinct")

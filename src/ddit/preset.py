@@ -134,11 +134,12 @@ class Preset:
 
 
 def for_batch(pipe: Any, settings: dict[str, Any], count: int) -> dict[str, Any]:
-    """Arguments for a call with ``count`` prompts: pipelines want as many negative prompts or lyrics, not one for all.
+    """Arguments for a call with ``count`` prompts: pipelines want as many of all other texts, not one for all.
 
     Not even the default lyrics, which are none, serve more than one.
     """
     if "lyrics" in inspect.signature(type(pipe).__call__).parameters:
         settings = {"lyrics": "", **settings}
-    texts = {k: v for k, v in settings.items() if k.startswith(("negative_prompt", "lyrics")) and isinstance(v, str)}
+    names = ("negative_prompt", "prompt_", "lyrics")
+    texts = {k: v for k, v in settings.items() if k.startswith(names) and isinstance(v, str)}
     return {**settings, **{k: [v] * count for k, v in texts.items()}}

@@ -226,7 +226,8 @@ class RunState:
         return self.spent
 
     def _choose(self, context: StepContext) -> Sequence[int]:
-        if getattr(self.policy, "needs_statistics", False) and not self.deterministic:
+        blind = any(getattr(self.policy, name, False) for name in ("needs_statistics", "planned"))
+        if blind and not self.deterministic:
             return [1] * context.batch
         return self.policy.choose(context)
 

@@ -11,7 +11,7 @@ from typing import Any
 from ddit.app.study import Study
 from ddit.config import PatchSchedule
 from ddit.pipelines import outputs
-from ddit.pipelines.generate import Method, Run, draws_video, run, warm_up
+from ddit.pipelines.generate import Method, Run, draws_video, run, run_steps, warm_up
 from ddit.pipelines.loading import check_prompt, load_adapter
 from ddit.pipelines.methods import SKIP, make_method
 from ddit.preset import Preset
@@ -110,7 +110,7 @@ class Studio:
     @property
     def steps(self) -> int:
         """Denoising steps, where nobody says how many."""
-        return self.settings.get("num_inference_steps", 50)
+        return run_steps(self.pipe, self.settings)
 
     def draw(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts, digest
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.models import architecture_for
-from ddit.pipelines.generate import Method, call_settings, check_call, draws_video
+from ddit.pipelines.generate import Method, call_settings, check_call, draws_video, run_steps
 from ddit.pipelines.loading import load_adapter, load_pipeline
 from ddit.pipelines.methods import make_method
 from ddit.pipelines.sounds import refuse_sound
@@ -126,10 +125,10 @@ class Drawn:
 def _race(config: SuiteConfig, pipe: Any, preset: Preset) -> Drawn:
     """All methods on all prompts; the table of their figures is written and printed."""
     settings = call_settings(preset, **config.settings)
-    run_steps = _steps(settings, pipe)
+    steps = run_steps(pipe, settings)
     settings.pop("num_inference_steps", None)
     make = _method_maker(config, preset)
-    methods = [quality.parse_entry(text, run_steps, make) for text in config.methods or DEFAULT_METHODS]
+    methods = [quality.parse_entry(text, steps, make) for text in config.methods or DEFAULT_METHODS]
     subject = _subject(config, pipe)
     _check_size(subject, settings)
     asked = subject.prompts(config.split, config.prompts, config.seed)
@@ -161,7 +160,7 @@ def _compare(config: SuiteConfig) -> dict[str, Any]:
     """The quality suite over all that a user could pick; see `ddit.eval.compare`."""
     pipe, preset = _load(config)
     if not config.methods:
-        steps = config.run_steps or (_steps(call_settings(preset, **config.settings), pipe),)
+        steps = config.run_steps or (run_steps(pipe, call_settings(preset, **config.settings)),)
         planned = preset.profile is not None
         adapter = config.adapter or preset.adapter or None
         architecture = architecture_for(pipe.transformer)
@@ -218,7 +217,7 @@ def _paper(config: SuiteConfig) -> dict[str, Any]:
     jury.check(len(config.texts), video=draws_video(pipe))
     settings = call_settings(preset, **config.settings)
     make = _method_maker(config, preset)
-    steps = settings.pop("num_inference_steps", None) or _steps({}, pipe)
+    steps = settings.pop("num_inference_steps", None) or run_steps(pipe, {})
     methods = [quality.parse_entry(text, steps, make) for text in dict.fromkeys(config.methods or paper.METHODS)]
     known = _identity(config, pipe, methods, settings)
     same = ("model", "scheduler", "versions", "seed", "dtype", "batch", "settings")
@@ -247,12 +246,6 @@ def _paper(config: SuiteConfig) -> dict[str, Any]:
         "reference": config.reference and str(config.reference),
         "methods": rows,
     }
-
-
-def _steps(settings: dict[str, Any], pipe: Any) -> int:
-    """Number of steps that a call takes: the pipeline's own, for a model without a preset."""
-    own = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-    return settings.get("num_inference_steps", own)
 
 
 def _load(config: SuiteConfig) -> tuple[Any, Preset]:

@@ -92,12 +92,14 @@ def check_call(pipe: Any, settings: dict[str, Any]) -> None:
     """
     architecture = architecture_for(getattr(pipe, "transformer", pipe))
     multiple = pixels_per_latent(pipe) * architecture.patch_size * architecture.grid_multiple
-    for name in ("height", "width"):
-        size = settings.get(name)
-        if size is not None and size % multiple:
+    sizes = {name: settings[name] for name in ("height", "width", "num_frames") if settings.get(name) is not None}
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise ValueError(f"{name} is {size!r}; it must be a whole number")
+        if name != "num_frames" and size % multiple:
             below = max(size // multiple, 1) * multiple
             raise ValueError(f"{name} is {size}; this model takes multiples of {multiple}, such as {below}")
-    count, group = settings.get("num_frames"), _said(pipe, _TEMPORAL)
+    count, group = sizes.get("num_frames"), _said(pipe, _TEMPORAL)
     if count is not None and group is None:
         raise ValueError(f"frames is {count}, but {type(pipe).__name__} makes no clips; leave it out")
     if count is not None and group is not None and count % group != 1:
@@ -190,13 +192,21 @@ def _called(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     started = time.perf_counter()
     try:
-        made = pipe(prompts, generator=generators, output_type="np", return_dict=False, **calls_back, **settings)[0]
+        # By name: pipelines that take pictures have them first.
+        texts = {"prompt": prompts, **calls_back, **settings}
+        made = pipe(generator=generators, output_type="np", return_dict=False, **texts)[0]
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if stepped:
             raise
         called = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         raise ValueError(f"{error} ({type(pipe).__name__} was called with {called})") from error
     return np.asarray(made), time.perf_counter() - started
+
+
+def run_steps(pipe: Any, settings: Mapping[str, Any]) -> int:
+    """Number of denoising steps that a call takes: the pipeline's own, where nobody says."""
+    own = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+    return settings.get("num_inference_steps", own)
 
 
 def guidance_scale(pipe: Any, settings: Mapping[str, Any]) -> float:

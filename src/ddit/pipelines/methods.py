@@ -69,7 +69,8 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
         raise ValueError(f"patches is {kind!r}; it must be one of {', '.join(KINDS)}")
     if "schedule" in given:
         _refuse([*rule, *(["patches"] if "patches" in given else [])], "a schedule, which is a list of scales")
-        return FixedSchedule(steps=given["schedule"], **({"coarse": Coarse(**coarse)} if coarse else {}))
+        form = Coarse.from_dict({**preset.patches.coarse.to_dict(), **coarse})
+        return FixedSchedule(steps=given["schedule"], coarse=form)
     if kind == "full":
         _refuse([*rule, *coarse], "patches=full, which has none")
         return FULL

@@ -47,9 +47,9 @@ def amplified(sigma: float) -> float:
 def gap_errors(sigmas: Sequence[float], bend: Sequence[float] = (1.0,), own: Sequence[float] = (0.0,)) -> np.ndarray:
     """Squared error of the picture that a called step and the forecasts after it make, for every gap between calls.
 
-    A forecast is off by ``bend`` times the square of its distance in lambda, in which velocities bend evenly, and
-    repeats what its called step is off by. Each goes into the latents with its step in sigma, and all grow until the
-    picture is done (`amplified`).
+    A forecast is off by ``bend`` times the square of its distance in lambda, in which velocities bend evenly, and by as
+    much as a called step at its own noise level, computed as the last one was. Each goes into the latents with its step
+    in sigma, and all grow until the picture is done (`amplified`).
 
     Args:
         sigmas: Noise levels of all steps of a run, falling.

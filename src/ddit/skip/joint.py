@@ -58,6 +58,9 @@ class JointPlan:
 class JointPatches:
     """Its half for `ddit.apply`'s patches; in a skipped step, the scale of the last called one."""
 
+    planned = True
+    """With skipped steps, without which it is no plan."""
+
     def __init__(self, plan: JointPlan) -> None:
         self.plan = plan
         self.scales = plan.scales

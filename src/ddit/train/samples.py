@@ -261,7 +261,7 @@ class _Runs:
         with recorded(pipe) as calls, noised(pipe, calls, pictures) if pictures else nullcontext():
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(pipe, self.settings, len(seeds))
-            drawn = pipe(list(prompts), generator=generators, output_type="latent", **call)[0]
+            drawn = pipe(prompt=list(prompts), generator=generators, output_type="latent", **call)[0]
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         sigmas = sorted(set(levels), reverse=True)
         passes = len(calls) // len(sigmas)

@@ -142,6 +142,8 @@ class Run:
     ema: EMAModel | None
     guidance: float
     """Scale with which samples of two passes were drawn."""
+    before: int = 0
+    """Steps of the adapter that training goes on from."""
     step: int = 0
 
     @classmethod
@@ -166,7 +168,8 @@ class Run:
         ema = EMAModel(adapter.parameters(), decay=config.ema, use_ema_warmup=True) if config.ema else None
         variance = {s: torch.tensor(v, device=accelerator.device) for s, v in measured.items()}
         guidance = guidance_scale(pipe, samples.manifest["settings"])
-        made = (adapter, attachment, variance, optimizer, lr, ema, guidance)
+        before = (earlier.config["steps_trained"] or 0) if earlier is not None else 0
+        made = (adapter, attachment, variance, optimizer, lr, ema, guidance, before)
         run = cls(config, accelerator, pipe, architecture, samples, *made)
         run._restore()
         return run
@@ -265,7 +268,7 @@ class Run:
             self.accelerator.log(named, step=self.step)
         self.adapter.register_to_config(errors=errors_of(rows))
         result = disk.result_folder(self.config)
-        if disk.saved_step(result) == self.step:
+        if disk.saved_step(result) == self.before + self.step:
             self.adapter.save_config(result)
             disk.write_card(result, self.config, self.adapter)
         if self.config.pictures:
@@ -289,7 +292,7 @@ class Run:
         try:
             with replacing(out / f"checkpoint-{self.step:06d}.pt") as path:
                 torch.save(state, path)
-            self.adapter.register_to_config(steps_trained=self.step)
+            self.adapter.register_to_config(steps_trained=self.before + self.step)
             with self.averaged(), replacing_folder(disk.result_folder(self.config)) as path:
                 self.adapter.save_pretrained(path)
                 disk.write_card(path, self.config, self.adapter)
@@ -310,7 +313,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.step == 0:
             return
-        if disk.saved_step(disk.result_folder(self.config)) != self.step:
+        if disk.saved_step(disk.result_folder(self.config)) != self.before + self.step:
             self.save()
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
         if due and not any(row["step"] == self.step for row in read_lines(out / "validation.jsonl")):
