@@ -267,7 +267,9 @@ def test_another_base_is_refused_and_left_untouched(pipe):
 def test_scales_that_the_adapter_lacks_are_refused(pipe):
     adapter = adapter_for(pipe.transformer, scales=(2,))
     with pytest.raises(ValueError, match=r"scales \[4\].*\[2\]"):
-        ddit.apply(pipe, adapter=adapter)
+        ddit.apply(pipe, adapter=adapter, patches=PatchSchedule())
+    with ddit.apply(pipe, adapter=adapter, patches=None) as handle:  # nobody asked for them
+        assert handle.plan.policy.scales == (1, 2)
 
 
 def test_another_form_of_the_step_is_refused(pipe):

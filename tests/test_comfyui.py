@@ -285,7 +285,8 @@ def test_channels_beside_the_latents_are_pooled_with_them(nodes):
     beside = noise_like((1, 5, 10, 14), seed=3)
     image = [prompt(0.5, "p", model_conds={"c_concat": beside})]
     _, calls = sample(nodes.patches(Patcher(), schedule="fixed", largest="2x", share=0.3), positive=image, cfg=1.0)
-    padded = torch.nn.functional.pad(beside, (0, 2, 0, 2), mode="replicate")
+    wide = torch.cat([beside, beside[..., -2:].flip(-1)], -1)  # mirrored
+    padded = torch.cat([wide, wide[..., -2:, :].flip(-2)], -2)
     torch.testing.assert_close(calls[0].c_concat, shrink(padded, 2, 2, "noise-consistent"))
     assert torch.equal(calls[-1].c_concat, beside)
 

@@ -104,7 +104,7 @@ def test_the_command_line_draws_what_python_does(tmp_path, capsys):
     assert run(pipe, [tiny.PROMPT] * 2, [3, 4], call).pictures.shape == (2, 32, 32, 3)
     assert main(["generate", tiny.PROMPT, *flags, "--call", "zzz=1"]) == 2
     assert "it takes" in capsys.readouterr().err
-    (tmp_path / "p.txt").write_text(tiny.PROMPT)
+    (tmp_path / "p.txt").write_text("\n".join([tiny.PROMPT] * 9))
     paths = ["--model", str(tmp_path / "m"), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]
     assert main(["train", *paths, "--cpu"]) == 2
     assert "is a modular pipeline" in capsys.readouterr().err

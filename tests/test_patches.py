@@ -38,7 +38,7 @@ def noise(*shape, seed=0, dtype=torch.float64):
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_pad_and_crop_are_inverse_on_every_grid(scale):
-    """1 x 1 to 9 x 9 tokens of 2 x 2 latent pixels; padding is the least that divides, and repeats the edge."""
+    """1 x 1 to 9 x 9 tokens of 2 x 2 latent pixels; padding is the least that divides, and mirrors."""
     for rows, columns in itertools.product(range(1, 10), repeat=2):
         z = noise(1, 2, 2 * rows, 2 * columns)
         padded = pad_to_multiple(z, 2 * scale)

@@ -57,7 +57,7 @@ def paper_statistic(d, patch, percentile):
         frames = sample.reshape(len(sample), *[1] * (4 - sample.ndim), *sample.shape[1:])  # sound: one row, continued
         height, width = frames.shape[-2:]
         pad = ((0, 0), (0, 0), (0, -height % patch), (0, -width % patch))
-        frames = np.pad(frames, pad, mode="edge")
+        frames = np.pad(frames, pad, mode="symmetric")
         deviations.append(
             [
                 frames[:, f, y : y + patch, x : x + patch].std()
