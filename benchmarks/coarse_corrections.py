@@ -22,6 +22,7 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.cli.common import environment
 from ddit.coarse import coarse_step
+from ddit.eval.step_errors import first_passes
 from ddit.eval.suites import subject_of
 from ddit.models import architecture_for
 from ddit.pipelines.generate import call_settings, recorded, run
@@ -46,12 +47,10 @@ def moments(pipe: Any, prompts: Sequence[str], settings: dict[str, Any], adapter
     architecture = architecture_for(pipe.transformer)
     with recorded(pipe) as calls:
         run(pipe, list(prompts), [*range(len(prompts))], settings)
-    first = {float(architecture.sigma(inputs)[0]): (inputs, answer) for inputs, answer in reversed(calls)}
-    steps = [first[sigma] for sigma in sorted(first, reverse=True)]
-    read = [architecture.read(inputs) for inputs, _ in steps]
-    sigmas = [noisy.sigma.float() for noisy in read]
-    latents = [noisy.latents.float() for noisy in read]
-    full = [architecture.velocity(answer, z.shape[2:]).float() for (_, answer), z in zip(steps, latents, strict=True)]
+    steps = first_passes(architecture, calls)
+    sigmas = [noisy.sigma.float() for _, noisy, _ in steps]
+    latents = [noisy.latents.float() for _, noisy, _ in steps]
+    full = [answer for _, _, answer in steps]
     forward = pipe.transformer.forward
     variance = {scale: torch.tensor(adapter.detail_variance[scale]) for scale in SCALES}
     levels = [half_log_snr(sigma) for sigma in sigmas]
@@ -69,7 +68,7 @@ def moments(pipe: Any, prompts: Sequence[str], settings: dict[str, Any], adapter
                     variance=variance[scale],
                     adapter=adapter,
                 )
-                for (inputs, _), noisy in zip(steps, read, strict=True)
+                for inputs, noisy, _ in steps
             ]
             for scale in SCALES
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddit.coarse import coarse_step
 from ddit.config import Coarse
-from ddit.models.base import Architecture, Inputs
+from ddit.models.base import Architecture, Inputs, Noisy
 from ddit.profile import ErrorProfile
 from ddit.skip.forecast import Reference, half_log_snr
 
@@ -39,6 +39,25 @@ class Errors:
         return cls(**{**values, "coarse": {int(s): v for s, v in values["coarse"].items()}})
 
 
+def first_passes(
+    architecture: Architecture, calls: Sequence[tuple[Inputs, Tensor]]
+) -> list[tuple[Inputs, Noisy, Tensor]]:
+    """Of each step of a run its first guidance pass: the arguments, what they are about, and the velocity in float32.
+
+    Args:
+        calls: The transformer's, in order (`ddit.pipelines.generate.recorded`).
+    """
+    steps: dict[float, tuple[Inputs, Tensor]] = {}
+    for inputs, answer in calls:
+        steps.setdefault(float(architecture.sigma(inputs)[0]), (inputs, answer))
+    found = []
+    for sigma in sorted(steps, reverse=True):
+        inputs, answer = steps[sigma]
+        noisy = architecture.read(inputs)
+        found.append((inputs, noisy, architecture.velocity(answer, noisy.latents.shape[2:]).float()))
+    return found
+
+
 @torch.no_grad()
 def measured_errors(
     architecture: Architecture, calls: Sequence[tuple[Inputs, Tensor]], scales: Sequence[int]
@@ -49,21 +68,15 @@ def measured_errors(
         calls: The transformer's, in order (`ddit.pipelines.generate.recorded`).
         scales: Above 1.
     """
-    steps: dict[float, tuple[Inputs, Tensor]] = {}
-    for inputs, answer in calls:
-        steps.setdefault(float(architecture.sigma(inputs)[0]), (inputs, answer))
-    sigmas = sorted(steps, reverse=True)
-    read = [architecture.read(steps[sigma][0]) for sigma in sigmas]
-    answers = [
-        architecture.velocity(steps[sigma][1], noisy.latents.shape[2:]).float()
-        for sigma, noisy in zip(sigmas, read, strict=True)
-    ]
+    steps = first_passes(architecture, calls)
+    read, answers = [noisy for _, noisy, _ in steps], [answer for _, _, answer in steps]
+    sigmas = [float(noisy.sigma[0]) for noisy in read]
     nearest = (min(range(len(sigmas)), key=lambda i, level=level: abs(sigmas[i] - level)) for level in LEVELS)
     chosen = sorted({i for i in nearest if i >= 2 * APART})
     coarse: dict[int, list[float]] = {scale: [] for scale in scales}
     bend = []
     for i in chosen:
-        inputs = steps[sigmas[i]][0]
+        inputs = steps[i][0]
         for scale in scales:
             forward = architecture.transformer.forward
             velocity = coarse_step(architecture, forward, inputs, read[i], scale, Coarse())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"))
 
 
+def last_validation(folder: Path, step: float = math.inf) -> list[dict[str, Any]]:
+    """Rows of a run's last validation, no later than a step; none before the first."""
+    rows = [row for row in read_lines(folder / "validation.jsonl") if row["step"] <= step]
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
+
+
 def write_card(folder: Path, config: TrainConfig, part: TrainedPart) -> None:
     """The model card of a result, with the last validation."""
-    rows = read_lines(Path(config.out) / "validation.jsonl")
-    last = [row for row in rows if row["step"] == rows[-1]["step"]]
     base = None if model_folder(config.model).exists() else config.model
-    write_text(folder / "README.md", str(model_card(part, base, last)))
+    write_text(folder / "README.md", str(model_card(part, base, last_validation(Path(config.out)))))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

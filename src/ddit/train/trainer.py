@@ -179,6 +179,11 @@ class Run:
         """Number of runs to train on; those behind are for validation."""
         return len(self.samples.prompts) - self.config.validation
 
+    @property
+    def trained(self) -> int:
+        """Steps of the adapter, those before this run among them."""
+        return self.before + self.step
+
     def advance(self) -> float:
         """One optimiser step; returns its loss, the mean over the global batch."""
         started = time.perf_counter()
@@ -268,7 +273,7 @@ class Run:
             self.accelerator.log(named, step=self.step)
         self.adapter.register_to_config(errors=errors_of(rows))
         result = disk.result_folder(self.config)
-        if disk.saved_step(result) == self.before + self.step:
+        if disk.saved_step(result) == self.trained:
             self.adapter.save_config(result)
             disk.write_card(result, self.config, self.adapter)
         if self.config.pictures:
@@ -292,7 +297,7 @@ class Run:
         try:
             with replacing(out / f"checkpoint-{self.step:06d}.pt") as path:
                 torch.save(state, path)
-            self.adapter.register_to_config(steps_trained=self.before + self.step)
+            self.adapter.register_to_config(steps_trained=self.trained)
             with self.averaged(), replacing_folder(disk.result_folder(self.config)) as path:
                 self.adapter.save_pretrained(path)
                 disk.write_card(path, self.config, self.adapter)
@@ -313,7 +318,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.step == 0:
             return
-        if disk.saved_step(disk.result_folder(self.config)) != self.before + self.step:
+        if disk.saved_step(disk.result_folder(self.config)) != self.trained:
             self.save()
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
         if due and not any(row["step"] == self.step for row in read_lines(out / "validation.jsonl")):
@@ -331,9 +336,9 @@ class Run:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.accelerator.device)
         self.step = state["step"]
-        rows = [row for row in read_lines(Path(self.config.out) / "validation.jsonl") if row["step"] <= self.step]
+        rows = disk.last_validation(Path(self.config.out), self.step)
         if rows:
-            self.adapter.register_to_config(errors=errors_of([row for row in rows if row["step"] == rows[-1]["step"]]))
+            self.adapter.register_to_config(errors=errors_of(rows))
 
     def _log(self, figures: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
