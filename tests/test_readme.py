@@ -10,7 +10,9 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
+import ddit
 import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +32,13 @@ class Small:
 
     def from_pretrained(self, name: str, **settings: Any) -> Any:
         assert name.count("/") == 1 and set(settings) <= {"torch_dtype", "dtype"}
-        pipe = tiny.pipeline()
-        call = type(pipe).__call__
+        return self.small(tiny.pipeline())
+
+    def __call__(self, **parts: Any) -> Any:
+        return self.small(self.cls(**parts))
+
+    def small(self, pipe: Any) -> Any:
+        call = self.cls.__call__
 
         def small(prompt, **kwargs):
             return call(pipe, prompt, **{"height": 32, "width": 32, "max_sequence_length": 20, **kwargs})
@@ -41,16 +48,11 @@ class Small:
         made.to = lambda self, *_: self
         return pipe
 
-    def from_pipe(self, pipe: Any, **parts: Any) -> Any:
-        return pipe
-
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_snippets_run(page, monkeypatch):
     """One after another, as a reader would paste them; the models are shrunken, folders of adapters made up."""
-    import ddit
-
     monkeypatch.setattr(diffusers, "FluxPipeline", Small(diffusers.FluxPipeline))
     pipe = diffusers.FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")
     adapter = ddit.PatchAdapter.for_model(pipe.transformer, rank=2)
@@ -60,6 +62,18 @@ def test_snippets_run(page, monkeypatch):
     vars(page_module).update(pipe=pipe, ddit=ddit, FluxPipeline=diffusers.FluxPipeline)
     for text in snippets(page):
         exec(compile(text, page.name, "exec"), vars(page_module))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_request_shares_the_model_and_leaves_it_as_it_is(monkeypatch):
+    monkeypatch.setattr(diffusers, "FluxPipeline", Small(diffusers.FluxPipeline))
+    pipe = tiny.pipeline().to(torch.bfloat16)
+    served = ModuleType("served")
+    vars(served).update(pipe=pipe, ddit=ddit, FluxPipeline=diffusers.FluxPipeline)
+    (text,) = snippets(ROOT / "docs" / "serving.md")
+    exec(compile(text, "serving.md", "exec"), vars(served))
+    assert served.request(tiny.PROMPT).size == (32, 32)
+    assert served.handle.report.scales and pipe.transformer.dtype == torch.bfloat16
 
 
 def test_commands_are_ones_that_exist():
