@@ -202,6 +202,19 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(model, tmp_path, capsys):
         assert f"({told} differ)" in capsys.readouterr().err
 
 
+def test_what_an_earlier_run_has_lost_is_drawn_again(model, tmp_path, capsys):
+    """A picture that was deleted, and one whose report is none."""
+    folder = tmp_path / "many"
+    flags = ["--model", model, "--prompts", str(prompts_file(tmp_path)), "--out", str(folder), "--num-images", "2"]
+    assert main(["generate", *flags]) == 0
+    (folder / "00001-1.png").unlink()
+    (folder / "00003.json").write_text("[1]")
+    capsys.readouterr()
+    assert main(["generate", *flags]) == 0
+    assert "wrote 2 of 3" in capsys.readouterr().out and (folder / "00001-1.png").is_file()
+    assert isinstance(json.loads((folder / "00003.json").read_text()), dict)
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

@@ -94,7 +94,7 @@ def _generate(args: argparse.Namespace) -> None:
     out = args.out
     if args.prompts is not None:
         out = (out or Path("out/ddit")) / "00001.json"
-    check_run(args, [*_files(out or Path("out/ddit.png"), args.num_images), args.json, args.plot])
+    check_run(args, [*files_of(out or Path("out/ddit.png"), args.num_images), args.json, args.plot])
     if args.plot is not None:
         require("matplotlib", "--plot")
     if (args.prompt is None) == (args.prompts is None):
@@ -112,7 +112,7 @@ def _generate(args: argparse.Namespace) -> None:
     out = args.out or Path("out/ddit").with_suffix(drawing.suffix)
     if out.suffix.lower() != drawing.suffix:
         raise ValueError(f"{out} must end in {drawing.suffix}, which is what {type(drawing.pipe).__name__} makes")
-    check_outputs([*_files(out, args.num_images), args.json, args.plot])
+    check_outputs([*files_of(out, args.num_images), args.json, args.plot])
     with _step_bar() as on_step:
         result, written = drawing.draw(args.prompt, out, on_step, plot=args.plot)
     for row in result["strips"]:
@@ -128,12 +128,12 @@ def _generate(args: argparse.Namespace) -> None:
     print("wrote " + ", ".join(map(str, written)))
 
 
-def _files(out: Path, count: int) -> list[Path]:
+def files_of(out: Path, count: int, *, compared: bool = True) -> list[Path]:
     """All that the two ``save`` of `ddit.pipelines` write: beside a clip lies its contact sheet."""
     from ddit.pipelines import outputs, sounds
 
     if out.suffix.lower() == ".wav":
-        return sounds.names(out, count, compared=True)
+        return sounds.names(out, count, compared=compared)
     files = outputs.names(out, count)
     return [*files, *(path.with_suffix(".png") for path in files if path.suffix.lower() == ".mp4")]
 

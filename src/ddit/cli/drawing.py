@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ddit.cli.common import call_options, command_line, environment, words_of
+from ddit.cli.draw import files_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
 from ddit.eval.parts import digest
@@ -125,7 +126,7 @@ class Drawing:
         return outputs.save(out, dynamic, plain, fps=self.args.fps)
 
     def is_there(self, prompt: str, path: Path) -> bool:
-        """Whether an earlier run has drawn a prompt to ``path``: its report is written last.
+        """Whether an earlier run has drawn a prompt to ``path``, and all its files are still there.
 
         Raises:
             ValueError: When something else was drawn there.
@@ -136,7 +137,9 @@ class Drawing:
         try:
             before = json.loads(report.read_text())
         except ValueError:
-            before = {}
+            before = None
+        if not isinstance(before, dict):
+            return False
         asked = json.loads(json.dumps(self.asked(prompt)))
         differ = [name for name, value in asked.items() if before.get(name) != value]
         if differ:
@@ -144,4 +147,4 @@ class Drawing:
                 f"{report} tells of another run ({', '.join(differ)} differ); name another folder with --out, "
                 "or delete it to draw it anew"
             )
-        return True
+        return all(file.is_file() for file in files_of(path, self.args.num_images, compared=self.args.compare))
