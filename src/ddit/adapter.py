@@ -103,6 +103,7 @@ class PatchAdapter(TrainedPart):
         rank: Rank of LoRA; 0 leaves it out.
         start: What the adapter adds to, see `ddit.config.Coarse`.
         positions: Positions of large patches, see `ddit.config.Coarse`.
+        fine: Share of the picture that keeps small patches, see `ddit.config.Coarse`.
         residual: Whether there is a residual path from the latents to the output.
         size_vector: Whether there is a patch-size vector.
         axes: Axes of the latents that a patch spans, see `ddit.models.base.Architecture`.
@@ -131,6 +132,7 @@ class PatchAdapter(TrainedPart):
         residual: bool = True,
         size_vector: bool = True,
         axes: int = 2,
+        fine: float = 0.0,
         detail_variance: dict[str, list[float]] | None = None,
         min_sigma: dict[str, float] | None = None,
         errors: dict[str, list[list[float]]] | None = None,
@@ -156,6 +158,7 @@ class PatchAdapter(TrainedPart):
         rank: int = 32,
         start: Start = "noise-consistent",
         positions: Positions | None = None,
+        fine: float = 0.0,
         residual: bool = True,
         size_vector: bool = True,
         detail_variance: Mapping[int, Sequence[float]] | None = None,
@@ -164,10 +167,11 @@ class PatchAdapter(TrainedPart):
         """A new adapter for a transformer, which computes exactly what the model does without one.
 
         Args:
-            positions: By default ``grid`` for ``noise-consistent`` and ``interpolated`` (the paper's) for ``bilinear``.
+            positions: By default ``grid`` for ``noise-consistent``, else ``interpolated`` (the paper's).
 
         Raises:
-            ValueError: For an unsupported model, scales that are no powers of two above 1, or a negative rank.
+            ValueError: For an unsupported model, scales that are no powers of two above 1, a negative rank, or small
+                patches in a form or a model that can't have them.
         """
         from ddit import __version__
 
@@ -176,6 +180,8 @@ class PatchAdapter(TrainedPart):
             raise ValueError(f"scales of an adapter are {tuple(scales)}; they must be distinct powers of two above 1")
         if rank < 0:
             raise ValueError(f"rank is {rank}; it must be at least 0, and 0 leaves LoRA out")
+        form = Coarse.usual(start, positions, fine)
+        architecture.check_form(form)
         return cls(
             base=type(architecture.transformer).__name__,
             base_hash=config_hash(architecture.transformer),
@@ -184,8 +190,7 @@ class PatchAdapter(TrainedPart):
             layers={name: [layer.in_features, layer.out_features] for name, layer in architecture.feed_forward()},
             scales=tuple(sorted(scales)),
             rank=rank,
-            start=start,
-            positions=positions or ("grid" if start == "noise-consistent" else "interpolated"),
+            **form.to_dict(),
             residual=residual,
             size_vector=size_vector,
             axes=architecture.axes,
@@ -197,7 +202,7 @@ class PatchAdapter(TrainedPart):
     @property
     def coarse(self) -> Coarse:
         """The form of a coarse step that it was trained for."""
-        return Coarse(start=self.config["start"], positions=self.config["positions"])
+        return Coarse(**{name: self.config[name] for name in ("start", "positions", "fine")})
 
     @property
     def detail_variance(self) -> dict[int, list[float]]:

@@ -13,7 +13,7 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
 from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
-from ddit.handle import Handle
+from ddit.handle import CACHED_MIXED, Handle
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.plan import Plan
@@ -131,6 +131,9 @@ def _settle(
     variance = _variance(detail_variance or {}, scales, known, architectures[0].channels)
     axes = architectures[0].axes
     guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
+    coarse = _coarse(schedule, adapter, architectures)
+    if coarse.fine and cache is not None:
+        raise ValueError(CACHED_MIXED)
     policy = _policy(schedule, guard)
     plan = _joint_plan(skip, patches, known, schedule.scales, adapter, guard)
     if plan is not None:
@@ -143,7 +146,7 @@ def _settle(
         pipe=pipe,
         policy=policy,
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
-        coarse=_coarse(schedule, adapter, architectures),
+        coarse=coarse,
         variance=variance,
         adapter=adapter,
         make_skipper=make_skipper,
@@ -189,6 +192,12 @@ def _coarse(schedule: Patches | Policy, adapter: PatchAdapter | None, architectu
     """How coarse steps are made: as an adapter has learnt them, else as the schedule says."""
     asked = schedule if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule()
     coarse = asked.coarse if adapter is None else adapter.coarse
+    for architecture in architectures:
+        architecture.check_form(coarse)
+    if coarse.fine and any(parallel_config(a.transformer) for a in architectures):
+        raise ValueError(
+            f"fine is {coarse.fine:g}, and patches of two sizes can't be spread over several devices; leave fine out"
+        )
     if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
         raise ValueError(
             f"positions are {coarse.positions!r}, and compiled code would not see them move; "

@@ -25,6 +25,11 @@ from ddit.schedule import Rule
 from ddit.seat import Seat, is_compiled
 from ddit.util.tell import warn
 
+CACHED_MIXED = (
+    "a cache keeps what it knows of each token, and steps with patches of two sizes have other tokens each time: "
+    "leave the cache out, or fine"
+)
+
 
 class Handle:
     """Dynamic patches on a transformer, or two that take turns, until `remove`."""
@@ -188,13 +193,13 @@ class Handle:
             answer = self._forward(seat, 1, range(len(z)))(*args, **kwargs)
             velocity = arch.velocity(first(answer), z.shape[2:])
         else:
-            velocity = self._mixed_step(seat, inputs, noisy, scales)
+            velocity = self._grouped_step(seat, inputs, noisy, scales)
             answer = arch.answer(velocity.to(z.dtype), inputs)
         if self._active:  # it may have been taken off from inside the call
             self._state.record(velocity.detach(), scales, time.perf_counter() - started)
         return answer
 
-    def _mixed_step(self, seat: Seat, inputs: Inputs, noisy: Noisy, scales: Sequence[int]) -> Tensor:
+    def _grouped_step(self, seat: Seat, inputs: Inputs, noisy: Noisy, scales: Sequence[int]) -> Tensor:
         """One call with a scale for each sample: samples of one scale run together. ``[B, C, ..., H, W]``, float32."""
         groups: dict[int, list[int]] = defaultdict(list)
         for sample, scale in enumerate(scales):
@@ -214,6 +219,7 @@ class Handle:
             return self._state.forecast(samples, noisy.latents, noisy.sigma)
         if scale == 1:
             return arch.velocity(first(self._forward(seat, 1, samples)(**inputs)), noisy.latents.shape[2:]).float()
+        clean = self._state.clean
         return coarse_step(
             arch,
             self._forward(seat, scale, samples),
@@ -223,6 +229,8 @@ class Handle:
             self.plan.coarse,
             variance=self.plan.variance.get(scale),
             adapter=self.adapter,
+            clean=None if clean is None else clean[samples],
+            seed=len(self._state.steps),
         )
 
     def _forward(self, seat: Seat, scale: int, samples: Sequence[int]) -> Callable[..., Any]:
@@ -274,7 +282,7 @@ class Handle:
         if not continues:
             self._start_over()
         if not self._current.begun:
-            self._refuse_shared_cache()
+            self._refuse_cache()
             self._drawing[threading.get_ident()] = calling_pipeline(arch.transformer) is not None
             self._current.state = self.plan.new_run(arch, inputs, noisy, self._current.pipe)
             self._current.begun = True
@@ -287,10 +295,15 @@ class Handle:
             self._state.examples = self.plan.examples(arch, inputs, noisy)
             self._state.costs = self.plan.work(arch, self._state.examples)
 
-    def _refuse_shared_cache(self) -> None:
-        """Caches of other libraries reset all their states when a run ends, those of other threads too."""
+    def _refuse_cache(self) -> None:
+        """Refuse a cache that can't work in this run.
+
+        Caches of other libraries reset all their states when a run ends, those of other threads too.
+        """
         if not any(seat.cache.active for seat in self._seats):
             return
+        if self.plan.coarse.fine:
+            raise RuntimeError(CACHED_MIXED)
         if [thread for thread in list(self._drawing) if not self._has_ended(thread)]:
             raise RuntimeError(
                 "a cache serves one run at a time, and another thread draws with this transformer: "

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,14 @@ def pad_to_multiple(z: Tensor, multiple: int) -> Tensor:
 
     Their noise is that of several pixels, of which pooling keeps as little as elsewhere; one repeated would stay.
     """
+    return pad_to(z, [-(-n // multiple) * multiple for n in z.shape[-spanned(z) :]])
+
+
+def pad_to(z: Tensor, size: Sequence[int]) -> Tensor:
+    """The same up to as many rows and columns as ``size`` says."""
     for axis in range(-spanned(z), 0):
         length = z.shape[axis]
-        missing = -length % multiple
+        missing = size[axis] - length
         if missing:  # to and fro, again and again where the picture is small
             places = torch.arange(length + missing, device=z.device) % (2 * length)
             z = z.index_select(axis, torch.minimum(places, 2 * length - 1 - places))
@@ -115,6 +120,60 @@ class TokenLayout:
         return torch.cat([frame[:, None], places.repeat(frames, 1)], dim=1)
 
 
+class Cells(NamedTuple):
+    """Which tokens a mixed step has: large patches, and of the others the model's own patches inside them."""
+
+    large: Tensor
+    """``[n]``, places of tokens on the coarse grid"""
+    small: Tensor
+    """``[m]``, places of tokens on the model's own grid"""
+    inside: int
+    """Small patches in a large one."""
+
+    @property
+    def all_large(self) -> int:
+        """Number of tokens of the coarse grid."""
+        return len(self.large) + len(self.small) // self.inside
+
+    def gather(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """Tokens of both grids ``[B, N/s s + others, D]`` and ``[B, N, D]`` in a mixed step; ``others`` stay behind."""
+        return torch.cat([coarse[:, self.large], fine[:, self.small], coarse[:, self.all_large :]], dim=1)
+
+    def scatter(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `gather` without others: tokens on the coarse and on the fine grid, zero where none was."""
+        small = tokens[:, len(self.large) :][:, : len(self.small)]
+        fine = tokens.new_zeros(len(tokens), self.all_large * self.inside, tokens.shape[2])
+        return self.scatter_large(tokens[:, : len(self.large)]), fine.index_copy(1, self.small, small)
+
+    def scatter_large(self, tokens: Tensor) -> Tensor:
+        """What is known of large patches ``[B, n, D]`` on the coarse grid ``[B, N/s s, D]``, zero elsewhere."""
+        grid = tokens.new_zeros(len(tokens), self.all_large, tokens.shape[2])
+        return grid.index_copy(1, self.large, tokens)
+
+    def covered(self, patch: int, shape: Sequence[int]) -> Tensor:
+        """Where small patches lie ``[1, 1, H, W]``, in latents of this shape."""
+        tokens = torch.zeros(1, self.all_large * self.inside, patch**2, dtype=torch.bool, device=self.small.device)
+        return unpack(tokens.index_fill(1, self.small, True), patch, (1, 1, *shape[2:]))
+
+
+def inner_variance(z: Tensor, side: int) -> Tensor:
+    """Variance inside each ``side x side`` square of latents ``[B, C, ..., H, W]``, mean over channels, ``[B, N]``."""
+    return cut(z, side).var(-1, correction=0).mean(1).flatten(1)
+
+
+def liveliest(variance: Tensor, grid: Sequence[int], scale: int, share: float) -> Cells:
+    """The share of large patches with the largest variance ``[N]`` is cut into small ones; the host waits for nothing.
+
+    Args:
+        grid: Rows and columns of large patches.
+    """
+    order = variance.argsort(descending=True)
+    count = round(share * len(order))
+    own = torch.arange(len(order) * scale**2, device=order.device).reshape(1, 1, *(n * scale for n in grid))
+    inside = cut(own, scale).reshape(len(order), -1)  # small patches of each large one
+    return Cells(order[count:], inside[order[:count]].flatten(), scale**2)
+
+
 @cache
 @torch.inference_mode(False)  # Autograd refuses tensors made in inference mode, and these are kept.
 def resize_matrices(
@@ -122,8 +181,8 @@ def resize_matrices(
 ) -> tuple[Tensor, Tensor]:
     """Matrices that shrink a large patch to a small one and grow it back.
 
-    ``noise-consistent``: average pooling and repetition. ``bilinear``: U is bilinear resizing and M its
-    pseudo-inverse, so that ``M U = 1``; applied to the latents this equals resizing the embedding's weights
+    ``bilinear``: U is bilinear resizing and M its pseudo-inverse, so that ``M U = 1``. Else average pooling and
+    repetition. The first, applied to the latents this equals resizing the embedding's weights
     (PI-resize, FlexiViT, arXiv 2212.08013, section 3.4).
 
     Args:
@@ -135,7 +194,7 @@ def resize_matrices(
     """
     pixels = patch_size**axes
     basis = torch.eye(pixels).reshape(pixels, 1, *[patch_size] * axes)
-    if start == "noise-consistent":
+    if start != "bilinear":
         up = F.interpolate(basis, scale_factor=float(scale), mode="nearest").reshape(pixels, -1).T
         down = up.T / scale**axes
     else:
@@ -197,12 +256,15 @@ def consistent_level(sigma: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
     return factor, factor * sigma / divisor
 
 
-def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: Start) -> tuple[Tensor, Tensor]:
+def coarse_input(
+    z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: Start, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Latents and noise level that the model is called with on the coarse grid.
 
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; H and W are multiples of ``s p``.
         sigma: Noise level ``[B]``.
+        seed: Of the noise that ``renoised`` adds, the same for all samples.
 
     Returns:
         Latents ``[B, C, ..., H/s, W/s]`` and noise level ``[B]``.
@@ -210,6 +272,10 @@ def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: S
     small = shrink(z, scale, patch_size, start)
     if start == "bilinear":
         return small, sigma
+    if start == "renoised":
+        lost = math.sqrt(1 - 1 / noise_divisor(z, scale) ** 2)
+        noise = torch.randn(small[:1].shape, generator=torch.Generator(z.device).manual_seed(seed), device=z.device)
+        return small + lost * expand(sigma, z) * noise, sigma
     factor, level = consistent_level(sigma, noise_divisor(z, scale))
     return small * expand(factor, z), level
 
@@ -220,24 +286,31 @@ def patch_features(z: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; sigma: their noise level ``[B]``.
     """
-    return z if start == "bilinear" else z * expand(consistent_level(sigma, noise_divisor(z, scale))[0], z)
+    return z if start != "noise-consistent" else z * expand(consistent_level(sigma, noise_divisor(z, scale))[0], z)
 
 
-def low_velocity(small: Tensor, output: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor:
+def low_velocity(
+    small: Tensor, output: Tensor, sigma: Tensor, scale: int, start: Start, pooled: Tensor | None = None
+) -> Tensor:
     """Velocity of what pooling keeps, from the model's answer on the coarse grid.
 
     ``bilinear`` takes the answer as it is. ``noise-consistent`` splits it: with ``x_lo = z' - sigma' v'`` and
-    ``e_lo = (z' + (1 - sigma') v') / d`` the velocity is ``e_lo - x_lo``.
+    ``e_lo = (z' + (1 - sigma') v') / d`` the velocity is ``e_lo - x_lo``. ``renoised`` takes ``x_lo`` alone, since the
+    model saw other noise: the velocity is ``(D z - x_lo) / sigma``.
 
     Args:
         small, output: The model's input and answer ``[B, C, ..., H/s, W/s]``.
         sigma: Noise level of the latents on the fine grid ``[B]``.
+        pooled: Those latents after pooling, where ``small`` has further noise.
 
     Returns:
         ``[B, C, ..., H/s, W/s]``, for `grow`.
     """
     if start == "bilinear":
         return output
+    if start == "renoised":
+        level = expand(sigma, small)
+        return ((small if pooled is None else pooled) - small + level * output) / level
     divisor = noise_divisor(small, scale)
     level = expand(consistent_level(sigma, divisor)[1], small)
     return (small + (1 - level) * output) / divisor - (small - level * output)
@@ -266,9 +339,14 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def pool_tokens(x: Tensor, grid: Sequence[int], scale: int) -> Tensor:
-    """Mean over the tokens of a picture (grid of rows, columns) in each large patch: ``[B, N, D] -> [B, N/s s, D]``."""
-    z = pad_to_multiple(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), scale)
+def pool_tokens(x: Tensor, grid: Sequence[int], scale: int, onto: Sequence[int] = ()) -> Tensor:
+    """Mean over the tokens of a picture (grid of rows, columns) in each large patch: ``[B, N, D] -> [B, N/s s, D]``.
+
+    Args:
+        onto: Rows and columns of large patches; by default as many as cover the grid.
+    """
+    size = [n * scale for n in onto or coarse_grid(grid, scale)]
+    z = pad_to(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), size)
     return rearrange(F.avg_pool2d(z, scale), "b d h w -> b (h w) d")
 
 

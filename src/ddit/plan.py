@@ -64,6 +64,7 @@ class Plan:
             total=total,
             sigmas=sigmas,
             costs=self.work(arch, examples),
+            keeps_clean=self.coarse.fine > 0,
             examples=examples,
         )
 

@@ -100,6 +100,10 @@ class RunState:
     """Scale -> work of a step in full steps; empty where nobody asks."""
     spent: list[float] = field(default_factory=list)
     """Per sample, work of the steps so far."""
+    keeps_clean: bool = False
+    """Whether `clean` is kept."""
+    clean: Tensor | None = None
+    """What the model last took the clean latents for ``[B, C, ..., H, W]``, float32."""
     path: Path = field(default_factory=lambda: Path(0))
     levels: list[float] = field(default_factory=list)
     """Noise levels of the last two steps."""
@@ -242,7 +246,7 @@ class RunState:
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to be full and whose latents can't be read; the path starts anew after it."""
         self._count(len(tokens))
-        self.path = Path(self.path.keep, seen=tokens.clone())
+        self.path, self.clean = Path(self.path.keep, seen=tokens.clone()), None
         self.levels, self.velocities = [sigma], []
         if self.skipper is not None:
             self.skipper.forget()
@@ -292,6 +296,8 @@ class RunState:
                 velocity.float(),
                 self.levels[-1],
             )
+        if self.keeps_clean and self.passes == 0:
+            self.clean = self._seen.float() - self.levels[-1] * velocity.float()
         self.reuses.update(self.cached)
         self.cached = set()
         if self.path.keep and self._seen.dtype != torch.float32:

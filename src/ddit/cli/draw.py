@@ -10,8 +10,10 @@ from typing import Any
 from ddit.cli.common import (
     add_command,
     add_flag,
+    check_column,
     check_outputs,
     check_run,
+    column_option,
     command_line,
     environment,
     model_options,
@@ -38,6 +40,7 @@ def add_draw(commands: Any) -> None:
     generate.add_argument(
         "--prompts", help="file of prompts, such as one per line, instead of one; --out is a folder then"
     )
+    column_option(generate)
     model_options(generate)
     method_options(generate)
     generate.add_argument("--seed", type=int, default=0)
@@ -65,6 +68,7 @@ def method_options(command: argparse.ArgumentParser) -> None:
         add_flag(patches, PatchSchedule, field, text)
     add_flag(patches, Coarse, "start", "how a coarse step is computed without an adapter")
     add_flag(patches, Coarse, "positions", "of large patches")
+    add_flag(patches, Coarse, "fine", "share of the picture that keeps small patches in coarse steps, such as 0.25")
     skip = command.add_argument_group("skip", "in which steps the model is not called (default: in none)")
     for word, text in SKIP_HELP.items():
         add_flag(skip, SkipSchedule, SKIP[word], text, name=word)
@@ -99,6 +103,7 @@ def _generate(args: argparse.Namespace) -> None:
         require("matplotlib", "--plot")
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give a prompt to draw, or --prompts FILE with one per line")
+    check_column(args.prompt_column, args.prompts, "--prompts")
     if args.prompts is not None:
         _draw_many(args)
         return
@@ -193,7 +198,7 @@ def _draw_many(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{folder} must be a folder with --prompts; its files are numbered by the lines of {args.prompts}"
         )
-    prompts = read_prompts(args.prompts)
+    prompts = read_prompts(args.prompts, args.prompt_column)
     for prompt in prompts:
         loading.check_prompt(prompt, args.model)
     state = PartialState(cpu=args.device == "cpu")

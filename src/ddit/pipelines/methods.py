@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.config import FULL, MIXED, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
 from ddit.preset import Preset
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
     """
     rule = {name: given[name] for name in RULE if name in given}
     coarse = {name: given[name] for name in COARSE if name in given}
+    if coarse.get("fine"):
+        coarse = {**MIXED, **coarse}
     kind = given.get("patches", "rule")
     if kind not in KINDS:
         raise ValueError(f"patches is {kind!r}; it must be one of {', '.join(KINDS)}")
