@@ -104,7 +104,8 @@ class Handle:
         architecture = self.plan.architectures[0]
         tokens = {s: architecture.tokens(run.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(run.examples[s], s, self.adapter) for s in scales}
-        return Report(tuple(run.steps), tokens, flops, run.forced, self._share, self.plan.speedup)
+        asked = self.plan.speedup, self.plan.coarse.fine
+        return Report(tuple(run.steps), tokens, flops, run.forced, self._share, *asked)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""

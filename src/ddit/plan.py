@@ -40,7 +40,7 @@ class Plan:
     """What skipping was asked for."""
     cache: Config | None = None
     costs: Mapping[int, float] = field(default_factory=dict)
-    """Scale -> work of a step in full steps, in place of the model's own."""
+    """Scale -> work of a step in full steps, in place of the model's own where patches are of one size."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What was asked for in words, for `Handle.__repr__`."""
 
@@ -83,4 +83,4 @@ class Plan:
         if self.make_skipper is None:
             return {}
         flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-        return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **self.costs}
+        return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **({} if self.coarse.fine else self.costs)}

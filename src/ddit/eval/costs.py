@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +21,7 @@ class Costs:
     """
 
     model: str
-    scales: Sequence[int] = (1, 2, 4)
+    scales: tuple[int, ...] = (1, 2, 4)
 
     def __post_init__(self) -> None:
         _ = self.ratios
@@ -42,4 +41,5 @@ class Costs:
     def price(self, report: Report, cache: Config | None) -> Report:
         """The same run, with the same cache, at these costs."""
         share = report.reused_share if cache is None else answered_share(cache, self.lists)
-        return replace(report, flops={scale: self.ratios[scale] for scale in report.flops}, reused_share=share)
+        ratios = cost_ratios(self.model, self.scales, report.fine)
+        return replace(report, flops={scale: ratios[scale] for scale in report.flops}, reused_share=share)
