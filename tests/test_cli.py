@@ -215,12 +215,23 @@ def test_what_an_earlier_run_has_lost_is_drawn_again(model, tmp_path, capsys):
     assert isinstance(json.loads((folder / "00003.json").read_text()), dict)
 
 
+@pytest.mark.parametrize("command", [["generate"], ["calibrate"], ["study", "prepare"]], ids=" ".join)
+def test_prompts_of_a_column_of_any_name(command, model, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text(f"words,n\n{PROMPT},1\n")
+    flags = ["--model", model, "--prompts", str(tmp_path / "p.csv"), "--out", str(tmp_path / "out")]
+    assert main([*command, *flags]) == 2
+    assert "name one of words, n with --prompt-column" in capsys.readouterr().err
+    assert main([*command, *flags, "--prompt-column", "n", "--width", "33"]) == 2
+    assert "width is 33" in capsys.readouterr().err  # the prompts were read before
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
         ([], "or --prompts"),
         ([PROMPT, "--prompts", "p.txt"], "or --prompts"),
         (["--prompts", "none.txt"], "no file"),
+        ([PROMPT, "--prompt-column", "words"], "in --prompts FILE"),
         (["--prompts", "none.txt", "--json", "a.json"], "beside it"),
         (["--prompts", "none.txt", "--out", "a.png"], "must be a folder"),
     ],

@@ -11,6 +11,7 @@ from ddit.cli.common import (
     call_options,
     check_outputs,
     check_run,
+    column_option,
     command_line,
     environment,
     model_options,
@@ -37,6 +38,7 @@ def add_app(commands: Any) -> None:
     prepare = add_command(stages, "prepare", _prepare, "draw the pairs; goes on where it stopped")
     prepare.add_argument("--prompts", required=True, help="file of prompts, such as one per line")
     prepare.add_argument("--out", type=Path, required=True, help="folder of the study")
+    column_option(prepare)
     model_options(prepare)
     method_options(prepare)
     prepare.add_argument("--seed", type=int, default=0, help="another one adds pairs (default: %(default)s)")
@@ -98,7 +100,7 @@ def _prepare(args: argparse.Namespace) -> None:
     from ddit.pipelines.sounds import refuse_sound
     from ddit.util.progress import progress
 
-    prompts = read_prompts(args.prompts)
+    prompts = read_prompts(args.prompts, args.prompt_column)
     for prompt in prompts:
         loading.check_prompt(prompt, args.model)
     drawing = Drawing.load(args, args.device)

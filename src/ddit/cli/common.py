@@ -50,6 +50,17 @@ def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> 
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
+def column_option(command: Any) -> None:
+    """Beside an option that names a file of prompts."""
+    command.add_argument("--prompt-column", metavar="NAME", help="where prompts are in it (default: the usual names)")
+
+
+def check_column(column: str | None, source: str | None, flag: str) -> None:
+    """Refuse ``--prompt-column`` without the file that ``flag`` names."""
+    if column is not None and source is None:
+        raise ValueError(f"--prompt-column says where prompts are in {flag} FILE; give that too")
+
+
 def add_flag(command: Any, record: type, field: str, text: str = "", *, name: str = "") -> None:
     """The flag that sets a field of a dataclass, by the field's annotation; ``None`` where it is not given.
 

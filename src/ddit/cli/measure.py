@@ -9,8 +9,10 @@ from typing import Any
 from ddit.cli.common import (
     add_command,
     call_options,
+    check_column,
     check_outputs,
     check_run,
+    column_option,
     command_line,
     environment,
     model_options,
@@ -37,6 +39,7 @@ def add_measure(commands: Any) -> None:
     calibrate.add_argument(
         "--prompts", help="file of prompts, such as one per line (default: those of the embedded model)"
     )
+    column_option(calibrate)
     calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
     calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
     calibrate.add_argument("--seed", type=int, default=0)
@@ -108,7 +111,7 @@ def _judging_options(command: argparse.ArgumentParser) -> None:
     )
     text += ".jsonl, .csv, .tsv, .parquet), or dataset:OWNER/NAME on the hub"
     command.add_argument("--prompt-file", metavar="FILE", help=text)
-    command.add_argument("--prompt-column", metavar="NAME", help="where prompts are in it (default: the usual names)")
+    column_option(command)
     command.add_argument("--split", choices=("judge", "tune"), default="judge")
     text = "plan and tell work at the costs of this model, such as flux.1-dev or wan2.1-1.3b (see ddit info)"
     command.add_argument("--costs", metavar="NAME", help=text)
@@ -185,8 +188,7 @@ def _texts(args: argparse.Namespace) -> list[str]:
         from ddit.pipelines.prompts import read_prompts
 
         return read_prompts(args.prompt_file, args.prompt_column, args.prompts)
-    if args.prompt_column is not None:
-        raise ValueError("--prompt-column says where prompts are in a --prompt-file; give that too")
+    check_column(args.prompt_column, args.prompt_file, "--prompt-file")
     if args.suite == "paper":
         raise ValueError("suite paper needs prompts, such as COCO's captions or DrawBench: --prompt-file FILE")
     if args.model not in EMBEDDED and not Path(args.model).is_dir():
@@ -206,6 +208,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from ddit.pipelines.sounds import refuse_sound
     from ddit.preset import FILE
 
+    check_column(args.prompt_column, args.prompts, "--prompts")
     if args.prompts is None and args.model not in loading.EMBEDDED:
         raise ValueError("name a file with prompts: --prompts FILE, one per line")
     folder = args.out or loading.model_folder(args.model)
@@ -215,7 +218,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     pipe, preset = loading.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
     refuse_sound(pipe)
     if args.prompts is not None:
-        prompts = read_prompts(args.prompts, count=args.count)
+        prompts = read_prompts(args.prompts, args.prompt_column, args.count)
     else:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
     settings = lib.call_settings(preset, **call_options(args))
