@@ -249,6 +249,7 @@ def test_references(weights, tmp_path):
         ("p.csv", 'Prompts,Category\n"a cat",x\n"a dog",y\n', None),
         ("p.tsv", "Prompt\tCategory\na cat\tx\na dog\ty\n", None),
         ("p.tsv", "Prompt\tNote\nno\ta cat\nno\ta dog\n", "Note"),
+        ("lines.txt", "a cat\r\n\ra dog", None),
         (
             "captions.json",
             '{"annotations": [{"image_id": 7, "caption": "a cat"}, {"image_id": 7, "caption": "one cat"}, '
@@ -261,6 +262,12 @@ def test_prompts_are_read(tmp_path, name, text, column):
     (tmp_path / name).write_text(text)
     assert read_prompts(str(tmp_path / name), column) == ["a cat", "a dog"]
     assert read_prompts(str(tmp_path / name), column, 1) == ["a cat"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("p.txt", "{}\na dog\n"), ("p.jsonl", '"{}"\n"a dog"\n')])
+def test_only_newlines_end_a_prompt(tmp_path, name, text):
+    (tmp_path / name).write_text(text.format("a\u2028black\x85cat"), encoding="utf-8")
+    assert read_prompts(str(tmp_path / name)) == ["a\u2028black\x85cat", "a dog"]
 
 
 @pytest.mark.parametrize(

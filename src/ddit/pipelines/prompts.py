@@ -19,7 +19,9 @@ CONVERTED = "refs/convert/parquet"
 """Branch of a data set where the hub keeps it as ``config/split/0000.parquet``."""
 
 
-def read_prompts(source: str, column: str | None = None, count: int | None = None) -> list[str]:
+def read_prompts(
+    source: str, column: str | None = None, count: int | None = None, *, least: int | None = None
+) -> list[str]:
     """Prompts of a file or data set, in its order.
 
     Text (a prompt per line), ``.json`` (a list of texts or objects, or captions as COCO has them: the first of each
@@ -29,6 +31,7 @@ def read_prompts(source: str, column: str | None = None, count: int | None = Non
     Args:
         column: Of tables and objects; without it, one of `USUAL`.
         count: Take no more.
+        least: Refuse fewer (default: ``count``).
 
     Raises:
         ValueError: When there is no such file, data set or column, or too few prompts in it.
@@ -47,8 +50,9 @@ def read_prompts(source: str, column: str | None = None, count: int | None = Non
             prompts.append(text)
         if len(prompts) == count:
             break
-    if len(prompts) < (count or 1):
-        raise ValueError(f"{source} holds {len(prompts)} prompts, {count or 'one at least'} asked for")
+    least = least or count
+    if len(prompts) < (least or 1):
+        raise ValueError(f"{source} holds {len(prompts)} prompts, {least or 'one at least'} asked for")
     return prompts
 
 
@@ -63,7 +67,9 @@ def _file(path: Path, column: str | None) -> Iterable[Any]:
 def _lines(path: Path, column: str | None) -> list[str]:
     if column is not None:
         raise ValueError(f"{path} has no columns, it is read as a prompt per line; leave --prompt-column out")
-    return path.read_text(encoding=UTF8).splitlines()
+    return path.read_text(encoding=UTF8).split(
+        "\n"
+    )  # read_text has made it of all line ends; U+2028 and the like may be in a prompt
 
 
 def _json(path: Path, column: str | None) -> list[Any]:
@@ -81,7 +87,7 @@ def _json(path: Path, column: str | None) -> list[Any]:
 
 
 def _json_lines(path: Path, column: str | None) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding=UTF8).splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding=UTF8).split("\n") if line.strip()]
 
 
 def _table(path: Path, column: str | None) -> list[dict[str, Any]]:
