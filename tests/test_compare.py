@@ -336,11 +336,17 @@ def test_calibrate_writes_what_teacache_needs(model, tmp_path, capsys):
     assert "(1)" in capsys.readouterr().out
 
 
-def test_bad_calibrations_are_refused(model, tmp_path, capsys):
+def test_bad_calibrations_are_refused(model, tmp_path, capsys, monkeypatch):
+    """Before anything is drawn; a file of fewer prompts than usual is taken as it is."""
+    monkeypatch.delattr(calibrate, "measure")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
     for flags, told in (
         (["--model", model], "--prompts FILE"),
         (["--model", "some/model", "--prompts", "x"], "--out"),
         (["--model", model, "--prompts", str(tmp_path / "none"), "--out", str(tmp_path)], "no file"),
+        (["--model", model, "--prompts", str(prompts), "--count", "2", "--out", str(tmp_path)], "holds 1 prompts, 2"),
+        (["--model", model, "--prompts", str(prompts), "--steps", "5", "--out", str(tmp_path)], "has 4 changes"),
     ):
         assert main(["calibrate", *flags]) == 2
         assert told in capsys.readouterr().err

@@ -25,7 +25,8 @@ from ddit.util.files import ended, write_json, write_text
 PAPER = "paper"
 EMBEDDED_SUITES = ("embedded", "embedded-video")
 JUDGES = ("fid", "clip", "imagereward", "lpips", "ssim", "psnr", "vbench")
-PROMPTS = 200
+PROMPTS, CALIBRATION = 200, 8
+"""How many are drawn to judge and to calibrate, where nobody says."""
 TIMED: dict[str, Any] = {"batch": [1], "schedule": PAPER, "steps": [50], "repeats": 15}
 """Options of `ddit bench` that only timing has, with their defaults."""
 
@@ -40,7 +41,8 @@ def add_measure(commands: Any) -> None:
         "--prompts", help="file of prompts, such as one per line (default: those of the embedded model)"
     )
     column_option(calibrate)
-    calibrate.add_argument("--count", type=positive, default=8, help="prompts to run (default: %(default)s)")
+    text = f"prompts to run (default: {CALIBRATION}, or as many as the file has)"
+    calibrate.add_argument("--count", type=positive, help=text)
     calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
     calibrate.add_argument("--seed", type=int, default=0)
     calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
@@ -217,10 +219,11 @@ def _calibrate(args: argparse.Namespace) -> None:
     check_run(args, (folder / FILE,))
     pipe, preset = loading.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
     refuse_sound(pipe)
+    count = args.count or CALIBRATION
     if args.prompts is not None:
-        prompts = read_prompts(args.prompts, args.prompt_column, args.count)
+        prompts = read_prompts(args.prompts, args.prompt_column, count, least=args.count or 1)
     else:
-        prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", args.count, args.seed)]
+        prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", count, args.seed)]
     settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
     calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder)

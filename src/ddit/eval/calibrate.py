@@ -25,7 +25,7 @@ from ddit.eval.step_errors import Errors, measured_errors, profile_of
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first
 from ddit.patches import detail_variance
-from ddit.pipelines.generate import Method, recorded, run
+from ddit.pipelines.generate import Method, guidance_scale, recorded, run, run_steps
 from ddit.preset import FILE, Preset, QualityCurve
 from ddit.pretrained import config_hash, fingerprint
 from ddit.skip.joint import expected_error
@@ -94,6 +94,7 @@ def calibrate(
     Raises:
         ValueError: With too few steps to fit TeaCache's polynomial to.
     """
+    _check_steps(pipe, settings, min(batch, len(prompts)))
     kept = folder / f"{FILE}.part"
     asked = {
         "base": [config_hash(pipe.transformer), fingerprint(pipe.transformer)],
@@ -118,6 +119,21 @@ def calibrate(
     measured.save(folder)
     kept.unlink()
     return measured
+
+
+def _check_steps(pipe: Any, settings: dict[str, Any], batch: int) -> None:
+    """Refuse runs that are too short to fit TeaCache's polynomial to, before the first one."""
+    passes = 2 if guidance_scale(pipe, settings) > 1 else 1
+    changes = max(run_steps(pipe, settings) - 1, 0) * passes * batch
+    if _has_teacache(architecture_for(pipe.transformer)) and changes <= DEGREE:
+        raise ValueError(
+            f"a batch has {changes} changes from step to step, too few to fit TeaCache's polynomial to; take more "
+            "--steps, or a larger --batch and --count"
+        )
+
+
+def _has_teacache(architecture: Architecture) -> bool:
+    return suits(architecture, TeaCacheConfig(coefficients=(0.0,)))
 
 
 def _kept(path: Path, asked: dict[str, Any]) -> list[Figures]:
@@ -163,8 +179,7 @@ def plain_runs(
 ) -> Plain:
     """Draw prompts, and look at what goes on."""
     architecture = architecture_for(pipe.transformer)
-    knows = suits(architecture, TeaCacheConfig(coefficients=(0.0,)))
-    watched = _signals(architecture) if knows else nullcontext()
+    watched = _signals(architecture) if _has_teacache(architecture) else nullcontext()
     with watched as signals, recorded(pipe) as calls, _stepped(pipe.scheduler) as latents:
         pictures = run(pipe, prompts, seeds, settings).pictures
     changes = None if signals is None else _changes(architecture, signals, calls, len(prompts))
