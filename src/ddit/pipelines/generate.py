@@ -6,6 +6,7 @@ import functools
 import inspect
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -281,7 +282,9 @@ def warm_up(pipe: Any, prompts: list[str], seeds: list[int], settings: dict[str,
     patches = None if method is None else method.patches or (method.preset or Preset()).patches
     scales = (1, 2, 4) if patches is None else patches.scales
     steps = FixedSchedule(steps=(1, *sorted(scales, reverse=True)))
-    run(pipe, prompts, seeds, warm, method=method and Method(patches=steps, adapter=method.adapter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of this schedule, which is nobody's
+        run(pipe, prompts, seeds, warm, method=method and Method(patches=steps, adapter=method.adapter))
 
 
 def _median(runs: list[Run]) -> Run:

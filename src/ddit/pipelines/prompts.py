@@ -67,9 +67,7 @@ def _file(path: Path, column: str | None) -> Iterable[Any]:
 def _lines(path: Path, column: str | None) -> list[str]:
     if column is not None:
         raise ValueError(f"{path} has no columns, it is read as a prompt per line; leave --prompt-column out")
-    return path.read_text(encoding=UTF8).split(
-        "\n"
-    )  # read_text has made it of all line ends; U+2028 and the like may be in a prompt
+    return path.read_text(encoding=UTF8).split("\n")  # not at U+2028 and the like, as splitlines does
 
 
 def _json(path: Path, column: str | None) -> list[Any]:
