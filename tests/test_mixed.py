@@ -7,10 +7,11 @@ import torch
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchAdapter, PatchSchedule
+from ddit.cells import inner_variance, liveliest
 from ddit.coarse import coarse_call, coarse_step
 from ddit.config import Coarse
 from ddit.models import architecture_for
-from ddit.patches import cut, inner_variance, liveliest, pack
+from ddit.patches import cut, pack
 from families import call_of
 from helpers import call_inputs
 from test_architectures import CASES, draw
@@ -37,9 +38,8 @@ def test_scatter_undoes_gather():
     cells = liveliest(torch.randn(6), (2, 3), 2, 0.5)
     tokens = cells.gather(coarse, fine)
     assert tokens.shape == (1, 3 + 12 + 2, 5) and torch.equal(tokens[:, -2:], coarse[:, -2:])
-    for found, was, places in zip(
-        cells.scatter(tokens), (coarse[:, :6], fine), (cells.large, cells.small), strict=True
-    ):
+    scattered = cells.scatter_large(tokens), cells.scatter_small(tokens)
+    for found, was, places in zip(scattered, (coarse[:, :6], fine), (cells.large, cells.small), strict=True):
         assert torch.equal(found[:, places], was[:, places])
         assert found.count_nonzero() == 5 * len(places)
 
@@ -128,7 +128,7 @@ def test_an_adapter_of_two_sizes():
     with adapter.attach(transformer):
         torch.testing.assert_close(coarse_step(*told, adapter=adapter), free)
         with torch.no_grad():
-            adapter.parts["2"].head.bias.fill_(1.0)
+            adapter.get_parameter("parts.2.head.bias").fill_(1.0)
         added = coarse_step(*told, adapter=adapter) - free
     cells = cut(added, 4).mean(-1).mean(1).flatten()
     assert sorted(cells.round(decimals=4).tolist()) == [0.0] * 4 + [1.0] * 12

@@ -235,6 +235,9 @@ def test_pictures_need_captions_and_a_known_autoencoder(base, shown, tmp_path):
     table = shown / "metadata.jsonl"
     table.write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": "two"}\n')
     assert read_captions(shown) == {shown / "1.png": "one", shown / "0.png": "two"}
+    table.write_text('{"file_name": "1.png", "text": "one\u2028line"}\n', encoding="utf-8")
+    assert read_captions(shown) == {shown / "1.png": "one\u2028line"}
+    table.write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": "two"}\n')
     with pytest.raises(ValueError, match="holds 2 pictures, 3 were asked for"):
         read_captions(shown, 3)
     table.write_text('{"file_name": "9.png", "text": "one"}\n')

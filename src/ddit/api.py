@@ -13,10 +13,10 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
 from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
-from ddit.handle import CACHED_MIXED, Handle
+from ddit.handle import Handle
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
-from ddit.plan import Plan
+from ddit.plan import CACHED_MIXED, Plan
 from ddit.preset import Preset
 from ddit.run import Skipping
 from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard

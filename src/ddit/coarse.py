@@ -9,17 +9,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ddit.cells import Cells, inner_variance, liveliest
 from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs, Noisy, first
 from ddit.patches import (
-    Cells,
     TokenLayout,
     coarse_input,
     crop,
     detail_velocity,
     grow,
-    inner_variance,
-    liveliest,
     low_velocity,
     pack,
     pad_to_multiple,
@@ -112,7 +110,6 @@ def coarse_step(
         Velocity ``[B, C, ..., H, W]``, float32.
     """
     sigma, patch, batch = noisy.sigma, arch.patch_size, len(noisy.latents)
-    told: dict[str, Any] = {"variance": variance, "adapter": adapter, "seed": seed}
     if coarse.fine and batch > 1:  # each sample has its own small patches, and positions are told for all at once
         parts = [
             coarse_step(
@@ -122,8 +119,10 @@ def coarse_step(
                 noisy.rows([i]),
                 scale,
                 coarse,
+                variance=variance,
+                adapter=adapter,
                 clean=None if clean is None else clean[i : i + 1],
-                **told,
+                seed=seed,
             )
             for i in range(batch)
         ]
@@ -136,7 +135,7 @@ def coarse_step(
         hears = adapter.at(scale, patches if cells is None else patches[:, cells.large])
     with arch.placed(call.layout), hears as learnt:
         answer = first(forward(**call.inputs))
-    large, small = (answer, None) if cells is None else cells.scatter(answer)
+    large = answer if cells is None else cells.scatter_large(answer)
     output = arch.velocity(large, call.latents.shape[2:]).float()
     pooled = shrink(padded, scale, patch, coarse.start) if coarse.start == "renoised" else None
     low = low_velocity(call.latents, output, sigma, scale, coarse.start, pooled)
@@ -148,8 +147,8 @@ def coarse_step(
         if cells is not None:
             correction = cells.scatter_large(correction)
         velocity = velocity + unpack(correction, scale * patch, padded.shape)
-    if cells is not None and small is not None:
-        own = arch.velocity(small, padded.shape[2:]).float()
+    if cells is not None:
+        own = arch.velocity(cells.scatter_small(answer), padded.shape[2:]).float()
         velocity = torch.where(cells.covered(patch, padded.shape), own, velocity)
     return crop(velocity, *noisy.latents.shape[2:])
 

@@ -122,7 +122,7 @@ class Coarse(_Settings):
     @classmethod
     def mixed(cls, fine: float = 0.25) -> Coarse:
         """Steps with patches of two sizes that need no training: a share of the picture stays as it is."""
-        return cls(**MIXED, fine=fine)
+        return cls.usual("renoised", fine=fine)
 
     @classmethod
     def usual(cls, start: Start, positions: Positions | None = None, fine: float = 0.0) -> Coarse:
@@ -130,10 +130,6 @@ class Coarse(_Settings):
         return cls(
             start=start, positions=positions or ("grid" if start == "noise-consistent" else "interpolated"), fine=fine
         )
-
-
-MIXED: dict[str, Any] = {"start": "renoised", "positions": "interpolated"}
-"""What steps with patches of two sizes take beside their share of small ones."""
 
 
 PAPER = Coarse(start="bilinear", positions="interpolated")

@@ -18,17 +18,12 @@ from ddit.caches import Cache
 from ddit.caller import Current, calling_pipeline, held_by
 from ddit.coarse import coarse_step
 from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first
-from ddit.plan import Plan
+from ddit.plan import CACHED_MIXED, Plan
 from ddit.report import Report
 from ddit.run import RunState
 from ddit.schedule import Rule
 from ddit.seat import Seat, is_compiled
 from ddit.util.tell import warn
-
-CACHED_MIXED = (
-    "a cache keeps what it knows of each token, and steps with patches of two sizes have other tokens each time: "
-    "leave the cache out, or fine"
-)
 
 
 class Handle:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,60 +118,6 @@ class TokenLayout:
         places = self.places(device=device)
         frame = torch.arange(frames, device=device).float().repeat_interleave(len(places))
         return torch.cat([frame[:, None], places.repeat(frames, 1)], dim=1)
-
-
-class Cells(NamedTuple):
-    """Which tokens a mixed step has: large patches, and of the others the model's own patches inside them."""
-
-    large: Tensor
-    """``[n]``, places of tokens on the coarse grid"""
-    small: Tensor
-    """``[m]``, places of tokens on the model's own grid"""
-    inside: int
-    """Small patches in a large one."""
-
-    @property
-    def all_large(self) -> int:
-        """Number of tokens of the coarse grid."""
-        return len(self.large) + len(self.small) // self.inside
-
-    def gather(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Tokens of both grids ``[B, N/s s + others, D]`` and ``[B, N, D]`` in a mixed step; ``others`` stay behind."""
-        return torch.cat([coarse[:, self.large], fine[:, self.small], coarse[:, self.all_large :]], dim=1)
-
-    def scatter(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `gather` without others: tokens on the coarse and on the fine grid, zero where none was."""
-        small = tokens[:, len(self.large) :][:, : len(self.small)]
-        fine = tokens.new_zeros(len(tokens), self.all_large * self.inside, tokens.shape[2])
-        return self.scatter_large(tokens[:, : len(self.large)]), fine.index_copy(1, self.small, small)
-
-    def scatter_large(self, tokens: Tensor) -> Tensor:
-        """What is known of large patches ``[B, n, D]`` on the coarse grid ``[B, N/s s, D]``, zero elsewhere."""
-        grid = tokens.new_zeros(len(tokens), self.all_large, tokens.shape[2])
-        return grid.index_copy(1, self.large, tokens)
-
-    def covered(self, patch: int, shape: Sequence[int]) -> Tensor:
-        """Where small patches lie ``[1, 1, H, W]``, in latents of this shape."""
-        tokens = torch.zeros(1, self.all_large * self.inside, patch**2, dtype=torch.bool, device=self.small.device)
-        return unpack(tokens.index_fill(1, self.small, True), patch, (1, 1, *shape[2:]))
-
-
-def inner_variance(z: Tensor, side: int) -> Tensor:
-    """Variance inside each ``side x side`` square of latents ``[B, C, ..., H, W]``, mean over channels, ``[B, N]``."""
-    return cut(z, side).var(-1, correction=0).mean(1).flatten(1)
-
-
-def liveliest(variance: Tensor, grid: Sequence[int], scale: int, share: float) -> Cells:
-    """The share of large patches with the largest variance ``[N]`` is cut into small ones; the host waits for nothing.
-
-    Args:
-        grid: Rows and columns of large patches.
-    """
-    order = variance.argsort(descending=True)
-    count = round(share * len(order))
-    own = torch.arange(len(order) * scale**2, device=order.device).reshape(1, 1, *(n * scale for n in grid))
-    inside = cut(own, scale).reshape(len(order), -1)  # small patches of each large one
-    return Cells(order[count:], inside[order[:count]].flatten(), scale**2)
 
 
 @cache

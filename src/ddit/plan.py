@@ -18,6 +18,12 @@ from ddit.models.base import Architecture, Inputs, Noisy, to_meta
 from ddit.run import RunState, Skipping
 from ddit.schedule import Policy
 
+CACHED_MIXED = (
+    "a cache keeps what it knows of each token, and steps with patches of two sizes have other tokens each time: "
+    "leave the cache out, or fine"
+)
+"""Why the two are refused, by `ddit.apply` or, where the cache comes later, in the run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -123,6 +123,16 @@ def positive(text: str) -> int:
     return value
 
 
+def files_of(out: Path, count: int, *, compared: bool = True) -> list[Path]:
+    """All that the two ``save`` of `ddit.pipelines` write: beside a clip lies its contact sheet."""
+    from ddit.pipelines import outputs, sounds
+
+    if out.suffix.lower() == ".wav":
+        return sounds.names(out, count, compared=compared)
+    files = outputs.names(out, count)
+    return [*files, *(path.with_suffix(".png") for path in files if path.suffix.lower() == ".mp4")]
+
+
 def check_writable(path: Path) -> None:
     """Try the nearest folder that exists; permissions alone don't tell (read-only file systems)."""
     import tempfile

@@ -16,6 +16,7 @@ from ddit.cli.common import (
     column_option,
     command_line,
     environment,
+    files_of,
     model_options,
     positive,
     words_of,
@@ -131,16 +132,6 @@ def _generate(args: argparse.Namespace) -> None:
         write_json(args.json, result)
         written.append(args.json)
     print("wrote " + ", ".join(map(str, written)))
-
-
-def files_of(out: Path, count: int, *, compared: bool = True) -> list[Path]:
-    """All that the two ``save`` of `ddit.pipelines` write: beside a clip lies its contact sheet."""
-    from ddit.pipelines import outputs, sounds
-
-    if out.suffix.lower() == ".wav":
-        return sounds.names(out, count, compared=compared)
-    files = outputs.names(out, count)
-    return [*files, *(path.with_suffix(".png") for path in files if path.suffix.lower() == ".mp4")]
 
 
 def _demo(args: argparse.Namespace) -> None:

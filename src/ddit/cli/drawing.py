@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddit.cli.common import call_options, command_line, environment, words_of
-from ddit.cli.draw import files_of
+from ddit.cli.common import call_options, command_line, environment, files_of, words_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
 from ddit.eval.parts import digest

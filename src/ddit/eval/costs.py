@@ -26,7 +26,7 @@ class Costs:
     def __post_init__(self) -> None:
         _ = self.ratios
 
-    @cached_property
+    @property
     def ratios(self) -> dict[int, float]:
         """Scale -> work of a step in full steps."""
         return cost_ratios(self.model, self.scales)

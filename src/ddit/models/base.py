@@ -18,9 +18,10 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ddit.cells import Cells
 from ddit.config import Coarse
 from ddit.models.flops import Costs, count, lengths
-from ddit.patches import Cells, TokenLayout, pool_tokens
+from ddit.patches import TokenLayout, pool_tokens
 
 Inputs = dict[str, Any]
 """Arguments of one call of a transformer, by name."""
@@ -143,7 +144,7 @@ class Architecture(ABC):
         raise NotImplementedError
 
     def mixed(self, coarse: Inputs, fine: Inputs, cells: Cells) -> Inputs:
-        """One call with some tokens of two calls about one sample, in the order of `ddit.patches.Cells.gather`.
+        """One call with some tokens of two calls about one sample, in the order of `ddit.cells.Cells.gather`.
 
         Args:
             coarse: On the grid of large patches; fine: on the model's own. Both as `write` makes them.

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddit.cells import Cells
 from ddit.models.base import Inputs, Noisy, UnsupportedCall, check_arguments
 from ddit.models.flops import Costs
 from ddit.models.packed import PackedArchitecture
-from ddit.patches import Cells, TokenLayout, coarse_grid
+from ddit.patches import TokenLayout, coarse_grid
 
 _HARMLESS = {"scale", "ip_adapter_image_embeds", "ip_hidden_states"}
 """Attention arguments that know nothing of picture tokens."""

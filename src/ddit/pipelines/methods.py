@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ddit.config import FULL, MIXED, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
 from ddit.preset import Preset
 
 if TYPE_CHECKING:
@@ -64,15 +64,12 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
     """
     rule = {name: given[name] for name in RULE if name in given}
     coarse = {name: given[name] for name in COARSE if name in given}
-    if coarse.get("fine"):
-        coarse = {**MIXED, **coarse}
     kind = given.get("patches", "rule")
     if kind not in KINDS:
         raise ValueError(f"patches is {kind!r}; it must be one of {', '.join(KINDS)}")
     if "schedule" in given:
         _refuse([*rule, *(["patches"] if "patches" in given else [])], "a schedule, which is a list of scales")
-        form = Coarse.from_dict({**preset.patches.coarse.to_dict(), **coarse})
-        return FixedSchedule(steps=given["schedule"], coarse=form)
+        return FixedSchedule(steps=given["schedule"], coarse=_form(preset.patches.coarse, coarse))
     if kind == "full":
         _refuse([*rule, *coarse], "patches=full, which has none")
         return FULL
@@ -83,8 +80,13 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
         return preset.patches
     own = preset.patches if isinstance(preset.patches, PatchSchedule) else PatchSchedule()
     base = {field.name: getattr(own, field.name) for field in fields(own)}
-    form = {"coarse": Coarse.from_dict({**own.coarse.to_dict(), **coarse})} if coarse else {}
-    return PatchSchedule(**{**base, **rule, **form})
+    return PatchSchedule(**{**base, **rule, "coarse": _form(own.coarse, coarse)})
+
+
+def _form(own: Coarse, given: Mapping[str, Any]) -> Coarse:
+    """How coarse steps are made: as given, else as those with patches of two sizes are, or the preset's own."""
+    usual = Coarse.mixed(given["fine"]) if given.get("fine") else own
+    return Coarse.from_dict({**usual.to_dict(), **given})
 
 
 def skip_of(given: Mapping[str, Any]) -> SkipSchedule | None:

@@ -66,7 +66,7 @@ def read_captions(folder: str | Path, count: int | None = None) -> dict[Path, st
     found: dict[Path, str] = {}
     if table.is_file():
         try:
-            rows = [json.loads(line) for line in table.read_text(encoding=UTF8).splitlines() if line.strip()]
+            rows = [json.loads(line) for line in table.read_text(encoding=UTF8).split("\n") if line.strip()]
             found = {folder / row["file_name"]: str(row["text"]).strip() for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
