@@ -344,3 +344,20 @@ def test_wiener_estimate_of_sound_is_the_best_linear_one(scale):
         return (step(z, sigma, small, ideal, scale, variance) - (eps - x)).square().mean().item()
 
     assert error(true) < min(error(true * 0.7), error(true * 1.4), error(true * 0))
+
+
+@pytest.mark.parametrize("start", ["noise-consistent", "bilinear"])
+def test_resizing_keeps_its_precision(start):
+    """Whatever dtype the user has made the default, or lets the model compute in."""
+    z = noise(1, 4, 16, 16, dtype=torch.float32)
+    expected = shrink(z, 2, 2, start)
+    resize_matrices.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = shrink(z, 2, 2, start)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        resize_matrices.cache_clear()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)

@@ -16,6 +16,7 @@ from ddit.schedule import (
     channel_moments,
     choose_scale,
     difference,
+    explained,
     held_scale,
     noise_guard,
     patch_deviation,
@@ -258,6 +259,17 @@ def test_projection_recovers_a_step_in_the_span():
 def test_projection_survives_two_equal_velocities():
     (v,) = path(1)
     torch.testing.assert_close(project(0.02 * v, [v, v]), 0.02 * v, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_somebody_else_made_is_kept_as_it_is():
+    """Inpainting put half of one picture back; in the other nothing but rounding is unexplained."""
+    v, z = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    step = 0.02 * v
+    step[0, :, :8] = 0.0
+    rounded = step + 1e-3 * z
+    found = explained(rounded, [v], 2**-8 * z)
+    assert torch.equal(found[0], rounded[0])
+    torch.testing.assert_close(found[1], project(rounded, [v])[1])
 
 
 def test_projection_removes_rounding():

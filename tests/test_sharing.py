@@ -1,8 +1,10 @@
 """One transformer, several runs: threads, pipelines that share it, copies."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -226,3 +228,58 @@ def test_a_cache_is_free_after_a_run_that_broke_off(pipe):
             one.submit(draw, True).result()
         for worker in (two, one, two):
             assert torch.equal(worker.submit(draw, False).result(), expected)
+
+
+def test_an_adapter_on_two_models_hears_one_call_at_a_time(pipe):
+    """Two threads, one adapter, a transformer each: every picture is what it is alone."""
+    adapter = random_adapter(pipe.transformer)
+    pipes = [pipe, tiny.pipeline(seed=1)]
+    text = [p.encode_prompt(tiny.PROMPT, tiny.PROMPT, max_sequence_length=20) for p in pipes]
+    for one in pipes:
+        ddit.apply(one, patches=FixedSchedule(steps=(1, 2, 4, 1, 2)), adapter=adapter)
+    alone = [draw_from(one, said, 0, 30) for one, said in zip(pipes, text, strict=True)]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda i: draw_from(pipes[i], text[i], 0, 30), range(2)))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transformer_does_not_hold_the_pipelines_that_used_it(pipe):
+    other = shared(pipe)
+    handle = ddit.apply(other, **METHODS["fixed"])
+    tiny.sample(other)
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+    tiny.sample(pipe)
+    assert handle.report.strip() == "1 2 4 1 1 1 1 1"
+
+
+def test_a_callback_may_draw_with_another_pipeline(pipe):
+    """The run around it goes on as if nothing had been."""
+    with ddit.apply(pipe, **METHODS["rule"]) as handle:
+        alone, other = tiny.sample(pipe), shared(pipe)
+        scales = handle.report.scales
+
+        def preview(pipe, index, *_):
+            if index == 4:
+                tiny.sample(other, seed=1, steps=6)
+            return {}
+
+        assert torch.equal(tiny.sample(pipe, callback_on_step_end=preview), alone)
+        assert handle.report.scales == scales
+
+
+def test_a_run_that_is_broken_off_or_freed_is_not_remarked_upon(pipe, recwarn):
+    """Nothing of it says that settings are wrong, or that ddit is off."""
+
+    def stop(pipe, index, *_):
+        pipe._interrupt = index == 3
+        return {}
+
+    handle = ddit.apply(pipe, patches=PatchSchedule(threshold=1e-9, careful=False))
+    tiny.sample(pipe, steps=20, callback_on_step_end=stop)
+    assert len(handle.report.steps) == 4
+    pipe.maybe_free_model_hooks()
+    assert not recwarn.list

@@ -404,3 +404,20 @@ def test_on_the_command_line(tmp_path, capsys):
     ]:
         assert main([*flags, *bad]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_what_patches_save_already_is_not_skipped_for():
+    """A fixed schedule says beforehand what its steps will cost."""
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe, patches=ddit.FixedSchedule(steps=(1, 1, 1, 2)), skip=SkipSchedule(speedup=1.8)) as run:
+        tiny.sample(pipe, steps=20)
+    assert 0 not in run.report.scales[0] and 1 / run.report.flops_fraction > 1.8
+
+
+def test_what_a_cache_answers_counts_for_what_it_costs():
+    """With a cache as well, a run takes half of a plain one's work, not less."""
+    pipe = tiny.pipeline()
+    with ddit.apply(pipe, patches=FULL, skip=SkipSchedule(speedup=1.5), cache="first-block:0.3") as run:
+        tiny.sample(pipe, steps=40)
+    assert any(step.reused for step in run.report.steps)
+    assert run.report.flops_fraction > 0.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -143,7 +144,7 @@ def _settle(
     return Plan(
         architectures=architectures,
         called=called,
-        pipe=pipe,
+        pipe=(lambda: None) if pipe is None else weakref.ref(pipe),
         policy=policy,
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
         coarse=coarse,

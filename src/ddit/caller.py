@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +16,18 @@ from ddit.run import RunState
 
 @dataclass
 class Current:
-    """What one thread draws."""
+    """What a pipeline draws in one thread, or what calls without a pipeline do there."""
 
     state: RunState
     begun: bool = False
     """Whether ``state`` belongs to a run."""
     finished: RunState | None = None
     """The last run."""
-    pipe: Any = None
-    """The pipeline that calls the transformer, where there is one."""
+    told: int | None = None
+    """The calling pipeline's own number of steps, see `run_of`."""
+    at: tuple[int | None, float] | None = None
+    """The scheduler's step and the noise level of the last call that was not a further guidance pass."""
+    _pipe: weakref.ref[Any] | None = None
     _timesteps: Any = None
     _sigmas: Any = None
     _levels: list[float] = field(default_factory=list)
@@ -31,7 +35,8 @@ class Current:
 
     @property
     def scheduler(self) -> Any:
-        return getattr(self.pipe, "scheduler", None)
+        pipe = None if self._pipe is None else self._pipe()
+        return getattr(pipe, "scheduler", None)
 
     def sigma(self, told: Tensor) -> float:
         """Noise level of a call: the scheduler's own where there is one, since timesteps may be rounded.
@@ -49,12 +54,23 @@ class Current:
         exact = self._levels[min(index, len(self._levels) - 1)]
         return exact if abs(exact - rounded) <= CLOSE else rounded
 
-    def follow(self, pipe: Any, start_over: Callable[[], None]) -> None:
-        """Note who calls. A pipeline that has set its timesteps anew begins a new run, even if the last one broke."""
+    def stands(self, sigma: float) -> bool:
+        """Whether a call that is no further guidance pass is about the same step of the sampler as the one before."""
+        before, self.at = self.at, (place(self.scheduler) or 0, sigma)
+        return self.scheduler is not None and self.at == before and self.begun
+
+    def follow(self, pipe: Any, calls: bool, start_over: Callable[[], None]) -> None:
+        """Note who calls. A pipeline that has set its timesteps anew begins a new run, even if the last one broke.
+
+        Args:
+            pipe: Whose scheduler is in use, if there is one.
+            calls: Whether it calls the transformer itself, in which case its own number of steps is this run's.
+        """
         timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:
             start_over()
-        self.pipe, self._timesteps = pipe, timesteps
+        self.told = getattr(pipe, "_num_timesteps", None) if calls else None
+        self._pipe, self._timesteps = None if pipe is None else weakref.ref(pipe), timesteps
 
 
 def calling_pipeline(transformer: Any, thread: int | None = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -25,6 +26,14 @@ from ddit.schedule import Rule
 from ddit.seat import Seat, is_compiled
 from ddit.util.tell import warn
 
+_LOCKS: weakref.WeakKeyDictionary[PatchAdapter, Any] = weakref.WeakKeyDictionary()
+"""One for each adapter, which knows of one call at a time, on however many transformers it is."""
+
+
+def lock_of(adapter: PatchAdapter | None) -> Any:
+    """What is held during a call of a transformer with this adapter."""
+    return threading.RLock() if adapter is None else _LOCKS.setdefault(adapter, threading.RLock())
+
 
 class Handle:
     """Dynamic patches on a transformer, or two that take turns, until `remove`."""
@@ -32,12 +41,11 @@ class Handle:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._local = threading.local()
-        self._lock = threading.RLock()
+        self._lock = lock_of(plan.adapter)
         """Held during a call: threads take turns step by step, each with a run of its own."""
         self._drawing: dict[int, bool] = {}
         """Threads with a run under way -> whether it is a pipeline's."""
         self._latest: RunState | None = None
-        self._share = 0.0
         self._warned: set[str] = set()
         self._active = False
         self._seats: list[Seat] = []
@@ -100,7 +108,7 @@ class Handle:
         tokens = {s: architecture.tokens(run.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(run.examples[s], s, self.adapter) for s in scales}
         asked = self.plan.speedup, self.plan.coarse.fine
-        return Report(tuple(run.steps), tokens, flops, run.forced, self._share, *asked)
+        return Report(tuple(run.steps), tokens, flops, run.forced, run.reused_share, *asked)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -152,10 +160,22 @@ class Handle:
 
     @property
     def _current(self) -> Current:
-        """The run under way in this thread."""
+        """The run of this thread that was last called for."""
         if not hasattr(self._local, "current"):
-            self._local.current = Current(RunState(self.plan.policy, self.plan.measure))
+            self._turn_to(None)
         return self._local.current
+
+    def _turn_to(self, pipe: Any) -> None:
+        """Go on with this thread's run of a pipeline, or of nobody's: callbacks may draw with another pipeline."""
+        if not hasattr(self._local, "bare"):
+            self._local.bare, self._local.piped = self._new_current(), weakref.WeakKeyDictionary()
+        runs = self._local.piped
+        if pipe is not None and pipe not in runs:
+            runs[pipe] = self._new_current()
+        self._local.current = self._local.bare if pipe is None else runs[pipe]
+
+    def _new_current(self) -> Current:
+        return Current(RunState(self.plan.policy, self.plan.measure))
 
     @property
     def _state(self) -> RunState:
@@ -165,17 +185,25 @@ class Handle:
         started = time.perf_counter()
         arch = seat.architecture
         inputs = arch.bind(args, kwargs)
-        pipe = calling_pipeline(arch.transformer) or self.plan.pipe
+        caller = calling_pipeline(arch.transformer)
+        pipe = caller or self.plan.pipe()
         lost = seat.check(held_by(pipe, arch.transformer))
         if lost is not None:
             self._warn(lost)
-        self._current.follow(pipe, self._start_over)
+        self._turn_to(pipe)
+        self._current.follow(pipe, caller is not None, self._start_over)
         try:
             noisy = arch.read(inputs)
         except UnsupportedCall as reason:
             return self._plain_step(seat, inputs, str(reason), args, kwargs)
         z, sigma = noisy.latents, self._current.sigma(noisy.sigma)
         if not self._state.repeats(z, sigma):
+            if self._current.stands(sigma):
+                self._warn(
+                    "the transformer is called about several latents in one step of the sampler, tiles perhaps, and "
+                    "ddit takes each for a step: its schedule and its report are wrong. Draw without tiles, or "
+                    "without ddit"
+                )
             self._begin(arch, inputs, noisy, self._state.continues(z, sigma))
             self._state.hand_over(arch)
             with torch.no_grad():
@@ -233,7 +261,7 @@ class Handle:
         """The transformer's own forward for some samples of the current step, through the cache where there is one."""
         if not seat.cache.active:
             return seat.forward
-        self._share = seat.cache.share
+        self._state.reused_share = seat.cache.share
         return seat.cache.call(
             seat.forward,
             step=len(self._state.steps) - 1,
@@ -280,7 +308,7 @@ class Handle:
         if not self._current.begun:
             self._refuse_cache()
             self._drawing[threading.get_ident()] = calling_pipeline(arch.transformer) is not None
-            self._current.state = self.plan.new_run(arch, inputs, noisy, self._current.pipe)
+            self._current.state = self.plan.new_run(arch, inputs, noisy, self._current.scheduler, self._current.told)
             self._current.begun = True
             if self._state.blind:
                 self._warn(
@@ -318,8 +346,10 @@ class Handle:
         return True
 
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Pipelines call this when a run ends."""
-        if self._active and len(self._seats) == 1 and not self._state.steps:
+        """Pipelines call this when a run ends, and their user may at any time."""
+        caller = next((pipe for seat in self._seats if (pipe := calling_pipeline(seat.transformer)) is not None), None)
+        self._turn_to(caller or self.plan.pipe())
+        if self._active and caller is not None and len(self._seats) == 1 and not self._state.steps:
             self._warn(
                 "a run ended in which ddit was never asked: a hook that was there before ddit.apply has been removed, "
                 "and diffusers took ddit off with it. Call ddit.apply again"
@@ -329,8 +359,10 @@ class Handle:
 
     def _start_over(self) -> None:
         if self._state.steps:
+            whole = self._state.total in (None, len(self._state.steps))
             self._latest = self._current.finished = self._state.finished()
-            self._remark(self._latest)
+            if whole:  # one that was broken off says nothing of its settings
+                self._remark(self._latest)
         self._forget()
 
     def _forget(self) -> None:

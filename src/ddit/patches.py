@@ -121,6 +121,7 @@ class TokenLayout:
 
 
 @cache
+@torch.autocast("cpu", enabled=False)
 @torch.inference_mode(False)  # Autograd refuses tensors made in inference mode, and these are kept.
 def resize_matrices(
     patch_size: int, scale: int, start: Start, axes: int = 2, device: Any = "cpu"
@@ -139,7 +140,7 @@ def resize_matrices(
         ``M [p p, s p s p]`` and ``U [s p s p, p p]``, float32.
     """
     pixels = patch_size**axes
-    basis = torch.eye(pixels).reshape(pixels, 1, *[patch_size] * axes)
+    basis = torch.eye(pixels, dtype=torch.float32, device="cpu").reshape(pixels, 1, *[patch_size] * axes)
     if start != "bilinear":
         up = F.interpolate(basis, scale_factor=float(scale), mode="nearest").reshape(pixels, -1).T
         down = up.T / scale**axes
@@ -153,7 +154,8 @@ def resize_matrices(
 def resize(z: Tensor, matrix: Tensor) -> Tensor:
     """Resize every patch of a latent by a matrix of `resize_matrices`; the grid must divide."""
     out, into = (round(n ** (1 / spanned(z))) for n in matrix.shape)
-    return join(cut(z, into) @ matrix.T.to(z), out)
+    with torch.autocast(z.device.type, enabled=False):  # latents need their precision, whatever the model has
+        return join(cut(z, into) @ matrix.T.to(z), out)
 
 
 def shrink(z: Tensor, scale: int, patch_size: int, start: Start) -> Tensor:

@@ -32,7 +32,9 @@ class Plan:
     architectures: Sequence[Architecture]
     called: Sequence[Any]
     """What the pipeline calls: their transformers, or ``torch.compile``'s wrappers around these."""
-    pipe: Any
+    pipe: Callable[[], Any]
+    """Gives the pipeline that ddit was applied to, ``None`` where there is none any more: its transformer outlives it.
+    """
     policy: Policy
     measure: PatchSchedule
     """How statistics are measured, for a policy that needs them."""
@@ -50,16 +52,18 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
     """What was asked for in words, for `Handle.__repr__`."""
 
-    def new_run(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None, pipe: Any) -> RunState:
+    def new_run(
+        self, arch: Architecture, inputs: Inputs, noisy: Noisy | None, scheduler: Any, told: int | None
+    ) -> RunState:
         """The state at the beginning of a run.
 
         Args:
             inputs: Its first call.
             noisy: What that is about; ``None`` where it can't run with large patches.
-            pipe: The pipeline that calls, if there is one.
+            scheduler: Its sampler, where one is known.
+            told: See `ddit.caller.run_of`.
         """
-        scheduler = getattr(pipe, "scheduler", None)
-        total, sigmas = run_of(scheduler, getattr(pipe, "_num_timesteps", None))
+        total, sigmas = run_of(scheduler, told)
         examples = self.examples(arch, inputs, noisy)
         return RunState(
             self.policy,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddit.config import PatchSchedule
 from ddit.patches import period, same
 from ddit.report import Step
-from ddit.schedule import Policy, StepContext, difference, project, statistics
+from ddit.schedule import Fixed, Policy, StepContext, difference, explained, statistics
 
 
 class Skipping(Protocol):
@@ -48,7 +48,7 @@ class Path:
     """The latents of the last steps in float32, newest last.
 
     Latents below float32 are rounded, and rounding hides third differences. Their step is projected onto what the model
-    answered (`ddit.schedule.project`).
+    answered (`ddit.schedule.explained`).
     """
 
     keep: int
@@ -72,7 +72,8 @@ class Path:
             assert self.seen is not None, "there are points"
             moved = here - self.seen.float()
             if not exact:
-                moved = project(moved, velocities) if velocities else moved
+                rounding = torch.finfo(z.dtype).eps / 2
+                moved = explained(moved, velocities, rounding * here) if velocities else moved
                 here = self.points[-1] + moved
         self.points = [*self.points, here][-self.keep :]
         self.seen = here if exact else z.clone()
@@ -119,6 +120,8 @@ class RunState:
     """Samples that a cache answered for in the current call."""
     reuses: Counter[int] = field(default_factory=Counter)
     """Sample -> passes of the current step that a cache answered: what it says is no evidence of what has changed."""
+    reused_share: float = 0.0
+    """What a call costs in which a cache answers, as a fraction of the whole call."""
     chosen: list[list[int]] = field(default_factory=list)
     """What the policy chose for each step: `scales` without the skipped ones."""
     steps: list[Step] = field(default_factory=list)
@@ -148,7 +151,7 @@ class RunState:
 
     def finished(self) -> RunState:
         """The same record without the latents."""
-        kept = {name: getattr(self, name) for name in ("steps", "examples", "forced")}
+        kept = {name: getattr(self, name) for name in ("steps", "examples", "forced", "reused_share")}
         return RunState(self.policy, self.measure, **kept)
 
     def repeats(self, z: Tensor, sigma: float) -> bool:
@@ -203,7 +206,9 @@ class RunState:
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         skipped = [False] * len(z)
         if self.skipper is not None and self.deterministic:
-            skipped = self.skipper.choose(context, moved, called)
+            skipped = self.skipper.choose(replace(context, ahead=self._ahead(chosen)), moved, called)
+        if sigma <= 0:  # asked once more where noise has ended, and coarse steps and forecasts divide by its level
+            chosen, skipped = [1] * len(z), [False] * len(z)
         scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
         self._open(sigma, scales, chosen, stats)
         return self.scales
@@ -224,10 +229,20 @@ class RunState:
             self.spent = [0.0] * batch
         else:
             last = self.steps[-1]
-            self.spent = [
-                a + self.costs[s] * last.share(i) for i, (a, s) in enumerate(zip(self.spent, last.scales, strict=True))
-            ]
+            paid = [self.costs[scale] * last.paid(i, self.reused_share) for i, scale in enumerate(last.scales)]
+            self.spent = [before + cost for before, cost in zip(self.spent, paid, strict=True)]
         return self.spent
+
+    def _ahead(self, chosen: Sequence[int]) -> list[list[float]]:
+        """Per sample, work of this step and those to come if none is skipped: as a fixed schedule says, else as now."""
+        if not self.costs or not self.total:
+            return []
+        now = len(self.steps)
+        steps = range(now, max(self.total, now + 1))
+        rows = [[scale] * len(steps) for scale in chosen]
+        if isinstance(self.policy, Fixed):
+            rows = [[self.policy.at(step) for step in steps]] * len(chosen)
+        return [[self.costs[scale] for scale in row] for row in rows]
 
     def _choose(self, context: StepContext) -> Sequence[int]:
         blind = any(getattr(self.policy, name, False) for name in ("needs_statistics", "planned"))
@@ -298,20 +313,20 @@ class RunState:
             )
         if self.keeps_clean and self.passes == 0:
             self.clean = self._seen.float() - self.levels[-1] * velocity.float()
-        self.reuses.update(self.cached)
-        self.cached = set()
         if self.path.keep and self._seen.dtype != torch.float32:
             alike = period(self._seen)
             self.velocities[-1] += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
         self._pass_ends(seconds)
 
     def record_full(self, seconds: float) -> None:
-        """Count a pass that could not be read and was answered in full."""
+        """Count a pass that could not be read, and that the model or a cache answered in full."""
         self.answered = [count + 1 for count in self.answered]
         self._pass_ends(seconds)
 
     def _pass_ends(self, seconds: float) -> None:
         self.passes += 1
+        self.reuses.update(self.cached)
+        self.cached = set()
         if self.reuses:
             reused = {i: count / self.passes for i, count in self.reuses.items()}
             self.steps[-1] = replace(self.steps[-1], reused=reused)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddit.config import FixedSchedule, PatchSchedule
-from ddit.patches import cut, pad_to_multiple
+from ddit.patches import cut, expand, pad_to_multiple
 
 
 def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
@@ -163,6 +163,8 @@ class StepContext:
     """Noise level where the step ends."""
     remembers: int = 1
     """Number of steps whose answers the sampler makes a move of."""
+    ahead: Sequence[Sequence[float]] = ()
+    """Per sample, work of this step and of those to come if none is skipped, in full steps; empty as ``spent``."""
 
     @property
     def batch(self) -> int:
@@ -275,8 +277,12 @@ class Fixed:
         self.steps = schedule.steps
         self.scales = schedule.scales
 
+    def at(self, step: int) -> int:
+        """The scale of a step, by its number."""
+        return self.steps[min(step, len(self.steps) - 1)]
+
     def choose(self, context: StepContext) -> list[int]:
-        return [self.steps[min(context.step, len(self.steps) - 1)]] * context.batch
+        return [self.at(context.step)] * context.batch
 
 
 NEW = 1e-3
@@ -308,3 +314,17 @@ def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
         axes.append(torch.where(rest > NEW * length, v / rest, 0.0))
         explained = explained + (target * axes[-1]).sum(1, keepdim=True) * axes[-1]
     return explained.reshape(step.shape)
+
+
+def explained(step: Tensor, velocities: Sequence[Tensor], rounding: Tensor) -> Tensor:
+    """`project`, but of samples of which that leaves more than rounding: their latents were moved by somebody else too.
+
+    Inpainting puts the known part of the picture back after each step, and callbacks may change what they like.
+
+    Args:
+        step, velocities: See `project`.
+        rounding: Latents ``[B, ...]`` times the relative size of their rounding.
+    """
+    projected = project(step, velocities)
+    left, least = ((x.flatten(1).norm(dim=1)) for x in (step - projected, rounding))
+    return torch.where(expand(left <= least, step).bool(), projected, step)

@@ -38,7 +38,7 @@ class Noisy:
     latents: Tensor
     """``[B, C, ..., H, W]``, of audio ``[B, C, T]``, as all that lies on their grid"""
     sigma: Tensor
-    """``[B]``, float32"""
+    """``[B]``, or ``[1]`` for all of them, float32"""
     condition: Tensor | None = None
     """What the model is given on the latents' grid beside them ``[B, K, ..., H, W]``; without noise, pooled."""
 
@@ -48,7 +48,8 @@ class Noisy:
             return self
         some = list(samples)
         condition = None if self.condition is None else self.condition[some]
-        return Noisy(self.latents[some], self.sigma[some], condition)
+        sigma = self.sigma if len(self.sigma) == 1 else self.sigma[some]
+        return Noisy(self.latents[some], sigma, condition)
 
 
 class Architecture(ABC):

@@ -67,7 +67,10 @@ class JointPatches:
 
     def choose(self, context: StepContext) -> list[int]:
         """See `ddit.schedule.Policy`."""
-        called = [scale for scale in self.plan.steps(context)[: context.step + 1] if scale != SKIPPED]
+        steps = self.plan.steps(context)
+        if context.step >= len(steps):  # of a run that goes on where its sampler's steps end
+            return [1] * context.batch
+        called = [scale for scale in steps[: context.step + 1] if scale != SKIPPED]
         return [called[-1]] * context.batch
 
 
@@ -81,7 +84,7 @@ class JointSkips:
 
     def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
         """See `ddit.skip.policy.SkipPolicy`."""
-        return [self.plan.steps(context)[context.step] == SKIPPED] * context.batch
+        return [self.plan.steps(context)[context.step :][:1] == (SKIPPED,)] * context.batch
 
 
 def nearest_steps(segments: Segments, costs: Mapping[int, float], speedup: float) -> tuple[int, ...]:

@@ -115,7 +115,7 @@ class SkipPlan:
     """As many called steps as ``1 / speedup`` of a plain run pays for, where forecasts between them err least.
 
     The budget is the whole run's, patches included: work that coarse steps save pays for further calls. So each sample
-    has a plan of its own, made anew whenever a run has cost another amount than it expected.
+    has a plan of its own, made anew whenever the run has cost another amount than it expected, or will.
 
     Args:
         speedup: Times less work than a plain run of as many steps.
@@ -128,6 +128,8 @@ class SkipPlan:
         self._plans: list[set[int]] = []
         self._expected: list[float] = []
         """Per sample, what its plan expected to have cost by now, in full steps."""
+        self._prices: list[float] = []
+        """Per sample, what its plan takes a call to come for, in full steps."""
         self._last: list[int] = []
         """Per sample, the last called step."""
 
@@ -135,22 +137,26 @@ class SkipPlan:
         sigmas = known_levels(context)
         if not self._plans:  # in the first step but where that could not be read
             self._plans, self._expected = [self.plan(sigmas)] * context.batch, [0.0] * context.batch
-            self._last = [0] * context.batch
+            self._last, self._prices = [0] * context.batch, [0.0] * context.batch
+        if context.step >= len(sigmas):  # of a run that goes on where its sampler's steps end
+            return [False] * context.batch
         for i, now in enumerate(called):
             self._last[i] = context.step - 1 if now else self._last[i]
-        for i, spent in enumerate(context.spent):
-            if abs(spent - self._expected[i]) > TOLERANCE and context.step >= WARMUP:
-                self._plans[i] = self._from(context, self._last[i], spent)
-                self._expected[i] = spent
+        for i, (spent, ahead) in enumerate(zip(context.spent, context.ahead, strict=True)):
+            price = sum(ahead) / len(ahead)
+            off = abs(spent - self._expected[i]), abs(price - self._prices[i]) * len(ahead)
+            if max(off) > TOLERANCE and context.step >= WARMUP:
+                self._plans[i] = self._from(context, self._last[i], spent, price)
+                self._expected[i], self._prices[i] = spent, price
         wished = [context.step not in plan for plan in self._plans]
-        self._expected = [cost + (not skip) for cost, skip in zip(self._expected, wished, strict=True)]
+        for i, ahead in enumerate(context.ahead):
+            self._expected[i] += 0.0 if wished[i] else ahead[0]
         return wished
 
-    def _from(self, context: StepContext, last: int, spent: float) -> set[int]:
-        """Called steps from this one on, for what is left of the budget."""
-        left = len(context.sigmas) / self.speedup - spent
-        count = min(max(round(left), 0), len(context.sigmas) - context.step)
-        return places(context.sigmas, last, count, first=context.step)
+    def _from(self, context: StepContext, last: int, spent: float, price: float) -> set[int]:
+        """Called steps from this one on, for what is left of the budget at this price of a call."""
+        left, steps = len(context.sigmas) / self.speedup - spent, len(context.sigmas) - context.step
+        return places(context.sigmas, last, min(max(math.floor(left / price + 0.5), 0), steps), first=context.step)
 
     def plan(self, sigmas: Sequence[float]) -> set[int]:
         """Numbers of the called steps of a run of full steps, whose work comes as near to the budget as steps can."""
