@@ -49,7 +49,8 @@ def with_settings(model: Any, patch_size: int | None = None, **changes: Any) -> 
 
 
 def _own_patch_size(model: Any, otherwise: int) -> int:
-    size = getattr(model.get_model_object("diffusion_model"), "patch_size", otherwise)
+    diffusion = model.get_model_object("diffusion_model")
+    size = getattr(getattr(diffusion, "patchifier", diffusion), "patch_size", otherwise)  # LTX has the first
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     if height != width:
         raise ValueError(f"DDiT needs square patches, and this model's are {height} x {width}; leave DDiT nodes out")

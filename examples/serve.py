@@ -15,7 +15,8 @@ import argparse
 import asyncio
 import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,9 +31,11 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"this server needs the package {missing.name}: pip install 'ddit[serve]'") from None
 
 from ddit.api import check_adapter
+from ddit.cli.common import check_address, positive
 from ddit.pipelines import generate, loading, outputs, sounds
 from ddit.pipelines.methods import WORDS, make_method
 
+HOST = "127.0.0.1"
 MOST = 200
 """Jobs that are remembered: the oldest finished one makes room for the next."""
 
@@ -71,12 +74,21 @@ class Job:
 class Worker:
     """Draws one job after the other, in a thread of its own."""
 
-    def __init__(self, pipe: Any, preset: Any, model: str = "", adapter: Any = None) -> None:
+    def __init__(self, pipe: Any, preset: Any, model: str = "", adapter: str | None = None, **load: str) -> None:
+        """The adapter is the preset's where none is named; ``load`` are the dtype and device that it gets."""
         self.pipe, self.preset, self.model, self.adapter = pipe, preset, model, adapter
+        self.load_adapter = cache(partial(loading.load_adapter, **load))
+        ours = self.method({}).adapter
+        if ours is not None:
+            ours.check(pipe.transformer)
         self.suffix, self.media = (".mp4", "video/mp4") if generate.draws_video(pipe) else (".png", "image/png")
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.numbers = itertools.count(1)
         self.jobs: dict[int, Job] = {}
+
+    def method(self, words: dict[str, Any]) -> generate.Method:
+        """What makes a request faster."""
+        return make_method({"adapter": self.adapter, **words}, self.preset, load_adapter=self.load_adapter)
 
     def submit(self, wanted: Wanted) -> Job:
         """Check a request and queue it."""
@@ -85,10 +97,9 @@ class Worker:
             size = {"height": wanted.height, "width": wanted.width}
             settings = generate.call_settings(self.preset, num_inference_steps=wanted.steps, **size)
             generate.check_call(self.pipe, settings)
-            words = wanted.model_dump(include=set(WORDS))  # no adapter among them
-            method = make_method(words, self.preset, load_adapter=str)
-            if self.adapter is not None and method.patches is not None:
-                check_adapter(self.adapter, method.patches)
+            method = self.method(wanted.model_dump(include=set(WORDS)))  # no adapter among them
+            if method.adapter is not None and method.patches is not None:
+                check_adapter(method.adapter, method.patches)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         if len(self.jobs) >= MOST:
@@ -98,7 +109,7 @@ class Worker:
             del self.jobs[finished[0]]
         job = Job(next(self.numbers))
         self.jobs[job.number] = job
-        job.future = self.thread.submit(self.draw, job, wanted, settings, replace(method, adapter=self.adapter))
+        job.future = self.thread.submit(self.draw, job, wanted, settings, method)
         return job
 
     def draw(self, job: Job, wanted: Wanted, settings: dict[str, Any], method: generate.Method) -> bytes:
@@ -175,21 +186,23 @@ def build(worker: Worker) -> FastAPI:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    parser.add_argument("--adapter", help="folder or hub id")
+    parser.add_argument("--adapter", help="folder or hub id, or none (default: the one that the preset names, if any)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=positive, default=8000)
     args = parser.parse_args()
     load = {"dtype": args.dtype, "device": args.device}
     try:
+        check_address(HOST, args.port)
         pipe, preset = loading.load_pipeline(args.model, **load)
         if sounds.sample_rate(pipe) is not None:
             raise ValueError(f"{args.model} makes sound; name a model of pictures or clips")
-        adapter = args.adapter and loading.load_adapter(args.adapter, **load)
-    except ValueError as error:
+        if generate.draws_video(pipe):
+            outputs.check_video_writer()
+        worker = Worker(pipe, preset, args.model, args.adapter, **load)
+    except (ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
-    worker = Worker(pipe, preset, args.model, adapter)
-    uvicorn.run(build(worker), port=args.port, timeout_graceful_shutdown=1)
+    uvicorn.run(build(worker), host=HOST, port=args.port, timeout_graceful_shutdown=1)
     for job in list(worker.jobs.values()):  # or Python would draw them all before it ends
         worker.cancel(job)
 

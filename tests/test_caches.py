@@ -465,6 +465,20 @@ def test_pairs_that_cannot_work_are_refused():
     assert torch.equal(tiny.sample(pipe), before)
     with pytest.raises(ValueError, match="above 0"):
         TeaCacheConfig(0.0)
+    with pytest.raises(ValueError, match="MagCache calibrates on plain runs"):
+        ddit.apply(pipe, cache=MagCacheConfig(calibrate=True))
+    short = tiny.pipeline(num_single_layers=0)
+    for cache in (TeaCacheConfig(0.1, (1.0, 0.0)), FirstBlockCacheConfig(0.1)):
+        with pytest.raises(ValueError, match="this model has one"):
+            ddit.apply(short, cache=cache)
+
+
+@pytest.mark.filterwarnings("ignore:ddit keeps every step full")
+def test_what_a_cache_answers_in_a_forced_step_is_told(pipe):
+    with ddit.apply(pipe, patches=FULL, cache=FirstBlockCacheConfig(1e9)) as run:
+        tiny.sample(pipe, joint_attention_kwargs={"attention_mask": None})
+    assert run.report.forced and run.report.strip() == "1 (1) (1) (1) (1) (1) (1) (1)"
+    assert run.report.flops_fraction < 0.7
 
 
 def test_settings_of_magcache_stay_the_users(pipe):

@@ -80,10 +80,37 @@ def test_help_is_quick_and_loads_no_torch():
         (["--patches", "magic"], "invalid choice"),
         (["--num-images", "0"], "above 0"),
         (["--json", "/proc/nope/x.json"], "can't be written"),
+        (["--json", "/proc"], "/proc is a folder; name a file in it"),
+        (["--plot", "x.mp3"], "x.mp3 must end in one of ."),
+        (["--repeats", "3"], "--repeats says how often --compare"),
+        (["--adapter", ""], "adapter is empty"),
+        (["--seed", str(2**63)], "is not a seed"),
+        (["--seed", "-1"], "is not a seed"),
+        (["--fps", "4"], "fps is 4, but FluxPipeline makes no clips"),
+        (["--call", "guidance_scale=1", "--call", "guidance_scale=2"], "--call gives guidance_scale several times"),
     ],
 )
 def test_bad_flags_are_refused(capsys, tmp_path, flags, words):
     assert words in refused(capsys, tmp_path, *flags)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["compare", "--prompts", "prompts.txt"], "a file of prompts is given with --prompt-file"),
+        (["evaluate", "--prompts", "1"], "draw at least 2"),
+        (["bench", "--size", "1024x1024x5"], "flux.1-dev makes no clips; name a size without frames"),
+        (["bench", "--size", "\u00b2x\u00b2"], "it must be HEIGHTxWIDTH"),
+        (["bench", "--device", "cpu", "--schedule", "1,3"], "schedule '1,3' is none"),
+    ],
+)
+def test_measurements_that_can_not_be_made_are_refused(capsys, tmp_path, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_empty_prompt_is_refused(capsys, tmp_path):
@@ -197,7 +224,7 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(model, tmp_path, capsys):
     assert (tmp_path / "alone.png").read_bytes() == before[folder / "00002.png"]
     assert main(["generate", *flags, "--steps", "5"]) == 2
     assert "call differ" in capsys.readouterr().err
-    for other, told in ((["--dtype", "bfloat16"], "dtype"), (["--compare"], "compare"), (["--fps", "4"], "fps")):
+    for other, told in ((["--dtype", "bfloat16"], "dtype"), (["--compare"], "compare"), (["--seed", "4"], "seeds")):
         assert main(["generate", *flags, *other]) == 2
         assert f"({told} differ)" in capsys.readouterr().err
 

@@ -332,6 +332,9 @@ def test_a_patch_size_that_the_model_does_not_tell_is_taken_from_the_node(nodes)
     assert calls[0].x.shape[-2:] == (5, 7)
     chained = nodes.skip(nodes.patches(Patcher(patch_size=None), schedule="fixed", share=0.1, patch_size=1))
     assert chained.model_options["transformer_options"]["ddit"].patch_size == 1
+    ltx = Patcher(patch_size=None)
+    ltx.objects["diffusion_model"].patchifier = SimpleNamespace(patch_size=(1, 1, 1))
+    assert nodes.patches(ltx, schedule="fixed").model_options["transformer_options"]["ddit"].patch_size == 1
 
 
 # --- skipping ---

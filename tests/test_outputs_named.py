@@ -73,6 +73,12 @@ def test_files_beside_the_first_count_as_well(tmp_path, monkeypatch, capsys, fla
     assert "two outputs are one file" in capsys.readouterr().err and not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_are_closed_are_no_error(closed):
+    done = subprocess.run(f"{sys.executable} -m ddit.cli info {closed}", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("command", "unbuffered"), [(["--help"], ""), (["--help"], "1"), (["info"], "")])
 def test_a_reader_that_left_is_no_error(command, unbuffered):
     read, write = os.pipe()

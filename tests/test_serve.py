@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tiny
 from ddit.config import FULL
 from ddit.pipelines import generate, outputs
 from ddit.preset import Preset
+from helpers import random_adapter
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -116,6 +118,19 @@ def test_a_hundred_requests_eight_at_a_time(pipe, tmp_path):
     alone = {number: drawn_alone(pipe, request(number), tmp_path) for number in range(15)}
     assert len(set(alone.values())) > 10
     assert all(picture == alone[number % 15] for number, picture in got.items())
+
+
+def test_the_adapter_that_the_preset_names_serves(pipe, tmp_path):
+    """Where the rule decides, unless another is named; one of another model is refused before anything is served."""
+    random_adapter(pipe.transformer).save_pretrained(tmp_path / "own")
+    random_adapter(tiny.transformer(num_layers=2)).save_pretrained(tmp_path / "other")
+    preset = replace(PRESET, adapter=str(tmp_path / "own"))
+    worker = serve.Worker(pipe, preset)
+    ours, plain = worker.method({"threshold": 1e6}), worker.method({"patches": "full"})
+    assert ours.adapter is worker.method({}).adapter is not None and plain.adapter is None
+    assert serve.Worker(pipe, preset, adapter="none").method({}).adapter is None
+    with pytest.raises(ValueError, match="adapter"):
+        serve.Worker(pipe, PRESET, adapter=str(tmp_path / "other"))
 
 
 def drawn_alone(pipe, asked: dict[str, Any], folder) -> bytes:

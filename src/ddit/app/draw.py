@@ -149,6 +149,12 @@ class Studio:
             del self.kept[next(iter(self.kept))]
         return Drawn(plain, dynamic, method)
 
+    def check_adapter(self, name: str | None) -> None:
+        """Refuse an adapter, by its name, that is none or belongs to another model."""
+        adapter = None if name is None else self._method({"adapter": name}).adapter
+        if adapter is not None:
+            adapter.check(self.pipe.transformer)
+
     def _method(self, words: dict[str, Any]) -> Method:
         return make_method(words, self.preset, load_adapter=partial(load_adapter, **self.load))
 

@@ -108,6 +108,10 @@ class Cache:
             from ddit.caches import teacache
         if not _is(config, "TaylorSeerCacheConfig") and not teacache.knows(self.architecture.blocks()):
             raise unknown_blocks(config, self.transformer)
+        if len(self.architecture.blocks()) < 2:
+            raise ValueError(
+                f"{type(config).__name__} leaves out blocks behind the first, and this model has one; leave cache= out"
+            )
         if not isinstance(config, TeaCacheConfig):
             self.transformer.enable_cache(config)
             if not self._managers():  # TaylorSeer goes by the names of layers
@@ -176,7 +180,9 @@ class Cache:
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            if any(kwargs.get(name) for name in self.architecture.residuals):
+            if self.architecture.residuals and any(
+                self.architecture.bind(args, kwargs).get(name) for name in self.architecture.residuals
+            ):
                 raise ValueError(
                     "caches skip blocks, but not what a ControlNet adds between them, which would count twice: "
                     "leave the cache out, or call the transformer's disable_cache()"

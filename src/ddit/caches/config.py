@@ -98,6 +98,10 @@ def check_config(config: Any, *, learnt: bool) -> None:
             "TaylorSeer in lite mode continues the model's last layer alone, and an adapter reads what comes before: "
             "choose another cache, use_lite_mode=False, or leave the adapter out (--adapter none)"
         )
+    if type(config).__name__ == "MagCacheConfig" and config.calibrate:
+        raise ValueError(
+            "MagCache calibrates on plain runs: do that without ddit, then give its mag_ratios and calibrate=False"
+        )
     if config is not None and not SUPPORTED & {kind.__name__ for kind in type(config).__mro__}:
         raise ValueError(
             f"{type(config).__name__} does not work with dynamic patches; "

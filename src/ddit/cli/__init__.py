@@ -23,6 +23,9 @@ from ddit.util.files import write_json
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 for bad input."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever called, as with >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until Python ends)
     try:
         return _run(argv)
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 from ddit.cli.common import (
     add_command,
     call_options,
+    check_address,
     check_outputs,
     check_run,
     column_option,
@@ -16,13 +17,14 @@ from ddit.cli.common import (
     environment,
     model_options,
     positive,
+    seed,
     words_of,
 )
-from ddit.cli.draw import method_options
+from ddit.cli.draw import clip_options, method_options
 from ddit.pipelines.methods import patches_of, skip_of
 from ddit.preset import Preset
 from ddit.util.extras import require
-from ddit.util.files import write_json, write_text
+from ddit.util.files import ended, write_json, write_text
 
 
 def add_app(commands: Any) -> None:
@@ -41,30 +43,18 @@ def add_app(commands: Any) -> None:
     column_option(prepare)
     model_options(prepare)
     method_options(prepare)
-    prepare.add_argument("--seed", type=int, default=0, help="another one adds pairs (default: %(default)s)")
-    prepare.add_argument("--frames", type=positive, help="of a clip: one more than a multiple of 4")
-    prepare.add_argument("--fps", type=positive, default=8, help="frames per second of a clip (default: %(default)s)")
+    prepare.add_argument("--seed", type=seed, default=0, help="another one adds pairs (default: %(default)s)")
+    clip_options(prepare)
     results = add_command(stages, "results", _results, "the table of answers, and all votes as CSV")
     results.add_argument("study", type=Path, help="folder of the study")
     results.add_argument("--out", type=Path, help="stem of .json and .csv (default: results in the study's folder)")
-
-
-def _check_address(host: str, port: int) -> None:
-    """Refuse one that is taken, or not of this machine."""
-    import socket
-
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"{host}:{port} can't be served ({error}); name another with --host and --port") from error
 
 
 def _app(args: argparse.Namespace) -> None:
     check_run(args, ())
     require("gradio", "ddit app")
     require("matplotlib", "ddit app")
-    _check_address(args.host, args.port)
+    check_address(args.host, args.port)
     from ddit.app.study import Study
 
     study = None if args.study is None else Study.open(args.study)
@@ -82,6 +72,7 @@ def _app(args: argparse.Namespace) -> None:
     settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
     studio = Studio(pipe, preset, args.model, settings, load)
+    studio.check_adapter(args.adapter)
     page.serve(page.build(studio, study, adapter=args.adapter), study, args.host, args.port)
 
 
@@ -105,10 +96,10 @@ def _prepare(args: argparse.Namespace) -> None:
         loading.check_prompt(prompt, args.model)
     drawing = Drawing.load(args, args.device)
     refuse_sound(drawing.pipe)
-    study = Study.prepare(args.out, {**drawing.setup, "fps": args.fps, "suffix": drawing.suffix}, prompts, args.seed)
+    study = Study.prepare(args.out, {**drawing.setup, "fps": drawing.fps, "suffix": drawing.suffix}, prompts, args.seed)
     pairs = study.pairs()
     with progress("pairs", len(pairs)) as advance:
-        count = draw_pairs(study, drawing.pipe, drawing.settings, drawing.method, fps=args.fps, advance=advance)
+        count = draw_pairs(study, drawing.pipe, drawing.settings, drawing.method, fps=drawing.fps, advance=advance)
     print(f"drew {count} of {2 * len(pairs)} for {args.out}; serve them with 'ddit app --study {args.out}'")
 
 
@@ -116,8 +107,7 @@ def _results(args: argparse.Namespace) -> None:
     from ddit.app.study import Study, as_csv, markdown
 
     study = Study.open(args.study)
-    stem = args.out or args.study / "results"
-    files = [stem.with_name(stem.name + end) for end in (".json", ".csv")]
+    files = [ended(args.out or args.study / "results", end) for end in (".json", ".csv")]
     check_outputs(files)
     results = study.results()
     votes = study.votes()

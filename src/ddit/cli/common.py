@@ -114,13 +114,47 @@ def words_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
+    return _whole(text, 1, None, "a whole number above 0")
+
+
+def seed(text: str) -> int:
+    return _whole(text, 0, SEEDS, "a seed, a whole number from 0 to 2^63 - 1")
+
+
+def _whole(text: str, least: int, below: int | None, what: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        value = least - 1
+    if value < least or (below is not None and value >= below):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
+
+
+FPS = 8
+"""Frames per second of a clip, where nobody says."""
+SEEDS = 2**63
+"""Of PyTorch's generators there are so many, from 0 on."""
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a figure of a kind that matplotlib does not write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.filetypes)
+    if path.suffix[1:].lower() not in ("", *kinds):
+        raise ValueError(f"{path} must end in one of {', '.join('.' + kind for kind in kinds)}")
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse one that is taken, or not of this machine."""
+    import socket
+
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{host}:{port} can't be served ({error}); name another with --host and --port") from error
 
 
 def files_of(out: Path, count: int, *, compared: bool = True) -> list[Path]:
@@ -140,12 +174,12 @@ def check_writable(path: Path) -> None:
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is not a regular file; name one that is, or one that is not there yet")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
     try:
-        if path.is_dir():
-            raise IsADirectoryError
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
@@ -173,7 +207,10 @@ def check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
         size = getattr(args, name)
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
-    for name, _ in args.call:
+    names = [name for name, _ in args.call]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--call gives {name} several times; give it once")
         if hasattr(args, CALL_FLAGS.get(name, "")):
             raise ValueError(f"{name} is set by --{CALL_FLAGS[name]}; leave it out of --call")
     check_outputs(outputs)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ddit.cli.common import (
+    FPS,
     add_command,
     add_flag,
     check_column,
     check_outputs,
+    check_plot,
     check_run,
     column_option,
     command_line,
@@ -19,6 +21,7 @@ from ddit.cli.common import (
     files_of,
     model_options,
     positive,
+    seed,
     words_of,
 )
 from ddit.config import Coarse, PatchSchedule, SkipSchedule
@@ -44,18 +47,24 @@ def add_draw(commands: Any) -> None:
     column_option(generate)
     model_options(generate)
     method_options(generate)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=seed, default=0)
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup and likeness")
-    generate.add_argument("--repeats", type=positive, default=1, help="with --compare: times the median of this many")
-    generate.add_argument("--frames", type=positive, help="of a clip: one more than a multiple of 4")
-    generate.add_argument("--fps", type=positive, default=8, help="frames per second of a clip (default: %(default)s)")
+    generate.add_argument("--repeats", type=positive, help="with --compare: times the median of this many (default: 1)")
+    clip_options(generate)
     generate.add_argument("--out", type=Path, help="PNG, MP4 of clips, or WAV of sound (default: out/ddit.png, ...)")
     generate.add_argument("--json", type=Path, help="write a report")
     generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
 
     demo = add_command(commands, "demo", _demo, "watch it work on the embedded model: plain and dynamic side by side")
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
+
+
+def clip_options(command: argparse.ArgumentParser) -> None:
+    """How long a clip is, and how fast."""
+    text = "of a clip: one more than a multiple of what its autoencoder joins, of Wan 4 (default: the model's own)"
+    command.add_argument("--frames", type=positive, help=text)
+    command.add_argument("--fps", type=positive, help=f"frames per second of a clip (default: {FPS})")
 
 
 def method_options(command: argparse.ArgumentParser) -> None:
@@ -100,8 +109,11 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         out = (out or Path("out/ddit")) / "00001.json"
     check_run(args, [*files_of(out or Path("out/ddit.png"), args.num_images), args.json, args.plot])
+    if args.repeats is not None and not args.compare:
+        raise ValueError("--repeats says how often --compare takes times; give that too, or leave it out")
     if args.plot is not None:
         require("matplotlib", "--plot")
+        check_plot(args.plot)
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give a prompt to draw, or --prompts FILE with one per line")
     check_column(args.prompt_column, args.prompts, "--prompts")

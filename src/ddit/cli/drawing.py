@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddit.cli.common import call_options, command_line, environment, files_of, words_of
+from ddit.cli.common import FPS, call_options, command_line, environment, files_of, words_of
 from ddit.config import PatchSchedule
 from ddit.eval.metrics import similarity
 from ddit.eval.parts import digest
@@ -49,6 +49,8 @@ class Drawing:
         suffix = ".wav" if sounds.sample_rate(pipe) else ".mp4" if lib.draws_video(pipe) else ".png"
         if suffix == ".mp4":
             outputs.check_video_writer()
+        elif args.fps is not None:
+            raise ValueError(f"fps is {args.fps}, but {type(pipe).__name__} makes no clips; leave --fps out")
         words = words_of(args)
         method = make_method(
             words,
@@ -60,13 +62,18 @@ class Drawing:
         return cls(args, pipe, method, words, settings, suffix)
 
     @property
+    def fps(self) -> int:
+        """Frames per second of a clip."""
+        return self.args.fps or FPS
+
+    @property
     def seeds(self) -> list[int]:
         return [self.args.seed + i for i in range(self.args.num_images)]
 
     def asked(self, prompt: str) -> dict[str, Any]:
         """All that decides what is drawn, and what is written of it."""
         args = self.args
-        return {"prompt": prompt, "seeds": self.seeds, "compare": args.compare, "fps": args.fps, **self.setup}
+        return {"prompt": prompt, "seeds": self.seeds, "compare": args.compare, "fps": self.fps, **self.setup}
 
     @cached_property
     def setup(self) -> dict[str, Any]:
@@ -92,7 +99,7 @@ class Drawing:
         asked, plain = (self.pipe, prompts, self.seeds, self.settings), None
         if args.compare:
             methods = {"plain": None, "method": self.method}
-            plain, dynamic = lib.by_turns(*asked, methods, repeats=args.repeats, on_step=on_step).values()
+            plain, dynamic = lib.by_turns(*asked, methods, repeats=args.repeats or 1, on_step=on_step).values()
         else:
             dynamic = lib.run(*asked, method=self.method, on_step=on_step)
         report: Any = dynamic.report
@@ -122,7 +129,7 @@ class Drawing:
     def _save(self, out: Path, dynamic: np.ndarray, plain: np.ndarray | None) -> list[Path]:
         if self.suffix == ".wav":
             return sounds.save(out, dynamic, plain, rate=self.pipe.sample_rate)
-        return outputs.save(out, dynamic, plain, fps=self.args.fps)
+        return outputs.save(out, dynamic, plain, fps=self.fps)
 
     def is_there(self, prompt: str, path: Path) -> bool:
         """Whether an earlier run has drawn a prompt to ``path``, and all its files are still there.

@@ -17,6 +17,7 @@ from ddit.cli.common import (
     environment,
     model_options,
     positive,
+    seed,
 )
 from ddit.config import PatchSchedule
 from ddit.util.extras import require
@@ -44,7 +45,7 @@ def add_measure(commands: Any) -> None:
     text = f"prompts to run (default: {CALIBRATION}, or as many as the file has)"
     calibrate.add_argument("--count", type=positive, help=text)
     calibrate.add_argument("--batch", type=positive, default=1, help="prompts that are run together")
-    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--seed", type=seed, default=0)
     calibrate.add_argument("--out", type=Path, help="folder of the preset (default: the model's own)")
 
 
@@ -107,7 +108,7 @@ def _add_bench(commands: Any) -> None:
 
 
 def _judging_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompts", type=positive, help=f"how many (default: {PROMPTS}, of suite paper all)")
+    command.add_argument("--prompts", type=_count, help=f"how many (default: {PROMPTS}, of suite paper all)")
     text = (
         "prompts of your own for any model, whose likeness to plain is judged: a file (text with one per line, .json, "
     )
@@ -118,7 +119,14 @@ def _judging_options(command: argparse.ArgumentParser) -> None:
     text = "plan and tell work at the costs of this model, such as flux.1-dev or wan2.1-1.3b (see ddit info)"
     command.add_argument("--costs", metavar="NAME", help=text)
     command.add_argument("--batch", type=positive, default=8)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=seed, default=0)
+
+
+def _count(text: str) -> int:
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; a file of prompts is given with --prompt-file") from None
 
 
 def _paper_options(command: argparse.ArgumentParser) -> None:
@@ -151,6 +159,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         require("matplotlib", "the figure of a measurement")
         _refuse_paper_options(args)
     texts = _texts(args)
+    if not texts and args.prompts == 1:
+        raise ValueError("prompts is 1; a Fréchet distance is one of many pictures: draw at least 2")
     from ddit.eval.suites import SuiteConfig, run_suite
 
     at = tuple(getattr(args, "at", ()))
@@ -240,6 +250,7 @@ def _bench(args: argparse.Namespace) -> None:
     scales = sorted({1, *args.scales})
     PatchSchedule(scales=tuple(scales))
     sizes = [_size(text) for text in args.size]
+    bench.parse_schedule(args.schedule, 1, dict.fromkeys(scales, 1.0))
     kept: dict[str, Any] = {"blocks": args.blocks, "rank": args.adapter_rank, "scales": scales}
     results = [bench.count(arch, **size, **kept) for arch in args.arch for size in sizes]
     tables = [bench.counts_table(results)]
@@ -290,10 +301,10 @@ def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[s
 
 
 def _size(text: str) -> dict[str, int]:
-    if text.endswith("s") and text[:-1].isdigit():
+    if text.endswith("s") and text[:-1].isdecimal():
         return {"seconds": int(text[:-1])}
     parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
+    if len(parts) not in (2, 3) or not all(part.isdecimal() for part in parts):
         raise ValueError(
             f"size is {text!r}; it must be HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, such as 480x832x81, or 60s"
         )

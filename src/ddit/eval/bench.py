@@ -45,6 +45,8 @@ def count(
     meta = meta_transformer(model, blocks)
     architecture = architecture_for(meta)
     inputs = example(architecture, model, height, width, frames, seconds)
+    if frames > 1 and architecture.read(inputs).latents.ndim < 5:
+        raise ValueError(f"{model} makes no clips; name a size without frames, such as {height}x{width}")
     adapter = None if rank is None else PatchAdapter.for_model(meta, scales=[s for s in scales if s > 1], rank=rank)
     rows = {}
     for scale in scales:

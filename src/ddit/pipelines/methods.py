@@ -44,6 +44,8 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
     given = {name: value for name, value in values.items() if value is not None}
     suits = given.get("patches", "rule") == "rule" and not set(COARSE) & set(given)
     name = given.get("adapter", preset.adapter if suits else "")
+    if given.get("adapter") == "":
+        raise ValueError("adapter is empty; name its folder or hub id, or say none")
     adapter = None if name in ("", "none") else load_adapter(name)
     cache = make_cache(given["cache"], preset.teacache) if "cache" in given else None
     patches = None if planned_jointly(given, preset) else patches_of(given, preset)

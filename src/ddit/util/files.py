@@ -52,7 +52,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def ended(stem: Path, ending: str) -> Path:
     """The file of a stem, such as ``out/flux.1-dev``: dots in its name stay, but for the ending of a table."""
-    return stem.with_name((stem.stem if stem.suffix in (".json", ".md") else stem.name) + ending)
+    return stem.with_name((stem.stem if stem.suffix in (".json", ".md", ".csv") else stem.name) + ending)
 
 
 def write_json(path: Path, values: Any) -> None:
