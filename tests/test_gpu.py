@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import stages, table
+from benchmarks.gpu import methods, stages, table
 from benchmarks.gpu import train as training
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.parts import PART, pack, unpack
@@ -84,6 +84,24 @@ def test_results_of_another_card_are_not_taken(tmp_path):
     first.once("one", lambda: 1)
     assert Record(tmp_path / "x.json", Budget(5), {"card": "a", "environment": {}}).values == {"one": 1}
     assert Record(tmp_path / "x.json", Budget(5), {"card": "b", "environment": {}}).values == {}
+
+
+def test_results_of_other_code_are_not_taken(tmp_path, stub, monkeypatch):
+    assert stages.run(["good"], session(tmp_path), 60) == []
+    assert "first_environment" not in read(tmp_path / "good.json")
+    monkeypatch.setattr(stages, "digest", lambda: "another")
+    assert stages.run(["good"], session(tmp_path), 60) == [] and stub == ["good", "good"]
+
+
+def test_lists_name_what_there_is():
+    """Each measurement once, and every method that is known, in the forms that the stage tells."""
+    for names in (stages.FLUX, stages.WAN, stages.PEERS):
+        assert len(set(names)) == len(names)
+    known = {"plain", "patches", "patches, skip 4", "patches, adapter", "patches, TeaCache", "TeaCache"}
+    known |= {"rule, every step full", *(f"skip {n}" for n in methods.SKIPS)}
+    for names in (stages.FLUX, stages.WAN):
+        compiled = {name.split("/")[2] for name in names if name.startswith("compiled/long/")}
+        assert compiled == known
 
 
 def test_what_does_not_fit_into_the_time_is_left_out(tmp_path):

@@ -33,12 +33,11 @@ def matmul_peak(shape: Any, device: torch.device) -> dict[str, float]:
 
 def single_steps(loaded: Loaded, seconds: float, *, adapter: bool) -> dict[str, Any]:
     """What `ddit.eval.timing.step_costs` tells, repeated as often as fits into so many seconds."""
-    one = _plain_step(loaded)
-    repeats = min(max(int(seconds / (10 * one)), 2), loaded.shape.repeats)
-    before = graphs()
-    chosen = loaded.adapter if adapter else None
+    before, chosen = graphs(), loaded.adapter if adapter else None
     if adapter and loaded.form == "compiled":
         torch._dynamo.reset()  # compiled code does not look for the adapter's hooks
+    one = _plain_step(loaded)
+    repeats = min(max(int(seconds / (10 * one)), 2), loaded.shape.repeats)
     timing.MATRIX = loaded.shape.matrix
     costs = timing.step_costs(loaded.architecture, loaded.inputs, adapter=chosen, repeats=repeats)
     return {**costs, "graphs": graphs() - before}

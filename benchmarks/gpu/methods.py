@@ -31,10 +31,7 @@ class Method:
 
 
 Methods = dict[str, Method]
-ADAPTER = "patches, adapter"
 SKIPS = (2, 3, 5)
-FIRST = ("plain", "patches", "patches, skip 4")
-"""Of ddit's own, what tells most."""
 
 
 def schedule(total: int, flops: Mapping[int, float]) -> list[int]:
@@ -43,7 +40,7 @@ def schedule(total: int, flops: Mapping[int, float]) -> list[int]:
 
 
 def own(loaded: Loaded, total: int, flops: Mapping[int, float]) -> Methods:
-    """ddit's, the most telling first."""
+    """ddit's."""
     patches = FixedSchedule(steps=tuple(schedule(total, flops)))
     cache = TeaCacheConfig(0.25, loaded.architecture.teacache_coefficients() or (1.0, 0.0))
 
@@ -56,7 +53,7 @@ def own(loaded: Loaded, total: int, flops: Mapping[int, float]) -> Methods:
         **{f"skip {speedup}": Method(put(patches=FULL, speedup=speedup), 1 / speedup) for speedup in SKIPS},
         "patches, skip 4": Method(put(patches=patches, speedup=4), 0.3),
         "rule, every step full": Method(put(patches=PatchSchedule(threshold=0.0)), 1.0),
-        ADAPTER: Method(put(patches=patches, adapter=loaded.adapter), 0.5, True),
+        "patches, adapter": Method(put(patches=patches, adapter=loaded.adapter), 0.5, True),
         "patches, TeaCache": Method(put(patches=patches, cache=cache), 0.5, True),
         "TeaCache": Method(put(patches=FULL, cache=cache), 0.8, True),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import threading
@@ -56,21 +57,22 @@ class Budget:
 
 
 class Record:
-    """The JSON of a stage; what an earlier call on the same card wrote there is kept.
+    """The JSON of a stage; what an earlier call of the same code on the same card wrote there is kept.
 
     Its ``values`` are results by name; ``errors`` and ``left_out`` say of which there are none, and why.
     """
 
     def __init__(self, path: Path, budget: Budget, about: dict[str, Any] | None = None) -> None:
         self.path, self.budget = path, budget
-        found = read(path)
-        if found.get("card") != (about or {}).get("card"):
-            found = {}  # figures of two cards would be compared
+        found, about = read(path), about or {}
+        if any(found.get(name) != about[name] for name in ("card", "code") if name in about):
+            found = {}  # figures of two cards, or of two versions of the code, would be compared
         self.values: dict[str, Any] = found.get("values", {})
-        self.about = {**(about or {}), **({"first_environment": found["environment"]} if self.values else {})}
+        first = {"first_environment": found.get("first_environment", found["environment"])} if self.values else {}
+        self.about: dict[str, Any] = {**about, **first}
         self.errors: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
-        self.done = False
+        self.done = bool(found.get("done"))
 
     def write(self) -> None:
         told = {name: getattr(self, name) for name in ("done", "values", "errors", "left_out")}
@@ -107,6 +109,12 @@ class Record:
             lines = "".join(traceback.format_exception(error)).replace(f"{ROOT}/", "")
             self.about.setdefault("traces", {})[name] = lines[-1200:]
         self.write()
+
+
+def digest() -> str:
+    """Of the code that is measured and that measures: where it is copied to, there need be no git."""
+    files = sorted(path for folder in ("src/ddit", "benchmarks/gpu") for path in (ROOT / folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def read(path: Path) -> dict[str, Any]:

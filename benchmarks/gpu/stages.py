@@ -16,7 +16,7 @@ from benchmarks.gpu import methods
 from benchmarks.gpu import train as training
 from benchmarks.gpu.measure import first_steps, host_waits, matmul_peak, single_steps, whole_run
 from benchmarks.gpu.models import Loaded
-from benchmarks.gpu.record import Budget, OutOfTime, Record, read
+from benchmarks.gpu.record import Budget, OutOfTime, Record, digest
 from benchmarks.gpu.shapes import SHAPES, Shape, tiny
 from ddit.cli.common import environment
 
@@ -49,6 +49,7 @@ class Session:
         if name not in self.loaded:
             self.loaded.clear()
             gc.collect()
+            torch._dynamo.reset()
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
             self.loaded[name] = Loaded(self.shapes[name], self.device)
@@ -58,14 +59,14 @@ class Session:
 def run(names: Sequence[str], session: Session, seconds: float) -> list[str]:
     """Run stages in this order; returns the names of those that are not done."""
     whole, unfinished = Budget(seconds), []
-    for index, name in enumerate(names):
-        path = session.out / f"{name}.json"
-        if read(path).get("done"):
+    records = {name: Record(session.out / f"{name}.json", whole, _about(session, name)) for name in names}
+    waiting = [name for name in names if not records[name].done]
+    for name, record in records.items():
+        if record.done:
             print(f"{name}: there already", flush=True)
             continue
         stage, weight = STAGES[name]
-        weights = [STAGES[n][1] for n in names[index:] if not read(session.out / f"{n}.json").get("done")]
-        record = Record(path, whole.part(weight / sum(weights)), _about(session, name))
+        record.budget = whole.part(weight / sum(STAGES[other][1] for other in waiting[waiting.index(name) :]))
         print(f"{name}: {record.budget.left:.0f} s", flush=True)
         _run_one(stage, session, record)
         print(f"{name}: {'done' if record.done else 'not done'}, {whole.left:.0f} s left", flush=True)
@@ -89,6 +90,7 @@ def _run_one(stage: Callable[[Session, Record], None], session: Session, record:
 
 def _about(session: Session, name: str) -> dict[str, Any]:
     about: dict[str, Any] = {"stage": name, "tiny": session.tiny, "environment": environment(session.device)}
+    about["code"] = digest()
     if session.device.startswith("cuda"):
         about["card"] = torch.cuda.get_device_name(session.device)
         about["card_memory"] = torch.cuda.get_device_properties(session.device).total_memory
@@ -96,82 +98,114 @@ def _about(session: Session, name: str) -> dict[str, Any]:
     return about
 
 
-def flux(session: Session, record: Record) -> None:
-    """Single steps and whole runs of FLUX.1-dev."""
-    _model_stage("flux", session, record)
+FLUX = (
+    *("eager/steps", "eager/long/plain", "eager/long/patches"),
+    *("compiled/steps", "compiled/long/plain", "compiled/long/patches", "compiled/long/patches, skip 4"),
+    *("eager/long/patches, skip 4", "eager/long/patches, TeaCache", "eager/long/TeaCache"),
+    *("eager/long/patches, adapter", "compiled/adapter", "compiled/long/patches, adapter"),
+    *("eager/first steps", "eager/host waits", "eager/long/skip 2", "eager/long/skip 3", "eager/long/skip 5"),
+    *("eager/long/rule, every step full", "eager/long/plain, again"),
+    *("compiled/first steps", "compiled/host waits", "compiled/long/skip 2", "compiled/long/skip 3"),
+    *("compiled/long/skip 5", "compiled/long/rule, every step full"),
+    *("compiled/short/plain", "compiled/short/patches", "compiled/short/patches, skip 4"),
+    *("eager/short/plain", "eager/short/patches", "eager/short/patches, skip 4", "eager/short/patches, TeaCache"),
+    *("compiled/long/patches, TeaCache", "compiled/long/TeaCache"),
+)
+"""What is measured of FLUX.1-dev, what tells most first: ``FORM/WHAT`` of single steps, or ``FORM/LENGTH/METHOD``.
+
+An adapter changes compiled blocks, which are compiled anew for it and after it, and a cache each block by itself.
+"""
+WAN = (
+    *("compiled/steps", "compiled/long/patches", "compiled/long/plain", "eager/steps", "eager/long/patches"),
+    *("compiled/long/patches, skip 4", "compiled/long/skip 3", "eager/first steps", "eager/host waits"),
+    *("compiled/adapter", "compiled/long/patches, adapter"),
+    *("eager/long/patches, TeaCache", "eager/long/TeaCache", "eager/long/patches, adapter", "eager/long/plain"),
+    *("compiled/long/skip 2", "compiled/long/skip 5", "compiled/long/rule, every step full"),
+    *("compiled/long/patches, TeaCache", "compiled/long/TeaCache"),
+)
+"""The same of Wan 2.1 1.3B, whose plain run takes a minute."""
+CACHES = ("TaylorSeer 4", "cache-dit 0.1", "FirstBlockCache 0.1", "TaylorSeer 6")
+PEERS = (
+    *("eager/steps", "eager/long/plain", "eager/long/patches", "eager/long/skip 3"),
+    *(f"eager/long/{name}" for name in (*CACHES, "TeaCache", "patches, TeaCache")),
+    *("compiled/steps", "compiled/long/plain", "compiled/long/patches", "compiled/long/skip 3"),
+    *(f"compiled/long/{name}" for name in (*CACHES, "TeaCache", "patches, TeaCache")),
+)
+"""Caches of other libraries beside ddit's means, on FLUX.1-dev."""
+AGAIN = 30.0
+"""Seconds that compiling may take after the first time, whose kernels are kept."""
 
 
-def wan(session: Session, record: Record) -> None:
-    """The same of Wan 2.1 1.3B, with two calls in a step."""
-    _model_stage("wan", session, record)
-
-
-def _model_stage(name: str, session: Session, record: Record) -> None:
-    loaded = session.model(name)
-    shape = loaded.shape
+def measure(model: str, names: Sequence[str], session: Session, record: Record) -> None:
+    """Measure these of a model; where the time does not suffice, single whole runs are the sum of their steps."""
+    loaded = session.model(model)
     record.put("weights_bytes", sum(p.numel() * p.element_size() for p in loaded.transformer.parameters()))
-    record.once("matmul", lambda: matmul_peak(shape, loaded.device))
-    for form in FORMS:  # what tells most of both forms comes before the rest of either
-        steps = _steps(loaded, record, form, adapter=form == "eager")
-        if steps is not None:
-            chosen = methods.own(loaded, shape.lengths[0], _by_scale(steps["flops"]))
-            first = {name: chosen[name] for name in methods.FIRST}
-            _runs(loaded, record, shape.lengths[0], first, steps, late=False)
-    for form in FORMS:
-        steps = _steps(loaded, record, form, adapter=form == "eager")
-        if steps is None:
-            continue
-        record.once(f"{form}/first steps", lambda: first_steps(loaded))
-        for total in shape.lengths:
-            chosen = methods.own(loaded, total, _by_scale(steps["flops"]))
-            put = chosen["patches"].put
-            if total == shape.lengths[0] and loaded.device.type == "cuda":
-                record.once(f"{form}/host waits", lambda put=put: host_waits(loaded, put), 30 * _step(steps, shape))
-            _runs(loaded, record, total, chosen, steps, late=False)
-    if steps is not None and shape.recompiling:
-        record.once(
-            "compiled/adapter", lambda: single_steps(loaded, 0.1 * record.budget.left, adapter=True), shape.compiling
-        )
-        total = shape.lengths[0]
-        _runs(loaded, record, total, methods.own(loaded, total, _by_scale(steps["flops"])), steps, late=True)
+    record.once("matmul", lambda: matmul_peak(loaded.shape, loaded.device))
+    for name in names:
+        form, what = name.split("/", 1)
+        length, _, method = what.partition("/")
+        loaded.take(form)
+        if method:
+            _run(loaded, record, length, method)
+        else:
+            _single(loaded, record, what)
 
 
-def _steps(loaded: Loaded, record: Record, form: str, *, adapter: bool, share: float = 0.1) -> dict[str, Any] | None:
-    """The model in this form, and its single steps for this share of the time, unless there is none.
+def _single(loaded: Loaded, record: Record, what: str) -> None:
+    """Single steps, those with an adapter, the first of a run, or the waits of the host."""
+    form, shape, known = loaded.form, loaded.shape, _known(loaded, record)
+    compiled = form == "compiled"
+    if what in ("steps", "adapter"):
+        if what == "adapter" and not shape.recompiling:
+            return
+        learnt = what == "adapter" or not compiled
+        need = _compiling(loaded, record) if compiled else 0.0
+        record.once(f"{form}/{what}", lambda: single_steps(loaded, 0.1 * record.budget.left, adapter=learnt), need)
+    elif known is None:
+        return
+    elif what == "first steps":
+        record.once(f"{form}/{what}", lambda: first_steps(loaded), MARGIN * 20 * _by_scale(known["seconds"])[1])
+    elif loaded.device.type == "cuda":
+        put = methods.own(loaded, shape.lengths[0], _by_scale(known["flops"]))["patches"].put
+        record.once(f"{form}/{what}", lambda: host_waits(loaded, put), 30 * _step(known, shape))
 
-    An adapter changes the blocks, which are compiled anew for it: so there it comes last.
-    """
-    loaded.take(form)
-    return record.once(
-        f"{form}/steps",
-        lambda: single_steps(loaded, share * record.budget.left, adapter=adapter),
-        loaded.shape.compiling if form == "compiled" else 0.0,
-    )
+
+def _run(loaded: Loaded, record: Record, length: str, method: str) -> None:
+    """A whole run, ``long`` or ``short``, as ``FORM/STEPS/METHOD``."""
+    shape, known, compiled = loaded.shape, _known(loaded, record), loaded.form == "compiled"
+    place = ("long", "short").index(length)
+    if known is None or place >= len(shape.lengths):
+        return
+    total, flops = shape.lengths[place], _by_scale(known["flops"])
+    every = {**methods.own(loaded, total, flops), **methods.others(loaded)}
+    how = every.get(method.removesuffix(", again"))  # a plain run at the end tells whether the card has kept its speed
+    name = f"{loaded.form}/{total}/{method}"
+    if how is None:
+        record.left_out[name] = "its package is not installed"
+        return
+    if compiled and how.changes_blocks and not shape.recompiling:
+        return
+    need = MARGIN * _step(known, shape) * (how.share * total + 8)
+    if compiled and (how.changes_blocks or f"{loaded.form}/steps" not in record.values):
+        need += _compiling(loaded, record)
+    record.once(name, lambda: whole_run(loaded, how.put, total), need)
+    if name in record.left_out and method in ("plain", "patches"):
+        scales = [1] * total if method == "plain" else methods.schedule(total, flops)
+        costs = _by_scale(known["seconds"])
+        seconds = shape.guidance * sum(costs[scale] for scale in scales)
+        record.put(f"{name}, extrapolated", {"seconds": [seconds], "extrapolated": True})
 
 
-def _runs(
-    loaded: Loaded, record: Record, total: int, chosen: methods.Methods, steps: dict[str, Any], *, late: bool
-) -> None:
-    """Whole runs by each method, each as ``FORM/STEPS/METHOD``; where the time does not suffice, the sum of its steps.
+def _known(loaded: Loaded, record: Record) -> dict[str, Any] | None:
+    """Single steps in this form, or else in the other one."""
+    other = next(form for form in FORMS if form != loaded.form)
+    return record.values.get(f"{loaded.form}/steps") or record.values.get(f"{other}/steps")
 
-    Args:
-        steps: What single steps take.
-        late: Those methods for which compiled blocks are compiled anew, or those for which they are not; eager, all
-            count as early.
-    """
-    one = _step(steps, loaded.shape)
-    for method, how in chosen.items():
-        again = how.changes_blocks and loaded.form == "compiled"
-        if again != late:
-            continue
-        name = f"{loaded.form}/{total}/{method}"
-        need = MARGIN * one * (how.share * total + 8) + again * loaded.shape.compiling
-        record.once(name, lambda how=how: whole_run(loaded, how.put, total), need)
-        if name in record.left_out and method in ("plain", "patches"):
-            scales = [1] * total if method == "plain" else methods.schedule(total, _by_scale(steps["flops"]))
-            costs = _by_scale(steps["seconds"])
-            seconds = loaded.shape.guidance * sum(costs[scale] for scale in scales)
-            record.put(f"{name}, extrapolated", {"seconds": [seconds], "extrapolated": True})
+
+def _compiling(loaded: Loaded, record: Record) -> float:
+    """Seconds that compiling may take now."""
+    before = [name for name in record.values if name.startswith("compiled/") and "extrapolated" not in name]
+    return min(AGAIN, loaded.shape.compiling) if before else loaded.shape.compiling
 
 
 def _by_scale(values: dict[Any, float]) -> dict[int, float]:
@@ -183,22 +217,6 @@ def _step(steps: dict[str, Any], shape: Shape) -> float:
     return shape.guidance * _by_scale(steps["seconds"])[1]
 
 
-def peers(session: Session, record: Record) -> None:
-    """Caches of other libraries beside ddit's means on FLUX.1-dev, in one process."""
-    loaded = session.model("flux")
-    total = loaded.shape.lengths[0]
-    for form in FORMS:
-        plain = _steps(loaded, record, form, adapter=False, share=0.02)
-        if plain is None:
-            continue
-        mine = methods.own(loaded, total, _by_scale(plain["flops"]))
-        chosen = {"plain": mine["plain"], **methods.others(loaded), **mine}
-        chosen = {k: v for k, v in chosen.items() if k not in (methods.ADAPTER, "rule, every step full")}
-        _runs(loaded, record, total, chosen, plain, late=False)
-    if plain is not None and loaded.shape.recompiling:
-        _runs(loaded, record, total, chosen, plain, late=True)
-
-
 def train(stage: str, session: Session, record: Record) -> None:
     """Models of the yardstick, their judge, their adapters; see `benchmarks.gpu.train`."""
     work = session.work / "yardstick"
@@ -207,13 +225,13 @@ def train(stage: str, session: Session, record: Record) -> None:
 
 
 STAGES: dict[str, tuple[Callable[[Session, Record], None], float]] = {
-    "flux": (flux, 4.0),
+    "flux": (partial(measure, "flux", FLUX), 4.0),
     "train-image": (partial(train, "train-image"), 5.0),
-    "wan": (wan, 3.0),
+    "wan": (partial(measure, "wan", WAN), 3.0),
     "train-video": (partial(train, "train-video"), 4.0),
     "train-judge": (partial(train, "train-judge"), 1.0),
     "train-adapter": (partial(train, "train-adapter"), 2.0),
-    "peers": (peers, 1.5),
+    "peers": (partial(measure, "flux", PEERS), 2.0),
     "train-together": (partial(train, "train-together"), 12.0),
 }
 """Name -> the stage, and its weight among those that share the time that is left; ``all`` takes this order, without the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +15,6 @@ from einops import rearrange, reduce
 from ddit.embedded.clips import CLIP_SIZE, clips, film
 from ddit.embedded.drawing import drawings
 from ddit.embedded.scenes import IMAGE_SIZE, MOST
-from ddit.util.files import replacing
 
 MASK_SIZE = 32
 """Height and width of the masks that are kept."""
@@ -68,8 +68,7 @@ def _film_shard(path: Path, seed: int, count: int) -> None:
         prompts.append(clip.prompt)
         made.append((frames, _at_latents(covers), spots.astype(np.float32)))
     frames, masks, spots = map(np.stack, zip(*made, strict=True))
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, prompts=np.array(prompts), samples=frames, masks=masks, spots=spots)
+    _save(path, prompts=np.array(prompts), samples=frames, masks=masks, spots=spots)
 
 
 def _at_latents(covers: np.ndarray) -> np.ndarray:
@@ -88,8 +87,18 @@ def _draw_shard(path: Path, seed: int, count: int) -> None:
         pictures[i], spots[i, : len(where)] = picture, where
         pooled = reduce(covers, "k (h a) (w b) -> k h w", "mean", h=MASK_SIZE, w=MASK_SIZE)
         masks[i] = (pooled * 255).round().astype(np.uint8)
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, prompts=np.array(prompts), samples=pictures, masks=masks, spots=spots)
+    _save(path, prompts=np.array(prompts), samples=pictures, masks=masks, spots=spots)
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    """Write a shard; trainings side by side may both draw it, and write the same."""
+    own = path.with_name(f"{path.stem}-{os.getpid()}.partial")
+    try:
+        with own.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def sheet(pictures: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:
