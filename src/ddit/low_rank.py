@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
 class LowRank(nn.Module):
-    """LoRA (arXiv 2106.09685): ``x -> up(down(x))``, zero at first."""
+    """LoRA (arXiv 2106.09685): ``x -> y + up(down(x))`` beside a layer ``x -> y``; nothing is added at first."""
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
         super().__init__()
@@ -18,8 +20,14 @@ class LowRank(nn.Module):
         self.up = nn.Linear(rank, outputs, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """``[..., outputs]``, in the dtype of y.
+
+        Two kernels, and no calls of modules: in a coarse step of a large model the GPU waits for the host.
+        """
+        hidden = F.linear(x.to(y.dtype), self.down.weight.to(y.dtype))
+        up = self.up.weight.T.to(y.dtype)
+        return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), up).view_as(y)
 
 
 @dataclass
@@ -89,8 +97,7 @@ def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | No
     parts: LayerParts = vars(layer)[_PARTS]
     if parts.state.scale == 1:
         return None
-    low_rank = parts.scales[parts.state.scale]
-    return output + low_rank(args[0].to(low_rank.down.weight.dtype)).to(output.dtype)
+    return parts.scales[parts.state.scale].added(args[0], output)
 
 
 _ADDS = Hook(_add)

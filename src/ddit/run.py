@@ -315,6 +315,7 @@ class RunState:
             self.clean = self._seen.float() - self.levels[-1] * velocity.float()
         if self.path.keep and self._seen.dtype != torch.float32:
             alike = period(self._seen)
+            # Copies all of them: what the pipeline does to an answer is its own affair.
             self.velocities[-1] += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
         self._pass_ends(seconds)
 

@@ -307,10 +307,10 @@ def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
     target, explained, axes = step.float().flatten(1), torch.zeros((), device=step.device), []
     for velocity in velocities:  # Gram-Schmidt: a solver would make the host wait for a GPU
         v = velocity.float().flatten(1)
-        length = v.norm(dim=1, keepdim=True)
+        length = rest = v.norm(dim=1, keepdim=True)
         for axis in axes:
             v = v - (v * axis).sum(1, keepdim=True) * axis
-        rest = v.norm(dim=1, keepdim=True)
+            rest = v.norm(dim=1, keepdim=True)
         axes.append(torch.where(rest > NEW * length, v / rest, 0.0))
         explained = explained + (target * axes[-1]).sum(1, keepdim=True) * axes[-1]
     return explained.reshape(step.shape)
