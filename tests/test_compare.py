@@ -16,10 +16,10 @@ from ddit.caches import make_cache
 from ddit.cli import main
 from ddit.config import FixedSchedule, PatchSchedule
 from ddit.eval import calibrate, compare
-from ddit.eval.costs import Costs
 from ddit.eval.drawings import Drawings
 from ddit.eval.drawings import draw as draw_pictures
 from ddit.eval.parts import Part
+from ddit.eval.prices import Prices
 from ddit.eval.quality import Entry, parse_entry
 from ddit.models import architecture_for
 from ddit.patches import detail_variance
@@ -124,13 +124,13 @@ def test_work_at_other_costs_has_the_blocks_of_that_model():
     steps = tuple(Step(0.5, (scale,), ({},), 0.0, reused=reused) for scale, reused in ((1, {}), (1, {0: 1.0}), (2, {})))
     report = Report(steps, {1: 64, 2: 16}, {1: 8.0, 2: 2.0}, reused_share=1 / 5)
     assert report.flops_fraction == pytest.approx((1 + 0.2 + 0.25) / 3)
-    costs = Costs("flux.1-dev")
+    costs = Prices("flux.1-dev")
     coarse = costs.ratios[2]
     for name, share in (("first-block:0.1", 1 / 57), ("teacache:0.1", 0.0), ("cache-dit:0.08", 16 / 57)):
         told = costs.price(report, make_cache(name, (1.0,))).flops_fraction
         assert told == pytest.approx((1 + share + coarse) / 3)
     with pytest.raises(ValueError, match="none of"):
-        Costs("flux.9")
+        Prices("flux.9")
 
 
 def test_patch_sizes_of_all_methods_have_costs(tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_patch_sizes_of_all_methods_have_costs(tmp_path, capsys):
     methods = ["--methods", "plain", "ddit:schedule=1/8,adapter=none"]
     assert main(["evaluate", *flags, *methods, "--out", str(tmp_path / "a")]) == 0
     row = json.loads((tmp_path / "a.json").read_text())["methods"][1]
-    assert row["flops_fraction"] == pytest.approx((1 + 5 * Costs("flux.1-dev", (1, 8)).ratios[8]) / 6)
+    assert row["flops_fraction"] == pytest.approx((1 + 5 * Prices("flux.1-dev", (1, 8)).ratios[8]) / 6)
 
 
 def test_winners_are_the_best_among_those_as_fast():

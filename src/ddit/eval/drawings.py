@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddit.eval.costs import Costs
+from ddit.eval.prices import Prices
 from ddit.eval.quality import Entry
 from ddit.pipelines.generate import run
 from ddit.pipelines.outputs import eight_bits, save_png
@@ -86,7 +86,7 @@ def draw(
     *,
     batch: int,
     seed: int,
-    costs: Costs | None = None,
+    costs: Prices | None = None,
 ) -> None:
     """Every method on every prompt that it has not drawn yet; for each batch methods take turns in rotating order.
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ddit.embedded.scenes import Split
-from ddit.eval.costs import Costs
 from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
 from ddit.eval.parts import Part, Parts
+from ddit.eval.prices import Prices
 from ddit.eval.subjects import Subject, Verdict
 from ddit.pipelines.generate import Method, Run, run
 from ddit.pipelines.outputs import frames
@@ -37,7 +37,7 @@ class Entry:
     method: Method | None = None
     """``None`` is the untouched pipeline."""
 
-    def priced(self, outcome: Run, costs: Costs | None) -> Run:
+    def priced(self, outcome: Run, costs: Prices | None) -> Run:
         """What it drew, with its work told at the costs of another model where they are given."""
         if costs is None or outcome.report is None:
             return outcome
@@ -117,7 +117,7 @@ def draw_all(
     batch: int,
     seed: int,
     parts: Parts | None = None,
-    costs: Costs | None = None,
+    costs: Prices | None = None,
 ) -> list[Results]:
     """Run every method on every prompt; for each batch of prompts the methods take turns in rotating order.
 

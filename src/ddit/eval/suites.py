@@ -16,10 +16,10 @@ from ddit.adapter import PatchAdapter
 from ddit.caches import make_cache, suits
 from ddit.embedded.scenes import Split
 from ddit.eval import compare, paper, proxy, quality
-from ddit.eval.costs import Costs
 from ddit.eval.drawings import Drawings, draw
 from ddit.eval.grid import fewest_and_most, save_grid
 from ddit.eval.parts import Parts, digest
+from ddit.eval.prices import Prices
 from ddit.eval.subjects import Clips, Own, Pictures, Subject
 from ddit.models import architecture_for
 from ddit.pipelines.generate import Method, call_settings, check_call, draws_video, run_steps
@@ -252,7 +252,7 @@ def _load(config: SuiteConfig) -> tuple[Any, Preset]:
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=config.device, preset=config.preset)
     refuse_sound(pipe)
     check_call(pipe, call_settings(preset, **config.settings))
-    return pipe, preset if config.costs is None else replace(preset, costs=Costs(config.costs).ratios)
+    return pipe, preset if config.costs is None else replace(preset, costs=Prices(config.costs).ratios)
 
 
 def _show(config: SuiteConfig, table: str) -> None:
@@ -282,12 +282,12 @@ def subject_of(pipe: Any) -> Subject:
     return Clips() if draws_video(pipe) else Pictures()
 
 
-def _costs(config: SuiteConfig, methods: Sequence[quality.Entry]) -> Costs | None:
+def _costs(config: SuiteConfig, methods: Sequence[quality.Entry]) -> Prices | None:
     """At which work is told, for all patch sizes of these methods."""
     if config.costs is None:
         return None
     used = {s for entry in methods if entry.method is not None for s in getattr(entry.method.patches, "scales", ())}
-    return Costs(config.costs, tuple(sorted({1, 2, 4, *used})))
+    return Prices(config.costs, tuple(sorted({1, 2, 4, *used})))
 
 
 def _identity(

@@ -13,7 +13,7 @@ from ddit.report import Report
 
 
 @dataclass(frozen=True)
-class Costs:
+class Prices:
     """Of a model by its name (`ddit.pipelines.known.names`).
 
     Raises:
