@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ddit.adapter import Attachment, PatchAdapter
 from ddit.caches import Cache
-from ddit.caller import Current, calling_pipeline, held_by
+from ddit.caller import calling_pipeline, held_by
 from ddit.coarse import coarse_step
+from ddit.current import Runs
 from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first
 from ddit.plan import CACHED_MIXED, Plan
 from ddit.report import Report
@@ -40,7 +41,7 @@ class Handle:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._local = threading.local()
+        self._runs = Runs(lambda: RunState(plan.policy, plan.measure))
         self._lock = lock_of(plan.adapter)
         """Held during a call: threads take turns step by step, each with a run of its own."""
         self._drawing: dict[int, bool] = {}
@@ -99,7 +100,7 @@ class Handle:
         Raises:
             RuntimeError: Before any run.
         """
-        here = self._current
+        here = self._runs.current
         run = here.state if here.state.steps else here.finished or self._latest
         if run is None:
             raise RuntimeError("there is no report before a run; call the pipeline first")
@@ -159,27 +160,8 @@ class Handle:
         return seat.forward(*args, **kwargs)
 
     @property
-    def _current(self) -> Current:
-        """The run of this thread that was last called for."""
-        if not hasattr(self._local, "current"):
-            self._turn_to(None)
-        return self._local.current
-
-    def _turn_to(self, pipe: Any) -> None:
-        """Go on with this thread's run of a pipeline, or of nobody's: callbacks may draw with another pipeline."""
-        if not hasattr(self._local, "bare"):
-            self._local.bare, self._local.piped = self._new_current(), weakref.WeakKeyDictionary()
-        runs = self._local.piped
-        if pipe is not None and pipe not in runs:
-            runs[pipe] = self._new_current()
-        self._local.current = self._local.bare if pipe is None else runs[pipe]
-
-    def _new_current(self) -> Current:
-        return Current(RunState(self.plan.policy, self.plan.measure))
-
-    @property
     def _state(self) -> RunState:
-        return self._current.state
+        return self._runs.current.state
 
     def _step(self, seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
@@ -190,15 +172,15 @@ class Handle:
         lost = seat.check(held_by(pipe, arch.transformer))
         if lost is not None:
             self._warn(lost)
-        self._turn_to(pipe)
-        self._current.follow(pipe, caller is not None, self._start_over)
+        self._runs.turn_to(pipe)
+        self._runs.current.follow(pipe, caller is not None, self._start_over)
         try:
             noisy = arch.read(inputs)
         except UnsupportedCall as reason:
             return self._plain_step(seat, inputs, str(reason), args, kwargs)
-        z, sigma = noisy.latents, self._current.sigma(noisy.sigma)
+        z, sigma = noisy.latents, self._runs.current.sigma(noisy.sigma)
         if not self._state.repeats(z, sigma):
-            if self._current.stands(sigma):
+            if self._runs.current.stands(sigma):
                 self._warn(
                     "the transformer is called about several latents in one step of the sampler, tiles perhaps, and "
                     "ddit takes each for a step: its schedule and its report are wrong. Draw without tiles, or "
@@ -278,7 +260,7 @@ class Handle:
     ) -> Any:
         """A call that can't run with large patches: say so once, and record it."""
         started = time.perf_counter()
-        tokens, sigma = inputs[seat.architecture.batched[0]], self._current.sigma(seat.architecture.sigma(inputs))
+        tokens, sigma = inputs[seat.architecture.batched[0]], self._runs.current.sigma(seat.architecture.sigma(inputs))
         if not self._state.repeats(tokens, sigma):
             self._begin(seat.architecture, inputs, None, self._state.continues(tokens, sigma))
             self._state.force(tokens, sigma)
@@ -305,14 +287,14 @@ class Handle:
         """
         if not continues:
             self._start_over()
-        if not self._current.begun:
+        run = self._runs.current
+        if not run.begun:
             self._refuse_cache()
             self._drawing[threading.get_ident()] = calling_pipeline(arch.transformer) is not None
-            self._current.state = self.plan.new_run(arch, inputs, noisy, self._current.scheduler, self._current.told)
-            self._current.begun = True
-            if self._state.blind:
+            run.state, run.begun = self.plan.new_run(arch, inputs, noisy, run.scheduler, run.told), True
+            if run.state.blind:
                 self._warn(
-                    f"{type(self._current.scheduler).__name__} adds noise of its own, so that latents do not tell what "
+                    f"{type(run.scheduler).__name__} adds noise of its own, so that latents do not tell what "
                     "comes next: ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
                 )
         elif noisy is not None and len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
@@ -348,7 +330,7 @@ class Handle:
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Pipelines call this when a run ends, and their user may at any time."""
         caller = next((pipe for seat in self._seats if (pipe := calling_pipeline(seat.transformer)) is not None), None)
-        self._turn_to(caller or self.plan.pipe())
+        self._runs.turn_to(caller or self.plan.pipe())
         if self._active and caller is not None and len(self._seats) == 1 and not self._state.steps:
             self._warn(
                 "a run ended in which ddit was never asked: a hook that was there before ddit.apply has been removed, "
@@ -360,14 +342,14 @@ class Handle:
     def _start_over(self) -> None:
         if self._state.steps:
             whole = self._state.total in (None, len(self._state.steps))
-            self._latest = self._current.finished = self._state.finished()
+            self._latest = self._runs.current.finished = self._state.finished()
             if whole:  # one that was broken off says nothing of its settings
                 self._remark(self._latest)
         self._forget()
 
     def _forget(self) -> None:
         """Forget the run under way."""
-        self._current.state, self._current.begun = RunState(self.plan.policy, self.plan.measure), False
+        self._runs.current.state, self._runs.current.begun = RunState(self.plan.policy, self.plan.measure), False
         self._drawing.pop(threading.get_ident(), None)
         for seat in self._seats:
             seat.cache.start_over(threading.get_ident())
