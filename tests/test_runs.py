@@ -816,6 +816,13 @@ def test_a_step_without_noise_is_full(pipe):
     assert handle.report.scales == [[1]]
 
 
+def test_several_short_runs_of_ones_own_are_no_tiles(pipe, recwarn):
+    handle = ddit.apply(pipe, patches=fixed(1))
+    for seed in range(3):
+        pipe.transformer(**call_inputs(sigma=1.0, seed=seed))
+    assert handle.report.scales == [[1, 1, 1]] and not recwarn.list
+
+
 def test_tiles_are_told_of(pipe):
     handle = ddit.apply(pipe, patches=fixed(1))
     forward = pipe.transformer.forward

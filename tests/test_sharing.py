@@ -6,6 +6,8 @@ import pickle
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
 from ddit.caller import calling_pipeline
 from ddit.config import FULL
-from helpers import random_adapter
+from helpers import call_inputs, random_adapter
 
 METHODS = {
     "rule": {"patches": PatchSchedule(threshold=1e9, careful=False)},
@@ -283,3 +285,89 @@ def test_a_run_that_is_broken_off_or_freed_is_not_remarked_upon(pipe, recwarn):
     assert len(handle.report.steps) == 4
     pipe.maybe_free_model_hooks()
     assert not recwarn.list
+
+
+def test_a_pipeline_may_call_itself_in_a_callback(pipe):
+    """With a scheduler of its own meanwhile, as plain diffusers allows."""
+    with ddit.apply(pipe, **METHODS["fixed"]) as handle:
+        alone, seen = tiny.sample(pipe), []
+
+        def preview(pipe, index, *_):
+            if index == 2:
+                before = pipe.scheduler
+                pipe.scheduler = copy.deepcopy(before)
+                tiny.sample(pipe, seed=1, steps=4)
+                pipe.scheduler = before
+            seen.append(handle.scales)
+            return {}
+
+        assert torch.equal(tiny.sample(pipe, callback_on_step_end=preview), alone)
+        assert handle.report.strip() == "1 2 4 1 1 1 1 1" and seen[1:4] == [[2], [4], [1]]
+
+
+def test_a_callback_may_free_another_pipeline(pipe):
+    with ddit.apply(pipe, **METHODS["fixed"]) as handle:
+        alone, other = tiny.sample(pipe), shared(pipe)
+
+        def free(*_):
+            other.maybe_free_model_hooks()
+            return {}
+
+        assert torch.equal(tiny.sample(pipe, callback_on_step_end=free), alone)
+        tiny.sample(other, steps=3)
+        pipe.maybe_free_model_hooks()
+        assert handle.report.strip() == "1 2 4"
+
+
+def test_a_cache_refuses_a_run_inside_a_run(pipe):
+    """And goes on to refuse other threads until the outer one ends."""
+    with ddit.apply(pipe, cache="first-block:0.5"):
+        alone, other, refused = tiny.sample(pipe), shared(pipe), []
+
+        def intrude(*_):
+            refused.append(error_of(other))
+            with ThreadPoolExecutor(1) as thread:
+                refused.append(thread.submit(error_of, other).result())
+            return {}
+
+        assert torch.equal(tiny.sample(pipe, callback_on_step_end=intrude), alone)
+        assert "the call around this one" in str(refused[0]) and "another thread" in str(refused[1])
+        assert error_of(other) is None
+
+
+@dataclass
+class Equal:
+    """A user's own pipeline, without a hash; with slots it would allow no weak reference either."""
+
+    transformer: Any
+    scheduler: Any
+
+    def __call__(self, steps: int = 5) -> Tensor:
+        self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=1.0)
+        self.scheduler.set_begin_index(0)
+        inputs = call_inputs()
+        z = inputs.pop("hidden_states")
+        for t in self.scheduler.timesteps:
+            told = {**inputs, "hidden_states": z, "timestep": t.expand(1) / 1000}
+            with torch.no_grad():
+                z = self.scheduler.step(self.transformer(**told).sample, t, z).prev_sample
+        return z
+
+
+@pytest.mark.parametrize("own", [Equal, dataclass(slots=True)(Equal)])
+def test_pipelines_of_ones_own_need_no_hash_and_no_weak_reference(pipe, own):
+    mine = own(pipe.transformer, copy.deepcopy(pipe.scheduler))
+    with ddit.apply(mine, **METHODS["fixed"]) as handle:
+        mine()
+        assert handle.report.strip() == "1 2 4 1 1"
+
+
+def test_a_report_is_the_last_run_of_all_also_where_nobody_says_that_it_ended(pipe, monkeypatch):
+    """Models without caches in diffusers don't; each request has a pipeline of its own."""
+    monkeypatch.setattr(type(pipe.transformer), "_reset_stateful_cache", None)
+    monkeypatch.setattr(FluxPipeline, "maybe_free_model_hooks", lambda self: None)
+    with ddit.apply(pipe, **METHODS["fixed"]) as handle:
+        for steps in (4, 6):
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(tiny.sample, shared(pipe), steps=steps).result()
+        assert handle.report.strip() == "1 2 4 1 1 1"

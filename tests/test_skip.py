@@ -414,6 +414,16 @@ def test_what_patches_save_already_is_not_skipped_for():
     assert 0 not in run.report.scales[0] and 1 / run.report.flops_fraction > 1.8
 
 
+def test_a_speedup_that_is_missed_is_told():
+    """Patches that change in every step leave no two answers alike to forecast from."""
+    pipe = tiny.pipeline()
+    with (
+        pytest.warns(UserWarning, match=r"a speedup of 3 was asked for, and the run got 1\.\d+"),
+        ddit.apply(pipe, patches=ddit.FixedSchedule(steps=(1, 2) * 10), skip=SkipSchedule(speedup=3)),
+    ):
+        tiny.sample(pipe, steps=20)
+
+
 def test_what_a_cache_answers_counts_for_what_it_costs():
     """With a cache as well, a run takes half of a plain one's work, not less."""
     pipe = tiny.pipeline()

@@ -144,7 +144,7 @@ def _settle(
     return Plan(
         architectures=architectures,
         called=called,
-        pipe=(lambda: None) if pipe is None else weakref.ref(pipe),
+        pipe=_reference(pipe),
         policy=policy,
         measure=schedule if isinstance(schedule, PatchSchedule) else PatchSchedule(),
         coarse=coarse,
@@ -156,6 +156,14 @@ def _settle(
         costs=known.costs,
         settings={**asked, "patches": schedule},
     )
+
+
+def _reference(pipe: Any) -> Callable[[], Any]:
+    """Gives a pipeline without keeping it alive, where its class allows that."""
+    try:
+        return (lambda: None) if pipe is None else weakref.ref(pipe)
+    except TypeError:
+        return lambda: pipe
 
 
 def _checked(schedule: Any, skip: Any) -> Patches | Policy:

@@ -1,11 +1,11 @@
-"""Which run a call of the transformer belongs to: one for each pipeline in each thread."""
+"""Which run a call of the transformer belongs to: one for each call of a pipeline under way."""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,11 +18,19 @@ CLOSE = 2**-8
 """How far a timestep in bfloat16 may lie from the scheduler's own noise level."""
 
 
-@dataclass
+_NUMBERS = count()
+
+
+@dataclass(eq=False)
 class Current:
-    """What a pipeline draws in one thread, or what calls without a pipeline do there."""
+    """What a call of a pipeline draws, or what one thread draws without a pipeline."""
 
     state: RunState
+    call: int | None = None
+    """See `ddit.caller.pipeline_calls`; ``None`` without a pipeline."""
+    thread: int = field(default_factory=threading.get_ident)
+    number: int = field(default_factory=_NUMBERS.__next__)
+    """Its own."""
     begun: bool = False
     """Whether ``state`` belongs to a run."""
     finished: RunState | None = None
@@ -31,16 +39,12 @@ class Current:
     """The calling pipeline's own number of steps, see `run_of`."""
     at: tuple[int | None, float] | None = None
     """The scheduler's step and the noise level of the last call that was not a further guidance pass."""
-    _pipe: weakref.ref[Any] | None = None
+    scheduler: Any = None
+    """The sampler, where one is known."""
     _timesteps: Any = None
     _sigmas: Any = None
     _levels: list[float] = field(default_factory=list)
     """``_sigmas`` of the scheduler, read by the host once per run: on a GPU each read waits for it."""
-
-    @property
-    def scheduler(self) -> Any:
-        pipe = None if self._pipe is None else self._pipe()
-        return getattr(pipe, "scheduler", None)
 
     def sigma(self, told: Tensor) -> float:
         """Noise level of a call: the scheduler's own where there is one, since timesteps may be rounded.
@@ -60,8 +64,8 @@ class Current:
 
     def stands(self, sigma: float) -> bool:
         """Whether a call that is no further guidance pass is about the same step of the sampler as the one before."""
-        before, self.at = self.at, (place(self.scheduler) or 0, sigma)
-        return self.scheduler is not None and self.at == before and self.begun
+        before, self.at = self.at, (place(self.scheduler), sigma)
+        return self.begun and self.at == before and self.at[0] is not None and sigma > 0
 
     def follow(self, pipe: Any, calls: bool, start_over: Callable[[], None]) -> None:
         """Note who calls. A pipeline that has set its timesteps anew begins a new run, even if the last one broke.
@@ -70,11 +74,12 @@ class Current:
             pipe: Whose scheduler is in use, if there is one.
             calls: Whether it calls the transformer itself, in which case its own number of steps is this run's.
         """
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        self.scheduler = getattr(pipe, "scheduler", None)
+        timesteps = getattr(self.scheduler, "timesteps", None)
         if timesteps is not self._timesteps:
             start_over()
         self.told = getattr(pipe, "_num_timesteps", None) if calls else None
-        self._pipe, self._timesteps = None if pipe is None else weakref.ref(pipe), timesteps
+        self._timesteps = timesteps
 
 
 class Runs(threading.local):
@@ -86,13 +91,27 @@ class Runs(threading.local):
 
     def __init__(self, fresh: Callable[[], RunState]) -> None:
         self._fresh = fresh
-        self._bare = Current(fresh())
-        self._piped: MutableMapping[Any, Current] = weakref.WeakKeyDictionary()
-        self.current = self._bare
+        self.current = Current(fresh())
         """The one that was last called for."""
+        self._all: dict[int | None, Current] = {None: self.current}
 
-    def turn_to(self, pipe: Any) -> None:
-        """Go on with that of a pipeline, or of nobody's: callbacks may draw with another pipeline."""
-        if pipe is not None and pipe not in self._piped:
-            self._piped[pipe] = Current(self._fresh())
-        self.current = self._bare if pipe is None else self._piped[pipe]
+    def of(self, call: int | None) -> Current:
+        """That of a call of a pipeline, the last one where there is none."""
+        return self._all.get(call, self.current) if call is not None else self.current
+
+    def turn_to(self, call: int | None, under_way: Callable[[], Collection[int]]) -> list[Current]:
+        """Go on with that of a call of a pipeline, or of nobody's.
+
+        Args:
+            under_way: Tells the calls of pipelines in this thread.
+
+        Returns:
+            The runs of calls that are over, which are forgotten.
+        """
+        over: list[Current] = []
+        if call not in self._all:
+            kept = {None, *under_way()}
+            over = [self._all.pop(key) for key in list(self._all) if key not in kept]
+            self._all[call] = Current(self._fresh(), call)
+        self.current = self._all[call]
+        return over

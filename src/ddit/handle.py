@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ddit.adapter import Attachment, PatchAdapter
 from ddit.caches import Cache
-from ddit.caller import calling_pipeline, held_by
+from ddit.caller import freeing_pipeline, held_by, pipeline_calls
 from ddit.coarse import coarse_step
-from ddit.current import Runs
+from ddit.current import Current, Runs
 from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first
 from ddit.plan import CACHED_MIXED, Plan
 from ddit.report import Report
@@ -36,6 +36,17 @@ def lock_of(adapter: PatchAdapter | None) -> Any:
     return threading.RLock() if adapter is None else _LOCKS.setdefault(adapter, threading.RLock())
 
 
+def missed(report: Report) -> str | None:
+    """What to do about a run that took more than a step's work above what was asked; else ``None``."""
+    fraction, asked = report.flops_fraction, report.asked or 1.0
+    if len(report.steps) * (fraction - 1 / asked) <= 1:
+        return None
+    return (
+        f"a speedup of {asked:g} was asked for, and the run got {1 / fraction:.2f}: a forecast needs two answers with "
+        "one patch size, so steps can't be skipped where patches change. Let them change less often, or ask for less"
+    )
+
+
 class Handle:
     """Dynamic patches on a transformer, or two that take turns, until `remove`."""
 
@@ -44,8 +55,8 @@ class Handle:
         self._runs = Runs(lambda: RunState(plan.policy, plan.measure))
         self._lock = lock_of(plan.adapter)
         """Held during a call: threads take turns step by step, each with a run of its own."""
-        self._drawing: dict[int, bool] = {}
-        """Threads with a run under way -> whether it is a pipeline's."""
+        self._drawing: set[Current] = set()
+        """Runs under way, of all threads."""
         self._latest: RunState | None = None
         self._warned: set[str] = set()
         self._active = False
@@ -91,7 +102,7 @@ class Handle:
         """Scale of each sample in the current step, 0 where it is skipped; empty before a run, and after the end of one
         whose model hears of it (those with caches in diffusers).
         """
-        return list(self._state.scales)
+        return list(self._asked_for.state.scales)
 
     @property
     def report(self) -> Report:
@@ -100,16 +111,25 @@ class Handle:
         Raises:
             RuntimeError: Before any run.
         """
-        here = self._runs.current
+        here = self._asked_for
         run = here.state if here.state.steps else here.finished or self._latest
         if run is None:
             raise RuntimeError("there is no report before a run; call the pipeline first")
+        return self._report_of(run)
+
+    def _report_of(self, run: RunState) -> Report:
         scales = sorted({1, *(s for step in run.steps for s in step.scales if s)})
         architecture = self.plan.architectures[0]
         tokens = {s: architecture.tokens(run.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(run.examples[s], s, self.adapter) for s in scales}
         asked = self.plan.speedup, self.plan.coarse.fine
         return Report(tuple(run.steps), tokens, flops, run.forced, run.reused_share, *asked)
+
+    @property
+    def _asked_for(self) -> Current:
+        """The run of the pipeline that calls who asks, or else the last one of this thread."""
+        calls = (call for arch in self.plan.architectures for _, call in pipeline_calls(arch.transformer))
+        return self._runs.of(next(calls, None))
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -167,12 +187,13 @@ class Handle:
         started = time.perf_counter()
         arch = seat.architecture
         inputs = arch.bind(args, kwargs)
-        caller = calling_pipeline(arch.transformer)
-        pipe = caller or self.plan.pipe()
+        caller, call = next(pipeline_calls(arch.transformer), (None, None))
+        pipe = self.plan.pipe() if caller is None else caller
         lost = seat.check(held_by(pipe, arch.transformer))
         if lost is not None:
             self._warn(lost)
-        self._runs.turn_to(pipe)
+        for over in self._runs.turn_to(call, self._calls):
+            self._start_over(over)
         self._runs.current.follow(pipe, caller is not None, self._start_over)
         try:
             noisy = arch.read(inputs)
@@ -180,7 +201,7 @@ class Handle:
             return self._plain_step(seat, inputs, str(reason), args, kwargs)
         z, sigma = noisy.latents, self._runs.current.sigma(noisy.sigma)
         if not self._state.repeats(z, sigma):
-            if self._runs.current.stands(sigma):
+            if self._runs.current.stands(sigma) and caller is not None:
                 self._warn(
                     "the transformer is called about several latents in one step of the sampler, tiles perhaps, and "
                     "ddit takes each for a step: its schedule and its report are wrong. Draw without tiles, or "
@@ -203,6 +224,7 @@ class Handle:
             answer = arch.answer(velocity.to(z.dtype), inputs)
         if self._active:  # it may have been taken off from inside the call
             self._state.record(velocity.detach(), scales, time.perf_counter() - started)
+            self._latest = self._state
         return answer
 
     def _grouped_step(self, seat: Seat, inputs: Inputs, noisy: Noisy, scales: Sequence[int]) -> Tensor:
@@ -252,7 +274,7 @@ class Handle:
             scale=scale,
             samples=samples,
             reused=self._state.reused,
-            run=threading.get_ident(),
+            run=self._runs.current.number,
         )
 
     def _plain_step(
@@ -269,6 +291,7 @@ class Handle:
         answer = self._forward(seat, 1, range(len(tokens)))(*args, **kwargs)
         if self._active:
             self._state.record_full(time.perf_counter() - started)
+            self._latest = self._state
         return answer
 
     def _warn(self, message: str) -> None:
@@ -290,7 +313,7 @@ class Handle:
         run = self._runs.current
         if not run.begun:
             self._refuse_cache()
-            self._drawing[threading.get_ident()] = calling_pipeline(arch.transformer) is not None
+            self._drawing.add(run)
             run.state, run.begun = self.plan.new_run(arch, inputs, noisy, run.scheduler, run.told), True
             if run.state.blind:
                 self._warn(
@@ -310,49 +333,62 @@ class Handle:
             return
         if self.plan.coarse.fine:
             raise RuntimeError(CACHED_MIXED)
-        if [thread for thread in list(self._drawing) if not self._has_ended(thread)]:
+        for run in list(self._drawing):
+            if self._is_over(run):
+                self._forget(run)
+                continue
+            who = "the call around this one" if run.thread == threading.get_ident() else "another thread"
             raise RuntimeError(
-                "a cache serves one run at a time, and another thread draws with this transformer: "
+                f"a cache serves one run at a time, and {who} draws with this transformer: "
                 "put a lock around the pipeline's call, or leave the cache out"
             )
 
-    def _has_ended(self, thread: int) -> bool:
-        """Whether a thread's run is over, even if nobody said so: it died, or its pipeline's call was broken off."""
-        alive = thread in {other.ident for other in threading.enumerate()}
-        calls = any(calling_pipeline(seat.transformer, thread) is not None for seat in self._seats)
-        if thread != threading.get_ident() and alive and (calls or not self._drawing[thread]):
-            return False
-        del self._drawing[thread]
-        for seat in self._seats:
-            seat.cache.start_over(thread)
-        return True
+    def _calls(self, thread: int | None = None) -> set[int]:
+        """Calls of pipelines under way in a thread, by default this one."""
+        return {call for seat in self._seats for _, call in pipeline_calls(seat.transformer, thread)}
+
+    def _is_over(self, run: Current) -> bool:
+        """Whether a run is over, even if nobody said so: its thread died, or its pipeline's call was broken off."""
+        if run.thread not in {thread.ident for thread in threading.enumerate()}:
+            return True
+        if run.call is None:
+            return run.thread == threading.get_ident()
+        return run.call not in self._calls(run.thread)
 
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Pipelines call this when a run ends, and their user may at any time."""
-        caller = next((pipe for seat in self._seats if (pipe := calling_pipeline(seat.transformer)) is not None), None)
-        self._runs.turn_to(caller or self.plan.pipe())
-        if self._active and caller is not None and len(self._seats) == 1 and not self._state.steps:
-            self._warn(
-                "a run ended in which ddit was never asked: a hook that was there before ddit.apply has been removed, "
-                "and diffusers took ddit off with it. Call ddit.apply again"
-            )
-        self._start_over()
+        calls = (found for seat in self._seats for found in pipeline_calls(seat.transformer))
+        caller, call = next(calls, (None, None))
+        if caller is None:
+            self._start_over()
+        elif freeing_pipeline() in (None, caller):  # else a callback frees another one
+            run = self._runs.of(call)
+            if run.call == call and run.state.steps:
+                self._start_over(run)
+            elif self._active and len(self._seats) == 1:
+                self._warn(
+                    "a run ended in which ddit was never asked: a hook that was there before ddit.apply has been "
+                    "removed, and diffusers took ddit off with it. Call ddit.apply again"
+                )
         return reset(*args, **kwargs)
 
-    def _start_over(self) -> None:
-        if self._state.steps:
-            whole = self._state.total in (None, len(self._state.steps))
-            self._latest = self._runs.current.finished = self._state.finished()
+    def _start_over(self, run: Current | None = None) -> None:
+        """End a run, by default the current one."""
+        run = run or self._runs.current
+        if run.state.steps:
+            whole = run.state.total in (None, len(run.state.steps))
+            self._latest = run.finished = run.state.finished()
             if whole:  # one that was broken off says nothing of its settings
                 self._remark(self._latest)
-        self._forget()
+        self._forget(run)
 
-    def _forget(self) -> None:
-        """Forget the run under way."""
-        self._runs.current.state, self._runs.current.begun = RunState(self.plan.policy, self.plan.measure), False
-        self._drawing.pop(threading.get_ident(), None)
+    def _forget(self, run: Current | None = None) -> None:
+        """Forget what is under way in a run."""
+        run = run or self._runs.current
+        run.state, run.begun = RunState(self.plan.policy, self.plan.measure), False
+        self._drawing.discard(run)
         for seat in self._seats:
-            seat.cache.start_over(threading.get_ident())
+            seat.cache.start_over(run.number)
 
     def _remark(self, run: RunState) -> None:
         """Say once when a whole run was not what an adapter or a dynamic schedule is for."""
@@ -361,5 +397,7 @@ class Handle:
             said = self.adapter.remark(sigmas, chosen)
         if said is None and isinstance(run.policy, Rule):
             said = run.policy.remark(chosen, [step.statistics for step in run.steps], sigmas)
+        if said is None and self.plan.speedup is not None:
+            said = missed(self._report_of(run))
         if said is not None and not self._warned:
             self._warn(said)

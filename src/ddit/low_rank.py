@@ -27,7 +27,8 @@ class LowRank(nn.Module):
         """
         hidden = F.linear(x.to(y.dtype), self.down.weight.to(y.dtype))
         up = self.up.weight.T.to(y.dtype)
-        return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), up).view_as(y)
+        rows, added = (z.reshape(-1, z.shape[-1]) for z in (y, hidden))
+        return torch.addmm(rows, added, up).view_as(y).to(y.dtype)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddit.config import PatchSchedule
 from ddit.patches import period, same
 from ddit.report import Step
-from ddit.schedule import Fixed, Policy, StepContext, difference, explained, statistics
+from ddit.schedule import Fixed, Policy, StepContext, difference, statistics, unrounded
 
 
 class Skipping(Protocol):
@@ -47,8 +47,8 @@ class Skipping(Protocol):
 class Path:
     """The latents of the last steps in float32, newest last.
 
-    Latents below float32 are rounded, and rounding hides third differences. Their step is projected onto what the model
-    answered (`ddit.schedule.explained`).
+    Latents below float32 are rounded, and rounding hides third differences. Their step is taken from what the model
+    answered (`ddit.schedule.unrounded`).
     """
 
     keep: int
@@ -57,11 +57,12 @@ class Path:
     seen: Tensor | None = None
     """The newest as the transformer got them."""
 
-    def add(self, z: Tensor, velocities: Sequence[Tensor]) -> Tensor | None:
+    def add(self, z: Tensor, velocities: Sequence[Tensor], jump: float | None = None) -> Tensor | None:
         """Take in latents ``[B, C, ..., H, W]``; gives how they moved, if anybody watches and they did.
 
         Args:
             velocities: Answers of the steps that the sampler made this move of.
+            jump: See `ddit.schedule.unrounded`.
         """
         if not self.keep:
             self.seen = z.clone()
@@ -72,8 +73,8 @@ class Path:
             assert self.seen is not None, "there are points"
             moved = here - self.seen.float()
             if not exact:
-                rounding = torch.finfo(z.dtype).eps / 2
-                moved = explained(moved, velocities, rounding * here) if velocities else moved
+                rounding = torch.finfo(z.dtype).eps / 2 * here.abs()
+                moved = unrounded(moved, velocities, jump, rounding) if velocities else moved
                 here = self.points[-1] + moved
         self.points = [*self.points, here][-self.keep :]
         self.seen = here if exact else z.clone()
@@ -195,7 +196,9 @@ class RunState:
         copies = len(self.scales) // len(z)
         z = z.repeat(copies, *[1] * (z.ndim - 1)) if copies > 1 else z
         called, spent = self._called(), self._count(len(z))
-        moved = self.path.add(z, [velocity for step in self.velocities for velocity in step])
+        velocities = [velocity for step in self.velocities for velocity in step]
+        alone = self.remembers == 1 and len(velocities) == 1
+        moved = self.path.add(z, velocities, sigma - self.levels[-1] if alone else None)
         stats = self._statistics(len(z), patch_size)
         self.broken = self.broken or any(math.isnan(value) for sample in stats for value in sample.values())
         self.levels = [*self.levels, sigma][-2:]

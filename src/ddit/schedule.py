@@ -292,10 +292,8 @@ NEW = 1e-3
 def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
     """The part of a step of the latents that the model's outputs explain: least squares per sample.
 
-    Latents kept in bfloat16 move by ``sum_j c_j v_j`` plus rounding, and the rounding hides third differences
-    (its deviation is some 0.005, five times the paper's tau). A sampler's step lies in the span of the velocities that
-    it uses, guided or not: Euler's of the newest, a multistep sampler's of some before as well. The few coefficients
-    are fitted from thousands of numbers, so the projection drops the rounding without knowing them.
+    A sampler's step lies in the span of the velocities that it uses, guided or not: Euler's of the newest, a multistep
+    sampler's of some before as well. The few coefficients are fitted from thousands of numbers.
 
     Args:
         step: Difference of two neighbouring latents ``[B, ...]``.
@@ -304,7 +302,7 @@ def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
     Returns:
         The projection, shape of ``step``, float32.
     """
-    target, explained, axes = step.float().flatten(1), torch.zeros((), device=step.device), []
+    target, projected, axes = step.float().flatten(1), torch.zeros((), device=step.device), []
     for velocity in velocities:  # Gram-Schmidt: a solver would make the host wait for a GPU
         v = velocity.float().flatten(1)
         length = rest = v.norm(dim=1, keepdim=True)
@@ -312,19 +310,30 @@ def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
             v = v - (v * axis).sum(1, keepdim=True) * axis
             rest = v.norm(dim=1, keepdim=True)
         axes.append(torch.where(rest > NEW * length, v / rest, 0.0))
-        explained = explained + (target * axes[-1]).sum(1, keepdim=True) * axes[-1]
-    return explained.reshape(step.shape)
+        projected = projected + (target * axes[-1]).sum(1, keepdim=True) * axes[-1]
+    return projected.reshape(step.shape)
 
 
-def explained(step: Tensor, velocities: Sequence[Tensor], rounding: Tensor) -> Tensor:
-    """`project`, but of samples of which that leaves more than rounding: their latents were moved by somebody else too.
+MADE = 0.05
+"""Share of the latents that have to lie where the sampler puts them, up to rounding, for its step to be theirs."""
 
-    Inpainting puts the known part of the picture back after each step, and callbacks may change what they like.
+
+def unrounded(step: Tensor, velocities: Sequence[Tensor], jump: float | None, rounding: Tensor) -> Tensor:
+    """A step of latents that are kept in bfloat16 or float16, without their rounding.
+
+    They move by ``sum_j c_j v_j`` and rounding, which hides third differences: in bfloat16 its deviation is some 0.005,
+    five times the paper's tau. Of Euler's method from one output of the model the coefficient is known; others are
+    fitted (`project`). Inpainting puts back what is known of a picture after each step, and callbacks change what they
+    like: where nearly no number lies where the sampler puts it, the step is taken as it is.
 
     Args:
         step, velocities: See `project`.
-        rounding: Latents ``[B, ...]`` times the relative size of their rounding.
+        jump: By how much the noise level rose, where the sampler goes along one output alone; else ``None``.
+        rounding: The most by which rounding may have moved the latents ``[B, ...]``.
+
+    Returns:
+        Shape of ``step``, float32.
     """
-    projected = project(step, velocities)
-    left, least = ((x.flatten(1).norm(dim=1)) for x in (step - projected, rounding))
-    return torch.where(expand(left <= least, step).bool(), projected, step)
+    exact = project(step, velocities) if jump is None else jump * velocities[0].float()
+    share = ((step - exact).abs() <= rounding).flatten(1).float().mean(1)
+    return torch.where(expand(share >= MADE, step).bool(), exact, step)

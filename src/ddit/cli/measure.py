@@ -251,17 +251,13 @@ def _bench(args: argparse.Namespace) -> None:
     PatchSchedule(scales=tuple(scales))
     sizes = [_size(text) for text in args.size]
     bench.parse_schedule(args.schedule, 1, dict.fromkeys(scales, 1.0))
+    if args.device == "meta":
+        _refuse_timing(args)
     kept: dict[str, Any] = {"blocks": args.blocks, "rank": args.adapter_rank, "scales": scales}
     results = [bench.count(arch, **size, **kept) for arch in args.arch for size in sizes]
     tables = [bench.counts_table(results)]
     print(tables[0])
-    if args.device == "meta":
-        flags = ("compile", "attention", "runs", "trace", "random_weights")
-        given = [f for f in flags if getattr(args, f)] + [f for f, v in TIMED.items() if getattr(args, f) != v]
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{flags} need a device to time on; add --device cpu or cuda")
-    else:
+    if args.device != "meta":
         results = _timed(args, results, kept)
         tables.append(bench.times_table(results))
         print(tables[1])
@@ -270,6 +266,15 @@ def _bench(args: argparse.Namespace) -> None:
         write_json(ended(args.out, ".json"), {**about, "counts": results})
         write_text(ended(args.out, ".md"), "\n".join(tables))
         print(f"wrote {ended(args.out, '.json')}")
+
+
+def _refuse_timing(args: argparse.Namespace) -> None:
+    """Refuse options that only timing has."""
+    flags = ("compile", "attention", "runs", "trace", "random_weights")
+    given = [f for f in flags if getattr(args, f)] + [f for f, v in TIMED.items() if getattr(args, f) != v]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags} need a device to time on; add --device cpu or cuda")
 
 
 def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[str, Any]) -> list[dict[str, Any]]:
