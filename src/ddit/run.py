@@ -45,17 +45,21 @@ class Skipping(Protocol):
 
 @dataclass
 class Path:
-    """The latents of the last steps in float32, newest last.
+    """How the latents moved in the last steps, float32, newest last.
 
     Latents below float32 are rounded, and rounding hides third differences. Their step is taken from what the model
     answered (`ddit.schedule.unrounded`).
     """
 
-    keep: int
-    """Number of latents kept; 0 keeps none."""
-    points: list[Tensor] = field(default_factory=list)
+    watched: bool = False
+    """Whether anybody asks how they moved."""
+    keep: int = 0
+    """Number of moves kept."""
+    moves: list[Tensor] = field(default_factory=list)
     seen: Tensor | None = None
-    """The newest as the transformer got them."""
+    """The newest latents as the transformer got them."""
+    begun: bool = False
+    """Whether the next latents will have moved from ``seen``."""
 
     def add(self, z: Tensor, velocities: Sequence[Tensor], jump: float | None = None) -> Tensor | None:
         """Take in latents ``[B, C, ..., H, W]``; gives how they moved, if anybody watches and they did.
@@ -64,20 +68,14 @@ class Path:
             velocities: Answers of the steps that the sampler made this move of.
             jump: See `ddit.schedule.unrounded`.
         """
-        if not self.keep:
-            self.seen = z.clone()
-            return None
-        exact, moved = z.dtype == torch.float32, None
-        here = z.to(torch.float32, copy=True)
-        if self.points:
-            assert self.seen is not None, "there are points"
-            moved = here - self.seen.float()
-            if not exact:
-                rounding = torch.finfo(z.dtype).eps / 2 * here.abs()
-                moved = unrounded(moved, velocities, jump, rounding) if velocities else moved
-                here = self.points[-1] + moved
-        self.points = [*self.points, here][-self.keep :]
-        self.seen = here if exact else z.clone()
+        before, self.seen, moved = self.seen, z.clone(), None
+        if self.begun and self.watched and before is not None:
+            moved = z.float() - before.float()
+            if z.dtype != torch.float32 and velocities:
+                rounding = torch.finfo(z.dtype).eps / 2 * z.abs()
+                moved = unrounded(moved, velocities, jump, rounding)
+            self.moves = [*self.moves, moved][-self.keep :] if self.keep else []
+        self.begun = True
         return moved
 
 
@@ -106,7 +104,7 @@ class RunState:
     """Whether `clean` is kept."""
     clean: Tensor | None = None
     """What the model last took the clean latents for ``[B, C, ..., H, W]``, float32."""
-    path: Path = field(default_factory=lambda: Path(0))
+    path: Path = field(default_factory=Path)
     levels: list[float] = field(default_factory=list)
     """Noise levels of the last two steps."""
     passes: int = 0
@@ -137,8 +135,8 @@ class RunState:
     """Why some steps had to be full, or ``None``."""
 
     def __post_init__(self) -> None:
-        watched = self.skipper is not None and self.skipper.watches
-        self.path.keep = self.measure.order + 1 if self.needs_statistics else int(watched)
+        self.path.keep = self.measure.order if self.needs_statistics else 0
+        self.path.watched = self.needs_statistics or (self.skipper is not None and self.skipper.watches)
 
     @property
     def needs_statistics(self) -> bool:
@@ -254,17 +252,20 @@ class RunState:
         return self.policy.choose(context)
 
     def _statistics(self, batch: int, patch_size: int) -> list[dict[int, float]]:
-        """Per sample, scale -> statistic of the latents' difference, once there are enough latents."""
+        """Per sample, scale -> statistic of the latents' difference, once there are enough latents.
+
+        It is that of their moves, one order lower.
+        """
         order = self.measure.order
-        if not self.needs_statistics or len(self.path.points) <= order:
+        if not self.needs_statistics or len(self.path.moves) < order:
             return [{} for _ in range(batch)]
-        values = difference(self.path.points, order)
+        values = difference(self.path.moves, order - 1)
         return statistics(values, patch_size, self.policy.scales, self.measure.percentile)
 
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to be full and whose latents can't be read; the path starts anew after it."""
         self._count(len(tokens))
-        self.path, self.clean = Path(self.path.keep, seen=tokens.clone()), None
+        self.path, self.clean = Path(self.path.watched, self.path.keep, seen=tokens.clone()), None
         self.levels, self.velocities = [sigma], []
         if self.skipper is not None:
             self.skipper.forget()
@@ -316,7 +317,7 @@ class RunState:
             )
         if self.keeps_clean and self.passes == 0:
             self.clean = self._seen.float() - self.levels[-1] * velocity.float()
-        if self.path.keep and self._seen.dtype != torch.float32:
+        if self.path.watched and self._seen.dtype != torch.float32:
             alike = period(self._seen)
             # Copies all of them: what the pipeline does to an answer is its own affair.
             self.velocities[-1] += [velocity.roll(shift, 0) for shift in range(0, len(velocity), alike)]
