@@ -38,7 +38,6 @@ GROUPS = (
     ("ddit.pretrained", "ddit.preset", "ddit.teacache"),
     (
         "ddit.patches",
-        "ddit.cells",
         "ddit.schedule",
         "ddit.report",
         "ddit.config",
@@ -54,7 +53,7 @@ OUTSIDE = {
     "ddit.util": {"rich", "torch"},
 }
 """Packages that modules of the last group may import; torch and einops where nothing is said here."""
-WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}, "ddit.cells": {"ddit.patches"}}
+WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}}
 """Modules of the last group that one of them may import; `ddit.config` alone where nothing is said here."""
 ONLY = {
     "ddit.skip": {

@@ -103,7 +103,6 @@ class PatchAdapter(TrainedPart):
         rank: Rank of LoRA; 0 leaves it out.
         start: What the adapter adds to, see `ddit.config.Coarse`.
         positions: Positions of large patches, see `ddit.config.Coarse`.
-        fine: Share of the picture that keeps small patches, see `ddit.config.Coarse`.
         residual: Whether there is a residual path from the latents to the output.
         size_vector: Whether there is a patch-size vector.
         axes: Axes of the latents that a patch spans, see `ddit.models.base.Architecture`.
@@ -132,7 +131,6 @@ class PatchAdapter(TrainedPart):
         residual: bool = True,
         size_vector: bool = True,
         axes: int = 2,
-        fine: float = 0.0,
         detail_variance: dict[str, list[float]] | None = None,
         min_sigma: dict[str, float] | None = None,
         errors: dict[str, list[list[float]]] | None = None,
@@ -158,7 +156,6 @@ class PatchAdapter(TrainedPart):
         rank: int = 32,
         start: Start = "noise-consistent",
         positions: Positions | None = None,
-        fine: float = 0.0,
         residual: bool = True,
         size_vector: bool = True,
         detail_variance: Mapping[int, Sequence[float]] | None = None,
@@ -167,11 +164,10 @@ class PatchAdapter(TrainedPart):
         """A new adapter for a transformer, which computes exactly what the model does without one.
 
         Args:
-            positions: By default ``grid`` for ``noise-consistent``, else ``interpolated`` (the paper's).
+            positions: By default ``grid`` for ``noise-consistent`` and ``interpolated`` (the paper's) for ``bilinear``.
 
         Raises:
-            ValueError: For an unsupported model, scales that are no powers of two above 1, a negative rank, or small
-                patches in a form or a model that can't have them.
+            ValueError: For an unsupported model, scales that are no powers of two above 1, or a negative rank.
         """
         from ddit import __version__
 
@@ -180,8 +176,6 @@ class PatchAdapter(TrainedPart):
             raise ValueError(f"scales of an adapter are {tuple(scales)}; they must be distinct powers of two above 1")
         if rank < 0:
             raise ValueError(f"rank is {rank}; it must be at least 0, and 0 leaves LoRA out")
-        form = Coarse.usual(start, positions, fine)
-        architecture.check_form(form)
         return cls(
             base=type(architecture.transformer).__name__,
             base_hash=config_hash(architecture.transformer),
@@ -190,7 +184,8 @@ class PatchAdapter(TrainedPart):
             layers={name: [layer.in_features, layer.out_features] for name, layer in architecture.feed_forward()},
             scales=tuple(sorted(scales)),
             rank=rank,
-            **form.to_dict(),
+            start=start,
+            positions=positions or ("grid" if start == "noise-consistent" else "interpolated"),
             residual=residual,
             size_vector=size_vector,
             axes=architecture.axes,
@@ -202,7 +197,7 @@ class PatchAdapter(TrainedPart):
     @property
     def coarse(self) -> Coarse:
         """The form of a coarse step that it was trained for."""
-        return Coarse(**{name: self.config[name] for name in ("start", "positions", "fine")})
+        return Coarse(start=self.config["start"], positions=self.config["positions"])
 
     @property
     def detail_variance(self) -> dict[int, list[float]]:

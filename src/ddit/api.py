@@ -17,7 +17,7 @@ from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, Ski
 from ddit.handle import Handle
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
-from ddit.plan import CACHED_MIXED, Plan
+from ddit.plan import Plan
 from ddit.preset import Preset
 from ddit.run import Skipping
 from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
@@ -133,8 +133,6 @@ def _settle(
     axes = architectures[0].axes
     guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
     coarse = _coarse(schedule, adapter, architectures)
-    if coarse.fine and cache is not None:
-        raise ValueError(CACHED_MIXED)
     policy = _policy(schedule, guard)
     plan = _joint_plan(skip, patches, known, schedule.scales, adapter, guard)
     if plan is not None:
@@ -201,12 +199,6 @@ def _coarse(schedule: Patches | Policy, adapter: PatchAdapter | None, architectu
     """How coarse steps are made: as an adapter has learnt them, else as the schedule says."""
     asked = schedule if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule()
     coarse = asked.coarse if adapter is None else adapter.coarse
-    for architecture in architectures:
-        architecture.check_form(coarse)
-    if coarse.fine and any(parallel_config(a.transformer) for a in architectures):
-        raise ValueError(
-            f"fine is {coarse.fine:g}, and patches of two sizes can't be spread over several devices; leave fine out"
-        )
     if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
         raise ValueError(
             f"positions are {coarse.positions!r}, and compiled code would not see them move; "

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from ddit.cells import Cells, inner_variance, liveliest
 from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs, Noisy, first
 from ddit.patches import (
@@ -42,38 +40,17 @@ class CoarseCall(NamedTuple):
     layout: TokenLayout
     padded: Tensor
     """The latents of which they are made ``[B, C, ..., H, W]``, float32: as many as large patches fill."""
-    cells: Cells | None
-    """Which tokens a mixed step has."""
 
 
-def coarse_call(
-    arch: Architecture,
-    inputs: Inputs,
-    noisy: Noisy,
-    scale: int,
-    coarse: Coarse,
-    clean: Tensor | None = None,
-    seed: int = 0,
-) -> CoarseCall:
-    """The call ``inputs``, which is about ``noisy``, with patches ``scale`` times as large; arguments of `coarse_step`.
-
-    A mixed one is about one sample.
-    """
-    patch, dtype, condition, cells = arch.patch_size, noisy.latents.dtype, noisy.condition, None
+def coarse_call(arch: Architecture, inputs: Inputs, noisy: Noisy, scale: int, coarse: Coarse) -> CoarseCall:
+    """The call ``inputs``, which is about ``noisy``, with patches ``scale`` times as large."""
+    patch, dtype, condition = arch.patch_size, noisy.latents.dtype, noisy.condition
     padded = _padded(arch, noisy.latents, scale)
-    small, level = coarse_input(padded, noisy.sigma, scale, patch, coarse.start, seed)
-    shrunk = condition
+    small, level = coarse_input(padded, noisy.sigma, scale, patch, coarse.start)
     if condition is not None:
-        condition = _padded(arch, condition, scale)
-        shrunk = shrink(condition, scale, patch, coarse.start).to(dtype)
+        condition = shrink(_padded(arch, condition, scale), scale, patch, coarse.start).to(dtype)
     layout = TokenLayout.of(small, patch, scale, coarse.positions)
-    call = arch.write(inputs, Noisy(small.to(dtype), level, shrunk), layout)
-    if coarse.fine:
-        seen = padded if clean is None else _padded(arch, clean, scale)
-        cells = liveliest(inner_variance(seen, scale * patch)[0], layout.grid, scale, coarse.fine)
-        own = arch.write(inputs, Noisy(padded.to(dtype), level, condition), TokenLayout.of(padded, patch))
-        call = arch.mixed(call, own, cells)
-    return CoarseCall(call, small, layout, padded, cells)
+    return CoarseCall(arch.write(inputs, Noisy(small.to(dtype), level, condition), layout), small, layout, padded)
 
 
 def call_at(arch: Architecture, inputs: Inputs, scale: int, coarse: Coarse) -> Inputs:
@@ -91,8 +68,6 @@ def coarse_step(
     *,
     variance: Tensor | None = None,
     adapter: Adapter | None = None,
-    clean: Tensor | None = None,
-    seed: int = 0,
 ) -> Tensor:
     """The model's answer to a call, computed with patches ``scale`` times as large.
 
@@ -102,54 +77,23 @@ def coarse_step(
         coarse: How; an adapter's own form where there is one.
         variance: Variance of the detail inside large patches ``[C]``, measured on the model's samples.
         adapter: Adds what it learnt, attached to the transformer.
-        clean: What the model last took the clean latents for ``[B, C, ..., H, W]``: a mixed step keeps small patches
-            where these vary most. Without it, where the noisy ones do.
-        seed: Of noise that is added, see `ddit.patches.coarse_input`.
 
     Returns:
         Velocity ``[B, C, ..., H, W]``, float32.
     """
-    sigma, patch, batch = noisy.sigma, arch.patch_size, len(noisy.latents)
-    if coarse.fine and batch > 1:  # each sample has its own small patches, and positions are told for all at once
-        parts = [
-            coarse_step(
-                arch,
-                forward,
-                arch.rows(inputs, [i]),
-                noisy.rows([i]),
-                scale,
-                coarse,
-                variance=variance,
-                adapter=adapter,
-                clean=None if clean is None else clean[i : i + 1],
-                seed=seed,
-            )
-            for i in range(batch)
-        ]
-        return torch.cat(parts)
-    call = coarse_call(arch, inputs, noisy, scale, coarse, clean, seed)
-    padded, cells = call.padded, call.cells
+    sigma, patch = noisy.sigma, arch.patch_size
+    call = coarse_call(arch, inputs, noisy, scale, coarse)
+    padded = call.padded
     hears: AbstractContextManager[Any] = nullcontext()
     if adapter is not None:
-        patches = pack(patch_features(padded, sigma, scale, coarse.start), scale * patch)
-        hears = adapter.at(scale, patches if cells is None else patches[:, cells.large])
+        hears = adapter.at(scale, pack(patch_features(padded, sigma, scale, coarse.start), scale * patch))
     with arch.placed(call.layout), hears as learnt:
-        answer = first(forward(**call.inputs))
-    large = answer if cells is None else cells.scatter_large(answer)
-    output = arch.velocity(large, call.latents.shape[2:]).float()
-    pooled = shrink(padded, scale, patch, coarse.start) if coarse.start == "renoised" else None
-    low = low_velocity(call.latents, output, sigma, scale, coarse.start, pooled)
-    velocity = grow(low, scale, patch, coarse.start)
-    if coarse.start != "bilinear":
+        output = arch.velocity(first(forward(**call.inputs)), call.latents.shape[2:]).float()
+    velocity = grow(low_velocity(call.latents, output, sigma, scale, coarse.start), scale, patch, coarse.start)
+    if coarse.start == "noise-consistent":
         velocity = velocity + detail_velocity(padded, sigma, scale, variance)
     if learnt is not None:
-        correction = learnt.correction.float()
-        if cells is not None:
-            correction = cells.scatter_large(correction)
-        velocity = velocity + unpack(correction, scale * patch, padded.shape)
-    if cells is not None:
-        own = arch.velocity(cells.scatter_small(answer), padded.shape[2:]).float()
-        velocity = torch.where(cells.covered(patch, padded.shape), own, velocity)
+        velocity = velocity + unpack(learnt.correction.float(), scale * patch, padded.shape)
     return crop(velocity, *noisy.latents.shape[2:])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
-Start = Literal["noise-consistent", "bilinear", "renoised"]
+Start = Literal["noise-consistent", "bilinear"]
 Positions = Literal["grid", "interpolated"]
 Settings = TypeVar("Settings", bound="_Settings")
 
@@ -96,40 +96,18 @@ class Coarse(_Settings):
     """How a step with large patches is computed without an adapter; an adapter brings its own.
 
     Raises:
-        ValueError: For another word than those allowed, or a share of small patches in a form that can't have them.
+        ValueError: For another word than those allowed.
     """
 
     start: Start = "noise-consistent"
     """``noise-consistent`` corrects the noise level of the pooled latents (docs/method.md); ``bilinear`` is the paper's
-    initialisation (FlexiViT's PI-resize, arXiv 2212.08013); ``renoised`` adds the noise that pooling took, so that all
-    tokens have the noise level of the step."""
+    initialisation (FlexiViT's PI-resize, arXiv 2212.08013)."""
     positions: Positions = "grid"
     """Positions of large patches: ``grid`` counts 0, 1, 2, ..., ``interpolated`` takes the patches' centres."""
-    fine: float = 0.0
-    """Share of the picture that keeps the model's own patches, where it has most detail; a step with both sizes is a
-    *mixed* one, see `mixed`."""
 
     def __post_init__(self) -> None:
         check_choice("start", self.start, Start)
         check_choice("positions", self.positions, Positions)
-        check_number("fine", self.fine, 0, 1)
-        if self.fine and (self.start == "noise-consistent" or self.positions == "grid"):
-            raise ValueError(
-                f"fine is {self.fine:g}, and patches of two sizes in one call need one noise level and one grid of "
-                "positions: take start 'renoised' or 'bilinear', and positions 'interpolated'"
-            )
-
-    @classmethod
-    def mixed(cls, fine: float = 0.25) -> Coarse:
-        """Steps with patches of two sizes that need no training: a share of the picture stays as it is."""
-        return cls.usual("renoised", fine=fine)
-
-    @classmethod
-    def usual(cls, start: Start, positions: Positions | None = None, fine: float = 0.0) -> Coarse:
-        """A form whose positions, if nobody says otherwise, suit its start."""
-        return cls(
-            start=start, positions=positions or ("grid" if start == "noise-consistent" else "interpolated"), fine=fine
-        )
 
 
 PAPER = Coarse(start="bilinear", positions="interpolated")

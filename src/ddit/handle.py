@@ -20,7 +20,7 @@ from ddit.caller import freeing_pipeline, held_by, pipeline_calls
 from ddit.coarse import coarse_step
 from ddit.current import Current, Runs
 from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first
-from ddit.plan import CACHED_MIXED, Plan
+from ddit.plan import Plan
 from ddit.report import Report
 from ddit.run import RunState
 from ddit.schedule import Rule
@@ -122,8 +122,7 @@ class Handle:
         architecture = self.plan.architectures[0]
         tokens = {s: architecture.tokens(run.examples[s]) for s in scales}
         flops = {s: architecture.count_flops(run.examples[s], s, self.adapter) for s in scales}
-        asked = self.plan.speedup, self.plan.coarse.fine
-        return Report(tuple(run.steps), tokens, flops, run.forced, run.reused_share, *asked)
+        return Report(tuple(run.steps), tokens, flops, run.forced, run.reused_share, self.plan.speedup)
 
     @property
     def _asked_for(self) -> Current:
@@ -247,7 +246,6 @@ class Handle:
             return self._state.forecast(samples, noisy.latents, noisy.sigma)
         if scale == 1:
             return arch.velocity(first(self._forward(seat, 1, samples)(**inputs)), noisy.latents.shape[2:]).float()
-        clean = self._state.clean
         return coarse_step(
             arch,
             self._forward(seat, scale, samples),
@@ -257,8 +255,6 @@ class Handle:
             self.plan.coarse,
             variance=self.plan.variance.get(scale),
             adapter=self.adapter,
-            clean=None if clean is None else clean[samples],
-            seed=len(self._state.steps),
         )
 
     def _forward(self, seat: Seat, scale: int, samples: Sequence[int]) -> Callable[..., Any]:
@@ -331,8 +327,6 @@ class Handle:
         """
         if not any(seat.cache.active for seat in self._seats):
             return
-        if self.plan.coarse.fine:
-            raise RuntimeError(CACHED_MIXED)
         for run in list(self._drawing):
             if self._is_over(run):
                 self._forget(run)

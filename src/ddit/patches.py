@@ -65,14 +65,9 @@ def pad_to_multiple(z: Tensor, multiple: int) -> Tensor:
 
     Their noise is that of several pixels, of which pooling keeps as little as elsewhere; one repeated would stay.
     """
-    return pad_to(z, [-(-n // multiple) * multiple for n in z.shape[-spanned(z) :]])
-
-
-def pad_to(z: Tensor, size: Sequence[int]) -> Tensor:
-    """The same up to as many rows and columns as ``size`` says."""
     for axis in range(-spanned(z), 0):
         length = z.shape[axis]
-        missing = size[axis] - length
+        missing = -length % multiple
         if missing:  # to and fro, again and again where the picture is small
             places = torch.arange(length + missing, device=z.device) % (2 * length)
             z = z.index_select(axis, torch.minimum(places, 2 * length - 1 - places))
@@ -128,8 +123,8 @@ def resize_matrices(
 ) -> tuple[Tensor, Tensor]:
     """Matrices that shrink a large patch to a small one and grow it back.
 
-    ``bilinear``: U is bilinear resizing and M its pseudo-inverse, so that ``M U = 1``. Else average pooling and
-    repetition. The first, applied to the latents this equals resizing the embedding's weights
+    ``noise-consistent``: average pooling and repetition. ``bilinear``: U is bilinear resizing and M its
+    pseudo-inverse, so that ``M U = 1``; applied to the latents this equals resizing the embedding's weights
     (PI-resize, FlexiViT, arXiv 2212.08013, section 3.4).
 
     Args:
@@ -141,7 +136,7 @@ def resize_matrices(
     """
     pixels = patch_size**axes
     basis = torch.eye(pixels, dtype=torch.float32, device="cpu").reshape(pixels, 1, *[patch_size] * axes)
-    if start != "bilinear":
+    if start == "noise-consistent":
         up = F.interpolate(basis, scale_factor=float(scale), mode="nearest").reshape(pixels, -1).T
         down = up.T / scale**axes
     else:
@@ -204,15 +199,12 @@ def consistent_level(sigma: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
     return factor, factor * sigma / divisor
 
 
-def coarse_input(
-    z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: Start, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def coarse_input(z: Tensor, sigma: Tensor, scale: int, patch_size: int, start: Start) -> tuple[Tensor, Tensor]:
     """Latents and noise level that the model is called with on the coarse grid.
 
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; H and W are multiples of ``s p``.
         sigma: Noise level ``[B]``.
-        seed: Of the noise that ``renoised`` adds, the same for all samples.
 
     Returns:
         Latents ``[B, C, ..., H/s, W/s]`` and noise level ``[B]``.
@@ -220,10 +212,6 @@ def coarse_input(
     small = shrink(z, scale, patch_size, start)
     if start == "bilinear":
         return small, sigma
-    if start == "renoised":
-        lost = math.sqrt(1 - 1 / noise_divisor(z, scale) ** 2)
-        noise = torch.randn(small[:1].shape, generator=torch.Generator(z.device).manual_seed(seed), device=z.device)
-        return small + lost * expand(sigma, z) * noise, sigma
     factor, level = consistent_level(sigma, noise_divisor(z, scale))
     return small * expand(factor, z), level
 
@@ -234,31 +222,24 @@ def patch_features(z: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor
     Args:
         z: Noisy latents ``[B, C, ..., H, W]``; sigma: their noise level ``[B]``.
     """
-    return z if start != "noise-consistent" else z * expand(consistent_level(sigma, noise_divisor(z, scale))[0], z)
+    return z if start == "bilinear" else z * expand(consistent_level(sigma, noise_divisor(z, scale))[0], z)
 
 
-def low_velocity(
-    small: Tensor, output: Tensor, sigma: Tensor, scale: int, start: Start, pooled: Tensor | None = None
-) -> Tensor:
+def low_velocity(small: Tensor, output: Tensor, sigma: Tensor, scale: int, start: Start) -> Tensor:
     """Velocity of what pooling keeps, from the model's answer on the coarse grid.
 
     ``bilinear`` takes the answer as it is. ``noise-consistent`` splits it: with ``x_lo = z' - sigma' v'`` and
-    ``e_lo = (z' + (1 - sigma') v') / d`` the velocity is ``e_lo - x_lo``. ``renoised`` takes ``x_lo`` alone, since the
-    model saw other noise: the velocity is ``(D z - x_lo) / sigma``.
+    ``e_lo = (z' + (1 - sigma') v') / d`` the velocity is ``e_lo - x_lo``.
 
     Args:
         small, output: The model's input and answer ``[B, C, ..., H/s, W/s]``.
         sigma: Noise level of the latents on the fine grid ``[B]``.
-        pooled: Those latents after pooling, where ``small`` has further noise.
 
     Returns:
         ``[B, C, ..., H/s, W/s]``, for `grow`.
     """
     if start == "bilinear":
         return output
-    if start == "renoised":
-        level = expand(sigma, small)
-        return ((small if pooled is None else pooled) - small + level * output) / level
     divisor = noise_divisor(small, scale)
     level = expand(consistent_level(sigma, divisor)[1], small)
     return (small + (1 - level) * output) / divisor - (small - level * output)
@@ -287,14 +268,9 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def pool_tokens(x: Tensor, grid: Sequence[int], scale: int, onto: Sequence[int] = ()) -> Tensor:
-    """Mean over the tokens of a picture (grid of rows, columns) in each large patch: ``[B, N, D] -> [B, N/s s, D]``.
-
-    Args:
-        onto: Rows and columns of large patches; by default as many as cover the grid.
-    """
-    size = [n * scale for n in onto or coarse_grid(grid, scale)]
-    z = pad_to(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), size)
+def pool_tokens(x: Tensor, grid: Sequence[int], scale: int) -> Tensor:
+    """Mean over the tokens of a picture (grid of rows, columns) in each large patch: ``[B, N, D] -> [B, N/s s, D]``."""
+    z = pad_to_multiple(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), scale)
     return rearrange(F.avg_pool2d(z, scale), "b d h w -> b (h w) d")
 
 

@@ -18,12 +18,6 @@ from ddit.models.base import Architecture, Inputs, Noisy, to_meta
 from ddit.run import RunState, Skipping
 from ddit.schedule import Policy
 
-CACHED_MIXED = (
-    "a cache keeps what it knows of each token, and steps with patches of two sizes have other tokens each time: "
-    "leave the cache out, or fine"
-)
-"""Why the two are refused, by `ddit.apply` or, where the cache comes later, in the run."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -48,7 +42,7 @@ class Plan:
     """What skipping was asked for."""
     cache: Config | None = None
     costs: Mapping[int, float] = field(default_factory=dict)
-    """Scale -> work of a step in full steps, in place of the model's own where patches are of one size."""
+    """Scale -> work of a step in full steps, in place of the model's own."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What was asked for in words, for `Handle.__repr__`."""
 
@@ -74,7 +68,6 @@ class Plan:
             total=total,
             sigmas=sigmas,
             costs=self.work(arch, examples),
-            keeps_clean=self.coarse.fine > 0,
             examples=examples,
         )
 
@@ -93,4 +86,4 @@ class Plan:
         if self.make_skipper is None:
             return {}
         flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
-        return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **({} if self.coarse.fine else self.costs)}
+        return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **self.costs}

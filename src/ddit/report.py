@@ -51,8 +51,6 @@ class Report:
     """What a call costs in which a cache answers, as a fraction of the whole call."""
     asked: float | None = None
     """The speedup that was asked for; what was got is ``1 / flops_fraction``."""
-    fine: float = 0.0
-    """Share of the picture that kept small patches in coarse steps (`ddit.config.Coarse`)."""
 
     @property
     def scales(self) -> list[list[int]]:
@@ -114,7 +112,6 @@ class Report:
             "seconds": self.seconds,
             "forced": self.forced,
             "asked_speedup": self.asked,
-            "fine": self.fine,
         }
 
     def __repr__(self) -> str:
@@ -129,7 +126,6 @@ class Report:
             f"  tokens {self.tokens_fraction:.1%}, FLOPs {self.flops_fraction:.1%} of a plain run",
             "  " + ", ".join(f"{count} {_name(scale)}" for scale, count in shown_counts.items()) + " steps",
             *([f"  asked for {self.asked:g}x less work, got {1 / self.flops_fraction:.2f}x"] if self.asked else []),
-            *([f"  coarse steps keep small patches in {self.fine:.0%} of the picture"] if self.fine else []),
             *([f"  held at full steps: {self.forced}"] if self.forced else []),
             *shown,
         ]

@@ -100,10 +100,6 @@ class RunState:
     """Scale -> work of a step in full steps; empty where nobody asks."""
     spent: list[float] = field(default_factory=list)
     """Per sample, work of the steps so far."""
-    keeps_clean: bool = False
-    """Whether `clean` is kept."""
-    clean: Tensor | None = None
-    """What the model last took the clean latents for ``[B, C, ..., H, W]``, float32."""
     path: Path = field(default_factory=Path)
     levels: list[float] = field(default_factory=list)
     """Noise levels of the last two steps."""
@@ -265,7 +261,7 @@ class RunState:
     def force(self, tokens: Tensor, sigma: float) -> None:
         """Begin a step that has to be full and whose latents can't be read; the path starts anew after it."""
         self._count(len(tokens))
-        self.path, self.clean = Path(self.path.watched, self.path.keep, seen=tokens.clone()), None
+        self.path = Path(self.path.watched, self.path.keep, seen=tokens.clone())
         self.levels, self.velocities = [sigma], []
         if self.skipper is not None:
             self.skipper.forget()
@@ -315,8 +311,6 @@ class RunState:
                 velocity.float(),
                 self.levels[-1],
             )
-        if self.keeps_clean and self.passes == 0:
-            self.clean = self._seen.float() - self.levels[-1] * velocity.float()
         if self.path.watched and self._seen.dtype != torch.float32:
             alike = period(self._seen)
             # Copies all of them: what the pipeline does to an answer is its own affair.

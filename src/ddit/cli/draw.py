@@ -78,7 +78,6 @@ def method_options(command: argparse.ArgumentParser) -> None:
         add_flag(patches, PatchSchedule, field, text)
     add_flag(patches, Coarse, "start", "how a coarse step is computed without an adapter")
     add_flag(patches, Coarse, "positions", "of large patches")
-    add_flag(patches, Coarse, "fine", "share of the picture that keeps small patches in coarse steps, such as 0.25")
     skip = command.add_argument_group("skip", "in which steps the model is not called (default: in none)")
     for word, text in SKIP_HELP.items():
         add_flag(skip, SkipSchedule, SKIP[word], text, name=word)

@@ -41,5 +41,4 @@ class Prices:
     def price(self, report: Report, cache: Config | None) -> Report:
         """The same run, with the same cache, at these costs."""
         share = report.reused_share if cache is None else answered_share(cache, self.lists)
-        ratios = cost_ratios(self.model, self.scales, report.fine)
-        return replace(report, flops={scale: ratios[scale] for scale in report.flops}, reused_share=share)
+        return replace(report, flops={scale: self.ratios[scale] for scale in report.flops}, reused_share=share)

@@ -18,8 +18,6 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ddit.cells import Cells
-from ddit.config import Coarse
 from ddit.models.flops import Costs, count, lengths
 from ddit.patches import TokenLayout, pool_tokens
 
@@ -81,8 +79,6 @@ class Architecture(ABC):
     """Name of the layer that makes tokens from patches."""
     head: ClassVar[str] = "proj_out"
     """Name of the layer that makes patches from tokens."""
-    mixes: ClassVar[bool] = False
-    """Whether one call may have patches of two sizes, see `mixed`."""
     rope: ClassVar[str | None] = None
     """Name of the module that derives positions from a call's shape, see `rotary`; ``None`` where calls tell them."""
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
@@ -144,14 +140,6 @@ class Architecture(ABC):
         """What the module `rope` answers to ``args`` where tokens lie as in ``layout``, instead of ``output``."""
         raise NotImplementedError
 
-    def mixed(self, coarse: Inputs, fine: Inputs, cells: Cells) -> Inputs:
-        """One call with some tokens of two calls about one sample, in the order of `ddit.cells.Cells.gather`.
-
-        Args:
-            coarse: On the grid of large patches; fine: on the model's own. Both as `write` makes them.
-        """
-        raise NotImplementedError
-
     @staticmethod
     def own(tokens: Tensor, count: int) -> Tensor:
         """Those ``count`` of the tokens ``[B, N, ...]`` in a layer that are about what is drawn, as a view."""
@@ -195,7 +183,7 @@ class Architecture(ABC):
     def pooled_residuals(self, inputs: Inputs, layout: TokenLayout, grid: Sequence[int]) -> Inputs:
         """The `residuals` of a call on ``grid`` (rows, columns), for the tokens of ``layout``."""
         there = [name for name in self.residuals if inputs.get(name) is not None and layout.grid != grid]
-        return {name: [pool_tokens(x, grid, layout.scale, layout.grid) for x in inputs[name]] for name in there}
+        return {name: [pool_tokens(x, grid, layout.scale) for x in inputs[name]] for name in there}
 
     def check_patch_size(self) -> None:
         """Refuse a model whose own patches, by its configuration, are not of `patch_size` (`UnsupportedCall`)."""
@@ -203,18 +191,6 @@ class Architecture(ABC):
         if config.patch_size != self.patch_size:
             extent = "wide" if self.axes == 2 else "long"
             raise UnsupportedCall(f"the model's own patches are {config.patch_size} {extent}, not {self.patch_size}")
-
-    def check_form(self, coarse: Coarse) -> None:
-        """Refuse a form of a coarse step that this model can't have.
-
-        Raises:
-            ValueError: Naming it.
-        """
-        if coarse.fine and not self.mixes:
-            raise ValueError(
-                f"fine is {coarse.fine:g}, and {type(self.transformer).__name__} can't have patches of two sizes in "
-                "one call; those of FLUX.1, FLUX.2 and Ovis-Image can. Leave fine out"
-            )
 
     def renoised(self, inputs: Inputs, latents: Tensor, sigma: Tensor) -> Inputs:
         """The same call with other latents ``[B, C, ..., H, W]`` at noise level ``sigma [B]``."""

@@ -17,7 +17,6 @@ from ddit.patches import TokenLayout
 
 
 class Chroma(Flux):
-    mixes = False
     batched = (*Flux.batched, "attention_mask")
     costs = Costs(((r"distilled_guidance_layer\..*", "modulation"), *Flux.costs.rows), Flux.costs.attention)
 

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddit.cells import Cells
 from ddit.models.base import Inputs, Noisy, UnsupportedCall, check_arguments
 from ddit.models.flops import Costs
 from ddit.models.packed import PackedArchitecture
@@ -66,7 +65,6 @@ class Flux(PackedArchitecture):
     attention_arguments = "joint_attention_kwargs"
     """Name of the input with arguments of the attention layers."""
 
-    mixes = True
     embedding = "x_embedder"
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     block_counts = ("num_layers", "num_single_layers")
@@ -107,29 +105,11 @@ class Flux(PackedArchitecture):
         if inputs.get(self.attention_arguments) is not None:
             # A copy, as diffusers pops entries of it during the call.
             changed[self.attention_arguments] = dict(inputs[self.attention_arguments])
-        if layout.scale > 1 or layout.grid != own:
+        if layout.scale > 1:
             # What fills up the last large patches is not told by the image's own grid.
             grids = [layout.grid, *(coarse_grid(grid, layout.scale) for grid in others)]
             changed["img_ids"] = placed(inputs["img_ids"], images, grids, layout)
         return {**inputs, **changed, **self.pooled_residuals(inputs, layout, own)}
-
-    def mixed(self, coarse: Inputs, fine: Inputs, cells: Cells) -> Inputs:
-        tokens = cells.gather(coarse["hidden_states"], fine["hidden_states"])
-        ids = cells.gather(*(call["img_ids"].reshape(1, *call["img_ids"].shape[-2:]) for call in (coarse, fine)))
-        # A large patch speaks for all that are inside: so often its key counts (ToMe, arXiv 2210.09461, equation 1).
-        text, small = coarse["encoder_hidden_states"].shape[1], len(cells.large)
-        weight = tokens.new_full((1, 1, 1, text + tokens.shape[1]), math.log(cells.inside))
-        weight[..., :text] = 0
-        weight[..., text + small : text + small + len(cells.small)] = 0
-        changed = {
-            "hidden_states": tokens,
-            "img_ids": ids.reshape(*coarse["img_ids"].shape[:-2], *ids.shape[1:]),
-            self.attention_arguments: {**(coarse.get(self.attention_arguments) or {}), "attention_mask": weight},
-        }
-        for name in self.residuals:
-            if coarse.get(name) is not None:
-                changed[name] = [cells.gather(*both) for both in zip(coarse[name], fine[name], strict=True)]
-        return {**coarse, **changed}
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:
         config: Any = self.transformer.config  # type: ignore[union-attr]

@@ -19,7 +19,6 @@ from ddit.patches import TokenLayout, coarse_grid
 
 
 class Flux3(Flux):
-    mixes = False
     residuals = ()
     batched = ("hidden_states", "encoder_hidden_states", "timestep", "image_cond_hidden_states", "attention_kwargs")
     attention_arguments = "attention_kwargs"

@@ -20,7 +20,6 @@ from ddit.patches import TokenLayout
 
 
 class Krea2(Flux):
-    mixes = False
     residuals = ()
     batched = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
     attention_arguments = "attention_kwargs"

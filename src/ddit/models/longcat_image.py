@@ -11,7 +11,6 @@ from ddit.models.flux import Flux
 
 
 class LongCatImage(Flux):
-    mixes = False
     costs = Costs(((r"time_embed\..*", "sample"), *Flux.costs.rows), Flux.costs.attention)
 
     def example(self, frames: int, height: int, width: int, text: int) -> Inputs:

@@ -144,14 +144,11 @@ PICTURE, CLIP = (1024, 1024, 1), (480, 832, 81)
 
 
 @cache
-def cost_ratios(model: str, scales: tuple[int, ...] = (1, 2, 4), fine: float = 0.0) -> dict[int, float]:
+def cost_ratios(model: str, scales: tuple[int, ...] = (1, 2, 4)) -> dict[int, float]:
     """Scale -> work of a step of a model at its usual size, in full steps; counted from its configuration.
 
-    Args:
-        fine: Share of the picture that keeps small patches, see `ddit.config.Coarse`.
-
     Raises:
-        ValueError: When there is no configuration of an image or video model, or it can't have patches of two sizes.
+        ValueError: When there is no configuration of an image or video model.
     """
     architecture = architecture_for(meta_transformer(model))
     if architecture.axes == 1:
@@ -159,9 +156,7 @@ def cost_ratios(model: str, scales: tuple[int, ...] = (1, 2, 4), fine: float = 0
     call = example(architecture, model, *PICTURE)
     if architecture.read(call).latents.ndim == 5:
         call = example(architecture, model, *CLIP)
-    form = Coarse.mixed(fine) if fine else Coarse()
-    architecture.check_form(form)
-    at = {s: call_at(architecture, call, s, form) for s in scales}
+    at = {s: call_at(architecture, call, s, Coarse()) for s in scales}
     flops = {s: architecture.count_flops(inputs, s) for s, inputs in at.items()}
     return {s: n / flops[1] for s, n in flops.items()}
 

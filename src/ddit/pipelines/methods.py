@@ -86,9 +86,8 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
 
 
 def _form(own: Coarse, given: Mapping[str, Any]) -> Coarse:
-    """How coarse steps are made: as given, else as those with patches of two sizes are, or the preset's own."""
-    usual = Coarse.mixed(given["fine"]) if given.get("fine") else own
-    return Coarse.from_dict({**usual.to_dict(), **given})
+    """How coarse steps are made: as given, else as the preset has it."""
+    return Coarse.from_dict({**own.to_dict(), **given})
 
 
 def skip_of(given: Mapping[str, Any]) -> SkipSchedule | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from ddit.config import Coarse, Positions, Start
+from ddit.config import Positions, Start
 from ddit.util.kinds import fits, told
 
 OptimizerName = Literal["prodigy", "adamw"]
@@ -72,11 +72,9 @@ class TrainConfig:
     rank: int = 32
     """Rank of LoRA; 0 leaves it out."""
     start: Start = "noise-consistent"
-    """What the adapter adds to: the training-free step, the paper's initialisation (``bilinear``), or ``renoised``."""
+    """What the adapter adds to: the training-free step, or the paper's initialisation (``bilinear``)."""
     positions: Positions | None = None
-    """Positions of large patches; by default ``grid`` for ``noise-consistent``, else the paper's ``interpolated``."""
-    fine: float = 0.0
-    """Share of the picture that keeps small patches, where it has most detail; needs ``start`` ``renoised``."""
+    """Positions of large patches; by default ``grid``, for ``bilinear`` the paper's ``interpolated``."""
     residual: bool = True
     """Whether there is a residual path."""
     size_vector: bool = True
@@ -138,7 +136,6 @@ class TrainConfig:
             raise ValueError(
                 f"min_sigma is {lowest}; it must have a number from 0 to below 1 for each of {self.scales}"
             )
-        Coarse.usual(self.start, self.positions, self.fine)
         for low, names in ((1, FROM_ONE), (0, FROM_ZERO)):
             for name in names:
                 if getattr(self, name) is not None:
@@ -175,7 +172,7 @@ class TrainConfig:
     @property
     def adapter_settings(self) -> dict[str, Any]:
         """Arguments of `ddit.PatchAdapter.for_model`."""
-        names = ("scales", "rank", "start", "positions", "fine", "residual", "size_vector")
+        names = ("scales", "rank", "start", "positions", "residual", "size_vector")
         return {**{name: getattr(self, name) for name in names}, "min_sigma": self.lowest}
 
     @property

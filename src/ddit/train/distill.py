@@ -21,7 +21,7 @@ from ddit.adapter import PatchAdapter
 from ddit.coarse import coarse_step
 from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs
-from ddit.patches import detail_variance, expand
+from ddit.patches import detail_variance
 from ddit.train.config import TrainConfig
 from ddit.train.samples import Samples
 
@@ -58,8 +58,6 @@ class Batch:
     """``[B]``"""
     target: Tensor
     """The model's own velocity ``[B, C, ..., H, W]``, float32."""
-    seed: int = 0
-    """Of noise that coarse steps add."""
 
 
 def make_batch(
@@ -72,8 +70,7 @@ def make_batch(
     sigma = torch.tensor([samples.sigmas[d.step] for d in draws], device=device)
     z, target = (x[:, 0].to(device).float() for x in (latents, velocities))
     inputs = architecture.renoised(call, z.to(dtype), sigma)
-    seed = draws[0].run * len(samples.sigmas) + draws[0].step  # one for all passes, another from step to step
-    return Batch(inputs, [d.scale for d in draws], sigma, target, seed)
+    return Batch(inputs, [d.scale for d in draws], sigma, target)
 
 
 def placed(value: Any, device: Any, dtype: Any) -> Any:
@@ -108,20 +105,17 @@ def errors(
     ``adapter=None`` is the training-free step.
     """
     inputs = architecture.rows(batch.inputs, rows)
-    noisy, target = architecture.read(inputs), batch.target[rows]
     velocity = coarse_step(
         architecture,
         transformer.forward,
         inputs,
-        noisy,
+        architecture.read(inputs),
         scale,
         coarse,
         variance=variance.get(scale),
         adapter=adapter,
-        clean=noisy.latents - expand(noisy.sigma, target) * target,
-        seed=batch.seed,
     )
-    return velocity - target
+    return velocity - batch.target[rows]
 
 
 def losses(errors: Sequence[Tensor], guidance: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from ddit.adapter import PatchAdapter
 from ddit.train.config import TrainConfig
 from ddit.util.extras import require
 
-KEPT = ("base_hash", "scales", "rank", "start", "positions", "fine", "residual", "size_vector", "layers")
+KEPT = ("base_hash", "scales", "rank", "start", "positions", "residual", "size_vector", "layers")
 """What an adapter keeps when it is trained on."""
 
 
