@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from transformers.utils import logging as transformers_logging
 
 from ddit.adapter import PatchAdapter
 from ddit.embedded import ADAPTER_FOLDER, MODEL_FOLDER, VIDEO_ADAPTER_FOLDER, VIDEO_MODEL_FOLDER
@@ -63,12 +67,27 @@ def load_pipeline(
         raise ValueError(f"there is no folder {model!r}, and it is no hub id (owner/name) either")
     try:
         load = modular.load if _is_modular(model) else DiffusionPipeline.from_pretrained
-        pipe = load(model_source(model), dtype=getattr(torch, dtype))
+        with _without_bars() if model in EMBEDDED else nullcontext():
+            pipe = load(model_source(model), dtype=getattr(torch, dtype))
     except Exception as error:  # Missing files, unknown classes, no network: diffusers raises what it meets.
         raise ValueError(f"model {model!r} can't be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
     own = Preset.load(folder)
     return pipe.to(device), own if given is None else replace(given, call=given.call or own.call)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress is shown inside the block, of what takes no second."""
+    libraries: Any = (diffusers_logging, transformers_logging)
+    shown = [logging for logging in libraries if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()
 
 
 def _is_modular(model: str) -> bool:
