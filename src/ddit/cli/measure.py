@@ -89,7 +89,8 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--blocks", type=positive, nargs="+", default=[], help="keep only so many of each kind")
     bench.add_argument("--adapter-rank", type=int, help="an adapter of this rank along")
     bench.add_argument("--device", default="meta", help="where to time; meta, the default, counts only")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    text = "default: bfloat16, on a CPU float32, since many CPUs emulate the other"
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
     bench.add_argument("--batch", type=positive, nargs="+")
     bench.add_argument("--random-weights", action="store_true", help="don't read those of a folder or hub id")
     bench.add_argument("--compile", action="store_true", help="compile the repeated blocks")
@@ -281,7 +282,8 @@ def _timed(args: argparse.Namespace, counted: list[dict[str, Any]], kept: dict[s
     from ddit.eval import bench
     from ddit.util.progress import progress
 
-    how = {name: getattr(args, name) for name in ("dtype", "device", "random_weights", "compile", "attention")}
+    how = {name: getattr(args, name) for name in ("device", "random_weights", "compile", "attention")}
+    how["dtype"] = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     results, loaded = [], None
     with progress("timings", len(counted) * len(args.batch) * (1 + args.runs * len(args.steps))) as advance:
         for row in counted:
