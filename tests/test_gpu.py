@@ -291,6 +291,7 @@ def test_trainings_go_on_side_by_side_from_parts_and_fit_into_what_comes_back(tm
     assert len(list((tmp_path / "back").iterdir())) <= 8
 
 
+@pytest.mark.slow
 def test_what_follows_a_training_that_fails_is_not_begun(tmp_path, monkeypatch):
     place = training.Place(tmp_path, tmp_path / "out", "cpu", tiny=True, settings=["batch=none"])
     monkeypatch.setattr(training, "_environment", lambda: {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"})
