@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class Record:
         self.write()
 
 
+@cache
 def digest() -> str:
     """Of the code that is measured and that measures: where it is copied to, there need be no git."""
     files = sorted(path for folder in ("src/ddit", "benchmarks/gpu") for path in (ROOT / folder).rglob("*.py"))

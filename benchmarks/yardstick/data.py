@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ from einops import rearrange, reduce
 from ddit.embedded.clips import CLIP_SIZE, clips, film
 from ddit.embedded.drawing import drawings
 from ddit.embedded.scenes import IMAGE_SIZE, MOST
+from ddit.util.files import replacing
 
 MASK_SIZE = 32
 """Height and width of the masks that are kept."""
@@ -92,13 +92,8 @@ def _draw_shard(path: Path, seed: int, count: int) -> None:
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
     """Write a shard; trainings side by side may both draw it, and write the same."""
-    own = path.with_name(f"{path.stem}-{os.getpid()}.partial")
-    try:
-        with own.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        own.replace(path)
-    finally:
-        own.unlink(missing_ok=True)
+    with replacing(path, shared=True) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def sheet(pictures: np.ndarray, columns: int = 8, gap: int = 2) -> np.ndarray:

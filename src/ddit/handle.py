@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -36,23 +36,12 @@ def lock_of(adapter: PatchAdapter | None) -> Any:
     return threading.RLock() if adapter is None else _LOCKS.setdefault(adapter, threading.RLock())
 
 
-def missed(report: Report) -> str | None:
-    """What to do about a run that took more than a step's work above what was asked; else ``None``."""
-    fraction, asked = report.flops_fraction, report.asked or 1.0
-    if len(report.steps) * (fraction - 1 / asked) <= 1:
-        return None
-    return (
-        f"a speedup of {asked:g} was asked for, and the run got {1 / fraction:.2f}: a forecast needs two answers with "
-        "one patch size, so steps can't be skipped where patches change. Let them change less often, or ask for less"
-    )
-
-
 class Handle:
     """Dynamic patches on a transformer, or two that take turns, until `remove`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._runs = Runs(lambda: RunState(plan.policy, plan.measure))
+        self._runs = Runs(self._fresh)
         self._lock = lock_of(plan.adapter)
         """Held during a call: threads take turns step by step, each with a run of its own."""
         self._drawing: set[Current] = set()
@@ -127,8 +116,8 @@ class Handle:
     @property
     def _asked_for(self) -> Current:
         """The run of the pipeline that calls who asks, or else the last one of this thread."""
-        calls = (call for arch in self.plan.architectures for _, call in pipeline_calls(arch.transformer))
-        return self._runs.of(next(calls, None))
+        _, call = next(self._calls(), (None, None))
+        return self._runs.of(call)
 
     def remove(self) -> None:
         """Give the transformer back as it was. Safe to call twice."""
@@ -174,6 +163,7 @@ class Handle:
                     self._forget()
                     raise
                 if self._active:  # it may have been taken off from inside the call
+                    self._latest = self._state
                     seat.stay(hooks)
                 return answer
         return seat.forward(*args, **kwargs)
@@ -191,7 +181,7 @@ class Handle:
         lost = seat.check(held_by(pipe, arch.transformer))
         if lost is not None:
             self._warn(lost)
-        for over in self._runs.turn_to(call, self._calls):
+        for over in self._runs.turn_to(call, self._under_way):
             self._start_over(over)
         self._runs.current.follow(pipe, caller is not None, self._start_over)
         try:
@@ -223,7 +213,6 @@ class Handle:
             answer = arch.answer(velocity.to(z.dtype), inputs)
         if self._active:  # it may have been taken off from inside the call
             self._state.record(velocity.detach(), scales, time.perf_counter() - started)
-            self._latest = self._state
         return answer
 
     def _grouped_step(self, seat: Seat, inputs: Inputs, noisy: Noisy, scales: Sequence[int]) -> Tensor:
@@ -287,7 +276,6 @@ class Handle:
         answer = self._forward(seat, 1, range(len(tokens)))(*args, **kwargs)
         if self._active:
             self._state.record_full(time.perf_counter() - started)
-            self._latest = self._state
         return answer
 
     def _warn(self, message: str) -> None:
@@ -337,9 +325,14 @@ class Handle:
                 "put a lock around the pipeline's call, or leave the cache out"
             )
 
-    def _calls(self, thread: int | None = None) -> set[int]:
-        """Calls of pipelines under way in a thread, by default this one."""
-        return {call for seat in self._seats for _, call in pipeline_calls(seat.transformer, thread)}
+    def _calls(self, thread: int | None = None) -> Iterator[tuple[Any, int]]:
+        """Calls under way of pipelines that have one of the transformers, see `ddit.caller.pipeline_calls`."""
+        for architecture in self.plan.architectures:
+            yield from pipeline_calls(architecture.transformer, thread)
+
+    def _under_way(self, thread: int | None = None) -> set[int]:
+        """The numbers of these."""
+        return {call for _, call in self._calls(thread)}
 
     def _is_over(self, run: Current) -> bool:
         """Whether a run is over, even if nobody said so: its thread died, or its pipeline's call was broken off."""
@@ -347,12 +340,11 @@ class Handle:
             return True
         if run.call is None:
             return run.thread == threading.get_ident()
-        return run.call not in self._calls(run.thread)
+        return run.call not in self._under_way(run.thread)
 
     def _end(self, reset: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Pipelines call this when a run ends, and their user may at any time."""
-        calls = (found for seat in self._seats for found in pipeline_calls(seat.transformer))
-        caller, call = next(calls, (None, None))
+        caller, call = next(self._calls(), (None, None))
         if caller is None:
             self._start_over()
         elif freeing_pipeline() in (None, caller):  # else a callback frees another one
@@ -376,10 +368,14 @@ class Handle:
                 self._remark(self._latest)
         self._forget(run)
 
+    def _fresh(self) -> RunState:
+        """The state before a run."""
+        return RunState(self.plan.policy, self.plan.measure)
+
     def _forget(self, run: Current | None = None) -> None:
         """Forget what is under way in a run."""
         run = run or self._runs.current
-        run.state, run.begun = RunState(self.plan.policy, self.plan.measure), False
+        run.state, run.begun = self._fresh(), False
         self._drawing.discard(run)
         for seat in self._seats:
             seat.cache.start_over(run.number)
@@ -392,6 +388,6 @@ class Handle:
         if said is None and isinstance(run.policy, Rule):
             said = run.policy.remark(chosen, [step.statistics for step in run.steps], sigmas)
         if said is None and self.plan.speedup is not None:
-            said = missed(self._report_of(run))
+            said = self._report_of(run).remark()
         if said is not None and not self._warned:
             self._warn(said)

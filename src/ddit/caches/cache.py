@@ -180,9 +180,9 @@ class Cache:
         self._tell(steps)
 
         def cached(*args: Any, **kwargs: Any) -> Any:
-            if self.architecture.residuals and any(
-                self.architecture.bind(args, kwargs).get(name) for name in self.architecture.residuals
-            ):
+            residuals = self.architecture.residuals
+            inputs = self.architecture.bind(args, kwargs) if residuals else {}
+            if any(inputs.get(name) for name in residuals):
                 raise ValueError(
                     "caches skip blocks, but not what a ControlNet adds between them, which would count twice: "
                     "leave the cache out, or call the transformer's disable_cache()"

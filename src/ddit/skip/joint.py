@@ -84,7 +84,8 @@ class JointSkips:
 
     def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
         """See `ddit.skip.policy.SkipPolicy`."""
-        return [self.plan.steps(context)[context.step :][:1] == (SKIPPED,)] * context.batch
+        steps = self.plan.steps(context)
+        return [context.step < len(steps) and steps[context.step] == SKIPPED] * context.batch
 
 
 def nearest_steps(segments: Segments, costs: Mapping[int, float], speedup: float) -> tuple[int, ...]:

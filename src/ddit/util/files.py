@@ -13,10 +13,13 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A path to write to instead of ``path``; takes its place when the block ends, and is removed if it fails.
 
     A kill at any moment leaves the old file or the new one, never half of one. A link stays: what it names is replaced.
+
+    Args:
+        shared: Whether several processes may write it at once, each the same.
 
     Raises:
         OSError: For a folder, a pipe or a device.
@@ -24,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file; name one that is, or one that is not there yet")
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + (f".{os.getpid()}" if shared else "") + ".partial")
     try:
         yield partial
         os.replace(partial, path)
