@@ -35,9 +35,10 @@ GROUPS = (
     ("ddit.models.packed",),
     ("ddit.models.base",),
     ("ddit.models.flops",),
-    ("ddit.pretrained", "ddit.preset", "ddit.teacache"),
+    ("ddit.pretrained", "ddit.preset", "ddit.teacache", "ddit.planned"),
     (
         "ddit.patches",
+        "ddit.path",
         "ddit.schedule",
         "ddit.report",
         "ddit.config",
@@ -53,7 +54,7 @@ OUTSIDE = {
     "ddit.util": {"rich", "torch"},
 }
 """Packages that modules of the last group may import; torch and einops where nothing is said here."""
-WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}}
+WITHIN = {"ddit.schedule": {"ddit.config", "ddit.patches"}, "ddit.path": {"ddit.patches"}}
 """Modules of the last group that one of them may import; `ddit.config` alone where nothing is said here."""
 ONLY = {
     "ddit.skip": {

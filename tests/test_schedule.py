@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ddit.config import FixedSchedule, PatchSchedule
+from ddit.path import project, unrounded
 from ddit.run import RunState
 from ddit.schedule import (
     Fixed,
@@ -19,10 +20,8 @@ from ddit.schedule import (
     held_scale,
     noise_guard,
     patch_deviation,
-    project,
     statistic,
     statistics,
-    unrounded,
 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddit.adapter import PatchAdapter
     from ddit.api import apply
-    from ddit.config import FixedSchedule, PatchSchedule, SkipSchedule
+    from ddit.config import FixedSchedule, PatchSchedule, PlannedSchedule, SkipSchedule
     from ddit.report import Report
 
 __version__ = "0.2.0"
@@ -18,6 +18,7 @@ __all__ = [
     "FixedSchedule",
     "PatchAdapter",
     "PatchSchedule",
+    "PlannedSchedule",
     "Report",
     "SkipSchedule",
     "__version__",
@@ -29,6 +30,7 @@ _HOME = {
     "FixedSchedule": "ddit.config",
     "PatchAdapter": "ddit.adapter",
     "PatchSchedule": "ddit.config",
+    "PlannedSchedule": "ddit.config",
     "Report": "ddit.report",
     "SkipSchedule": "ddit.config",
 }

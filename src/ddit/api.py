@@ -13,14 +13,16 @@ import torch
 
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config, make_cache
-from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, PlannedSchedule, SkipSchedule
 from ddit.handle import Handle
 from ddit.models import architecture_for
 from ddit.models.base import Architecture
 from ddit.plan import Plan
+from ddit.planned import CoarseError, Planned
 from ddit.preset import Preset
+from ddit.profile import error_at
 from ddit.run import Skipping
-from ddit.schedule import Fixed, Guard, Policy, Rule, noise_guard
+from ddit.schedule import Fixed, Guard, Policy, Rule, detail_error, noise_guard, usual_detail
 from ddit.seat import MARK, is_compiled, parallel_config
 from ddit.util.tell import warn
 
@@ -51,8 +53,9 @@ def apply(
 
     Args:
         pipe_or_transformer: A diffusers pipeline with a supported ``transformer``, or that transformer.
-        patches: A `PatchSchedule` (the paper's rule), a `FixedSchedule` (a list of scales), or a policy of your own
-            (`ddit.schedule.Policy`). By default the preset's, or else ``PatchSchedule()``.
+        patches: A `PatchSchedule` (the paper's rule), a `PlannedSchedule` (for a speed), a `FixedSchedule` (a list of
+            scales), or a policy of your own (`ddit.schedule.Policy`). By default the preset's, or else
+            ``PatchSchedule()``.
         skip: In which steps the model is not called at all. By default in none.
         speedup: How many times less work a run shall take than a plain one. Where the preset has a profile of errors
             (`ddit calibrate` measures it) and ``patches`` is left out, a plan over both mechanisms: each step full,
@@ -124,16 +127,17 @@ def _settle(
     if adapter is not None:
         adapter = _load_adapter(adapter, architectures)
         own = tuple(s for s in schedule.scales if s in (1, *adapter.scales))
-        if patches is None and isinstance(schedule, PatchSchedule) and len(own) > 1:
+        if patches is None and isinstance(schedule, PatchSchedule | PlannedSchedule) and len(own) > 1:
             schedule = replace(schedule, scales=own)  # nobody asked for sizes that it has not learnt
         check_adapter(adapter, schedule)
         detail_variance = detail_variance or adapter.detail_variance
     scales = {s for s in schedule.scales if s > 1}
     variance = _variance(detail_variance or {}, scales, known, architectures[0].channels)
     axes = architectures[0].axes
-    guard = noise_guard({s: float(v.mean()) for s, v in variance.items()}, axes) if adapter is None else adapter.serves
+    detail = {s: float(v.mean()) for s, v in variance.items()}
+    guard = noise_guard(detail, axes) if adapter is None else adapter.serves
     coarse = _coarse(schedule, adapter, architectures)
-    policy = _policy(schedule, guard)
+    policy = _policy(schedule, guard, _coarse_error(adapter, known, detail, axes))
     plan = _joint_plan(skip, patches, known, schedule.scales, adapter, guard)
     if plan is not None:
         policy, make_skipper = _halves(plan)
@@ -149,7 +153,7 @@ def _settle(
         variance=variance,
         adapter=adapter,
         make_skipper=make_skipper,
-        speedup=None if skip is None else skip.speedup,
+        speedup=getattr(schedule if skip is None else skip, "speedup", None),
         cache=make_cache(cache, known.teacache) if isinstance(cache, str) else cache,
         costs=known.costs,
         settings={**asked, "patches": schedule},
@@ -168,7 +172,7 @@ def _checked(schedule: Any, skip: Any) -> Patches | Policy:
     """The schedule of patches; refuses what is of another kind, and a skip schedule that is none."""
     if not isinstance(getattr(schedule, "scales", None), Sequence):
         raise ValueError(
-            f"patches is {schedule!r}; it must be a PatchSchedule, a FixedSchedule or a policy "
+            f"patches is {schedule!r}; it must be a PatchSchedule, a PlannedSchedule, a FixedSchedule or a policy "
             "(PatchSchedule.paper() is the paper's, FixedSchedule(steps=[...]) a list of scales)"
         )
     if not (skip is None or isinstance(skip, SkipSchedule)):
@@ -197,7 +201,7 @@ def _variance(
 
 def _coarse(schedule: Patches | Policy, adapter: PatchAdapter | None, architectures: list[Architecture]) -> Coarse:
     """How coarse steps are made: as an adapter has learnt them, else as the schedule says."""
-    asked = schedule if isinstance(schedule, PatchSchedule | FixedSchedule) else PatchSchedule()
+    asked = schedule if isinstance(schedule, Patches) else PatchSchedule()
     coarse = asked.coarse if adapter is None else adapter.coarse
     if coarse.positions != "grid" and any(_moves_unseen(a) for a in architectures):
         raise ValueError(
@@ -228,10 +232,26 @@ def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
     return Preset.load(preset, required=True)
 
 
-def _policy(schedule: Patches | Policy, guard: Guard) -> Policy:
+def _policy(schedule: Patches | Policy, guard: Guard, error: CoarseError) -> Policy:
     if isinstance(schedule, PatchSchedule):
         return Rule(schedule, guard)
+    if isinstance(schedule, PlannedSchedule):
+        return Planned(schedule, error, guard)
     return Fixed(schedule) if isinstance(schedule, FixedSchedule) else schedule
+
+
+def _coarse_error(adapter: PatchAdapter | None, known: Preset, detail: Mapping[int, float], axes: int) -> CoarseError:
+    """What coarse steps are off by: as the adapter's validation says, else as calibrated, else as much as can be."""
+    learnt = {} if adapter is None else adapter.errors
+
+    def error(scale: int, sigma: float) -> float:
+        if scale in learnt:
+            return error_at(learnt[scale], sigma)
+        if known.profile is not None and scale in known.profile.coarse:
+            return known.profile.coarse_error(scale, sigma)
+        return detail_error(sigma, usual_detail(scale, detail, axes), scale, axes)
+
+    return error
 
 
 def _joint_plan(

@@ -1,7 +1,8 @@
 """Settings: small records, one per mechanism, so that no field can be idle. No torch here, so the CLI reads it at once.
 
-`PatchSchedule` (the paper's rule) or `FixedSchedule` say which patches the model sees; `SkipSchedule` says in which
-steps it is not called at all; `Coarse` says how a step with large patches is computed without an adapter.
+`PatchSchedule` (the paper's rule), `FixedSchedule` (a list) or `PlannedSchedule` (for a speed) say which patches the
+model sees; `SkipSchedule` says in which steps it is not called at all; `Coarse` says how a step with large patches is
+computed without an adapter.
 """
 
 from __future__ import annotations
@@ -187,7 +188,33 @@ class FixedSchedule(_Settings):
         return tuple(sorted({1, *self.steps}))
 
 
-Patches = PatchSchedule | FixedSchedule
+@dataclass(frozen=True, kw_only=True)
+class PlannedSchedule(_Settings):
+    """Large patches in as many steps as a speedup takes, and in those where they change the pictures least: no
+    threshold to tune (`ddit.planned`).
+
+    Raises:
+        ValueError: When a field is out of its range; the message gives the range.
+    """
+
+    speedup: float
+    """How many times less work a run shall take than a plain one, from 1 on."""
+    scales: tuple[int, ...] = (1, 2, 4)
+    """As of `PatchSchedule`."""
+    careful: bool = True
+    """As of `PatchSchedule`."""
+    coarse: Coarse = Coarse()
+    """How a coarse step is computed without an adapter."""
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        check_number("speedup", self.speedup, 1, math.inf)
+        if 1 not in self.scales:
+            raise ValueError(f"scales are {self.scales}; they must hold 1, the model's own patch size")
+        _check_flag("careful", self.careful)
+
+
+Patches = PatchSchedule | FixedSchedule | PlannedSchedule
 
 FULL = FixedSchedule(steps=(1,))
 """Every step full."""

@@ -387,7 +387,7 @@ class Handle:
             said = self.adapter.remark(sigmas, chosen)
         if said is None and isinstance(run.policy, Rule):
             said = run.policy.remark(chosen, [step.statistics for step in run.steps], sigmas)
-        if said is None and self.plan.speedup is not None:
+        if said is None and self.plan.make_skipper is not None and self.plan.speedup is not None:
             said = self._report_of(run).remark()
         if said is not None and not self._warned:
             self._warn(said)

@@ -39,7 +39,7 @@ class Plan:
     make_skipper: Callable[[], Skipping] | None = None
     """Makes that of a new run."""
     speedup: float | None = None
-    """What skipping was asked for."""
+    """What was asked for."""
     cache: Config | None = None
     costs: Mapping[int, float] = field(default_factory=dict)
     """Scale -> work of a step in full steps, in place of the model's own."""
@@ -82,8 +82,8 @@ class Plan:
         return {s: to_meta(example) for s, example in {1: one, **coarse}.items()}
 
     def work(self, arch: Architecture, examples: Mapping[int, Inputs]) -> dict[int, float]:
-        """Scale -> work of a step in full steps, where skipping asks."""
-        if self.make_skipper is None:
+        """Scale -> work of a step in full steps, where anybody asks."""
+        if self.make_skipper is None and not getattr(self.policy, "needs_costs", False):
             return {}
         flops = {s: arch.count_flops(example, s, self.adapter) for s, example in examples.items()}
         return {0: 0.0, **{s: n / flops[1] for s, n in flops.items()}, **self.costs}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddit.config import FixedSchedule, Patches, PatchSchedule
+from ddit.config import FixedSchedule, Patches, PatchSchedule, PlannedSchedule
 from ddit.profile import ErrorProfile
 from ddit.util.files import write_json
 
@@ -118,7 +118,8 @@ class Preset:
             values["detail_variance"] = {int(s): list(v) for s, v in values["detail_variance"].items()}
             values["costs"] = {int(s): float(v) for s, v in values.get("costs", {}).items()}
             if "patches" in values:
-                kind = FixedSchedule if "steps" in values["patches"] else PatchSchedule
+                kinds = {"steps": FixedSchedule, "speedup": PlannedSchedule}
+                kind = next((kinds[name] for name in kinds if name in values["patches"]), PatchSchedule)
                 values["patches"] = kind.from_dict(values["patches"])
             for name, kind in (("quality", QualityCurve), ("profile", ErrorProfile)):
                 if values.get(name) is not None:

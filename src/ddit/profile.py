@@ -50,13 +50,18 @@ class ErrorProfile:
         """With an adapter's errors, scale -> noise level -> error, in place of those without one."""
         known = {}
         for scale, rows in coarse.items():
-            places, errors = (tuple(map(float, row)) for row in zip(*sorted(rows.items()), strict=True))
-            known[scale] = tuple(interpolated(places, errors, sigma) for sigma in self.sigmas)
+            known[scale] = tuple(error_at(rows, sigma) for sigma in self.sigmas)
         return replace(self, coarse={**self.coarse, **known})
 
     def bend_at(self, sigma: float) -> float:
         """See `bend`."""
         return interpolated(self.sigmas, self.bend, sigma)
+
+
+def error_at(rows: Mapping[float, float], sigma: float) -> float:
+    """Between measured ones, noise level -> error."""
+    places, errors = (tuple(map(float, row)) for row in zip(*sorted(rows.items()), strict=True))
+    return interpolated(places, errors, sigma)
 
 
 def interpolated(places: tuple[float, ...], values: tuple[float, ...], at: float) -> float:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddit.config import PatchSchedule
 from ddit.patches import period, same
+from ddit.path import Path
 from ddit.report import Step
-from ddit.schedule import Fixed, Policy, StepContext, difference, statistics, unrounded
+from ddit.schedule import Policy, StepContext, difference, statistics
 
 
 class Skipping(Protocol):
@@ -41,42 +42,6 @@ class Skipping(Protocol):
     def forecast(self, which: int, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor: ...
 
     def forget(self) -> None: ...
-
-
-@dataclass
-class Path:
-    """How the latents moved in the last steps, float32, newest last.
-
-    Latents below float32 are rounded, and rounding hides third differences. Their step is taken from what the model
-    answered (`ddit.schedule.unrounded`).
-    """
-
-    watched: bool = False
-    """Whether anybody asks how they moved."""
-    keep: int = 0
-    """Number of moves kept."""
-    moves: list[Tensor] = field(default_factory=list)
-    seen: Tensor | None = None
-    """The newest latents as the transformer got them."""
-    begun: bool = False
-    """Whether the next latents will have moved from ``seen``."""
-
-    def add(self, z: Tensor, velocities: Sequence[Tensor], jump: float | None = None) -> Tensor | None:
-        """Take in latents ``[B, C, ..., H, W]``; gives how they moved, if anybody watches and they did.
-
-        Args:
-            velocities: Answers of the steps that the sampler made this move of.
-            jump: See `ddit.schedule.unrounded`.
-        """
-        before, self.seen, moved = self.seen, z.clone(), None
-        if self.begun and self.watched and before is not None:
-            moved = z.float() - before.float()
-            if z.dtype != torch.float32 and velocities:
-                rounding = torch.finfo(z.dtype).eps / 2 * z.abs()
-                moved = unrounded(moved, velocities, jump, rounding)
-            self.moves = [*self.moves, moved][-self.keep :] if self.keep else []
-        self.begun = True
-        return moved
 
 
 @dataclass
@@ -203,7 +168,7 @@ class RunState:
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         skipped = [False] * len(z)
         if self.skipper is not None and self.deterministic:
-            skipped = self.skipper.choose(replace(context, ahead=self._ahead(chosen)), moved, called)
+            skipped = self.skipper.choose(replace(context, ahead=self._ahead(context, chosen)), moved, called)
         if sigma <= 0:  # asked once more where noise has ended, and coarse steps and forecasts divide by its level
             chosen, skipped = [1] * len(z), [False] * len(z)
         scales = [0 if skip else scale for skip, scale in zip(skipped, chosen, strict=True)]
@@ -230,15 +195,15 @@ class RunState:
             self.spent = [before + cost for before, cost in zip(self.spent, paid, strict=True)]
         return self.spent
 
-    def _ahead(self, chosen: Sequence[int]) -> list[list[float]]:
-        """Per sample, work of this step and those to come if none is skipped: as a fixed schedule says, else as now."""
+    def _ahead(self, context: StepContext, chosen: Sequence[int]) -> list[list[float]]:
+        """Per sample, work of this step and those to come if none is skipped: as the policy knows, else as now."""
         if not self.costs or not self.total:
             return []
-        now = len(self.steps)
-        steps = range(now, max(self.total, now + 1))
-        rows = [[scale] * len(steps) for scale in chosen]
-        if isinstance(self.policy, Fixed):
-            rows = [[self.policy.at(step) for step in steps]] * len(chosen)
+        foretold = getattr(self.policy, "ahead", None)
+        if foretold is not None:
+            rows = [foretold(context)] * len(chosen)
+        else:
+            rows = [[scale] * max(self.total - context.step, 1) for scale in chosen]
         return [[self.costs[scale] for scale in row] for row in rows]
 
     def _choose(self, context: StepContext) -> Sequence[int]:

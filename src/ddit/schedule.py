@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddit.config import FixedSchedule, PatchSchedule
-from ddit.patches import cut, expand, pad_to_multiple
+from ddit.patches import cut, pad_to_multiple
 
 
 def difference(latents: Sequence[Tensor], order: int = 3) -> Tensor:
@@ -106,6 +106,20 @@ def held_scale(before: Sequence[int], allowed: Sequence[int]) -> int | None:
     return max((s for s in allowed if s <= before[-1]), default=1)
 
 
+def detail_error(sigma: float, variance: float, scale: int, axes: int = 2) -> float:
+    """What a coarse step without training is off by at the most where nobody has measured it, root mean square.
+
+    It knows the detail from its variance alone (a Wiener estimate, `ddit.coarse.detail_velocity`), and a model can't
+    know more than all of it.
+
+    Args:
+        variance: ``h``, mean variance of the detail in clean latents (`ddit.patches.detail_variance`).
+        axes: That a patch spans (`ddit.patches.spanned`).
+    """
+    noise = 1 - 1 / scale**axes
+    return math.sqrt(variance * noise / ((1 - sigma) ** 2 * variance + sigma**2 * noise)) if variance else 0.0
+
+
 def below_noise(sigma: float, variance: float, scale: int, axes: int = 2) -> bool:
     """Whether what large patches drop lies well below the noise, so that a coarse step without training loses little.
 
@@ -135,8 +149,12 @@ Guard = Callable[[int, float], bool]
 
 def noise_guard(detail: Mapping[int, float], axes: int = 2) -> Guard:
     """`below_noise` with measured variances of the detail, scale -> variance; usual ones where there is none."""
-    known = {**USUAL_DETAIL.get(axes, {}), **detail}
-    return lambda scale, sigma: below_noise(sigma, known.get(scale, 1.0), scale, axes)
+    return lambda scale, sigma: below_noise(sigma, usual_detail(scale, detail, axes), scale, axes)
+
+
+def usual_detail(scale: int, measured: Mapping[int, float], axes: int = 2) -> float:
+    """Variance of the detail: as measured, scale -> variance, else a usual one."""
+    return {**USUAL_DETAIL.get(axes, {}), **measured}.get(scale, 1.0)
 
 
 @dataclass(frozen=True)
@@ -172,11 +190,29 @@ class StepContext:
         return len(self.statistics)
 
 
+def known_levels(context: StepContext) -> Sequence[float]:
+    """Noise levels of the whole run, which a plan needs.
+
+    Raises:
+        ValueError: Where nobody knows them.
+    """
+    if not context.sigmas:
+        raise ValueError(
+            "a speedup needs the noise levels of the run, which only a pipeline knows; "
+            "apply ddit to the pipeline, or choose steps by a threshold"
+        )
+    return context.sigmas
+
+
 class Policy(Protocol):
     """Chooses the scale of each sample in one step. Passed to `ddit.apply` as ``patches=``.
 
-    One without ``needs_statistics`` (or with False) does not look at them: they are neither measured nor reported,
-    which saves time, memory, and a read that waits for the device.
+    It may say more of itself; what it does not say is taken for no:
+
+    - ``needs_statistics``: it looks at them. Else they are neither measured nor reported, which saves time, memory, and
+      a read that waits for the device.
+    - ``needs_costs``: it looks at ``spent`` and ``costs``.
+    - ``ahead(context)``: the scales of this step and all to come, which it knows.
     """
 
     scales: tuple[int, ...]
@@ -277,63 +313,10 @@ class Fixed:
         self.steps = schedule.steps
         self.scales = schedule.scales
 
-    def at(self, step: int) -> int:
-        """The scale of a step, by its number."""
-        return self.steps[min(step, len(self.steps) - 1)]
+    def ahead(self, context: StepContext) -> list[int]:
+        """Scale of this step and of all to come, as far as anybody knows how many."""
+        steps = range(context.step, max(context.total or 0, context.step + 1))
+        return [self.steps[min(step, len(self.steps) - 1)] for step in steps]
 
     def choose(self, context: StepContext) -> list[int]:
-        return [self.at(context.step)] * context.batch
-
-
-NEW = 1e-3
-"""Share of a velocity that earlier ones don't explain, below which it is taken for one of them."""
-
-
-def project(step: Tensor, velocities: Sequence[Tensor]) -> Tensor:
-    """The part of a step of the latents that the model's outputs explain: least squares per sample.
-
-    A sampler's step lies in the span of the velocities that it uses, guided or not: Euler's of the newest, a multistep
-    sampler's of some before as well. The few coefficients are fitted from thousands of numbers.
-
-    Args:
-        step: Difference of two neighbouring latents ``[B, ...]``.
-        velocities: Outputs of the model that the sampler used, one per guidance pass, each ``[B, ...]``.
-
-    Returns:
-        The projection, shape of ``step``, float32.
-    """
-    target, projected, axes = step.float().flatten(1), torch.zeros((), device=step.device), []
-    for velocity in velocities:  # Gram-Schmidt: a solver would make the host wait for a GPU
-        v = velocity.float().flatten(1)
-        length = rest = v.norm(dim=1, keepdim=True)
-        for axis in axes:
-            v = v - (v * axis).sum(1, keepdim=True) * axis
-            rest = v.norm(dim=1, keepdim=True)
-        axes.append(torch.where(rest > NEW * length, v / rest, 0.0))
-        projected = projected + (target * axes[-1]).sum(1, keepdim=True) * axes[-1]
-    return projected.reshape(step.shape)
-
-
-MADE = 0.05
-"""Share of the latents that have to lie where the sampler puts them, up to rounding, for its step to be theirs."""
-
-
-def unrounded(step: Tensor, velocities: Sequence[Tensor], jump: float | None, rounding: Tensor) -> Tensor:
-    """A step of latents that are kept in bfloat16 or float16, without their rounding.
-
-    They move by ``sum_j c_j v_j`` and rounding, which hides third differences: in bfloat16 its deviation is some 0.005,
-    five times the paper's tau. Of Euler's method from one output of the model the coefficient is known; others are
-    fitted (`project`). Inpainting puts back what is known of a picture after each step, and callbacks change what they
-    like: where nearly no number lies where the sampler puts it, the step is taken as it is.
-
-    Args:
-        step, velocities: See `project`.
-        jump: By how much the noise level rose, where the sampler goes along one output alone; else ``None``.
-        rounding: The most by which rounding may have moved the latents ``[B, ...]``.
-
-    Returns:
-        Shape of ``step``, float32.
-    """
-    exact = project(step, velocities) if jump is None else jump * velocities[0].float()
-    share = ((step - exact).abs() <= rounding).flatten(1).float().mean(1)
-    return torch.where(expand(share >= MADE, step).bool(), exact, step)
+        return self.ahead(context)[:1] * context.batch

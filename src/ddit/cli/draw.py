@@ -24,7 +24,7 @@ from ddit.cli.common import (
     seed,
     words_of,
 )
-from ddit.config import Coarse, PatchSchedule, SkipSchedule
+from ddit.config import Coarse, PatchSchedule, PlannedSchedule, SkipSchedule
 from ddit.pipelines.methods import KINDS, SKIP, make_method, patches_of, skip_of
 from ddit.preset import Preset
 from ddit.util.extras import require
@@ -73,6 +73,7 @@ def method_options(command: argparse.ArgumentParser) -> None:
         "patches", "which patches the model sees in a step (default: the paper's rule)"
     )
     patches.add_argument("--patches", choices=KINDS, help="paper is the rule to the letter")
+    add_flag(patches, PlannedSchedule, "speedup", PLANNED_HELP, name="patch_speedup")
     patches.add_argument("--schedule", type=int, nargs="+", metavar="SCALE", help="scale of each step, no rule")
     for field, text in RULE_HELP.items():
         add_flag(patches, PatchSchedule, field, text)
@@ -84,6 +85,7 @@ def method_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
 
 
+PLANNED_HELP = "large patches where they change least, in as many steps as so many times less work takes, no rule"
 RULE_HELP = {
     "threshold": "tau: larger uses larger patches",
     "percentile": "rho of the paper",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, SkipSchedule
+from ddit.config import FULL, Coarse, FixedSchedule, Patches, PatchSchedule, PlannedSchedule, SkipSchedule
 from ddit.preset import Preset
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ RULE = tuple(field.name for field in fields(PatchSchedule) if field.name != "coa
 COARSE = tuple(field.name for field in fields(Coarse))
 SKIP = {"speedup": "speedup", "quality": "quality", "skip_threshold": "threshold"}
 """Word -> field of `SkipSchedule`."""
-WORDS = ("patches", "schedule", *RULE, *COARSE, *SKIP, "adapter", "cache")
+PLANNED = ("scales", "careful")
+"""Fields of `PatchSchedule` that `PlannedSchedule` has too."""
+WORDS = ("patches", "schedule", "patch_speedup", *RULE, *COARSE, *SKIP, "adapter", "cache")
 """All words."""
 
 Loader = Callable[[str], Any]
@@ -54,7 +56,7 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
 
 def planned_jointly(given: Mapping[str, Any], preset: Preset) -> bool:
     """Whether a wish is planned over patches and skipping: nothing is said of patches, and there is a profile."""
-    said = {"patches", "schedule", *RULE, *COARSE} & set(given)
+    said = {"patches", "schedule", "patch_speedup", *RULE, *COARSE} & set(given)
     return bool({"speedup", "quality"} & set(given)) and not said and preset.profile is not None
 
 
@@ -70,8 +72,13 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
     if kind not in KINDS:
         raise ValueError(f"patches is {kind!r}; it must be one of {', '.join(KINDS)}")
     if "schedule" in given:
-        _refuse([*rule, *(["patches"] if "patches" in given else [])], "a schedule, which is a list of scales")
+        _refuse([*rule, *({"patches", "patch_speedup"} & set(given))], "a schedule, which is a list of scales")
         return FixedSchedule(steps=given["schedule"], coarse=_form(preset.patches.coarse, coarse))
+    if "patch_speedup" in given:
+        _refuse([*(set(rule) - set(PLANNED)), *({"patches"} & set(given))], "patch_speedup, which plans the steps")
+        own = {name: getattr(preset.patches, name) for name in PLANNED if hasattr(preset.patches, name)}
+        form = _form(preset.patches.coarse, coarse)
+        return PlannedSchedule(**{**own, **rule, "speedup": given["patch_speedup"], "coarse": form})
     if kind == "full":
         _refuse([*rule, *coarse], "patches=full, which has none")
         return FULL

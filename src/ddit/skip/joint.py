@@ -9,9 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from ddit.profile import ErrorProfile
-from ddit.schedule import Guard, StepContext
+from ddit.schedule import Guard, StepContext, known_levels
 from ddit.skip.forecast import gap_errors
-from ddit.skip.policy import known_levels
 from ddit.util.tell import warn
 
 SKIPPED = 0

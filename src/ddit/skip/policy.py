@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ddit.patches import where_rows
-from ddit.schedule import StepContext, statistics
+from ddit.schedule import StepContext, known_levels, statistics
 from ddit.skip.forecast import SPLIT, amplified, difference_per_sigma, gap_errors, growth, half_log_snr
 from ddit.util.tell import warn
 
@@ -37,20 +37,6 @@ class SkipPolicy(Protocol):
             called: Per sample, whether the model itself answered in the step before.
         """
         ...
-
-
-def known_levels(context: StepContext) -> Sequence[float]:
-    """Noise levels of the whole run, which a plan needs.
-
-    Raises:
-        ValueError: Where nobody knows them.
-    """
-    if not context.sigmas:
-        raise ValueError(
-            "a speedup needs the noise levels of the run, which only a pipeline knows; "
-            "apply ddit to the pipeline, or give skip a threshold"
-        )
-    return context.sigmas
 
 
 class SkipRule:
