@@ -51,6 +51,7 @@ class Wanted(BaseModel, extra="forbid"):
     patches: str | None = None  # rule, paper, or full for a plain run
     threshold: float | None = None
     schedule: list[int] | None = None
+    patch_speedup: float | None = None
     speedup: float | None = None
 
 

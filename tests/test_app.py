@@ -31,7 +31,15 @@ PROMPTS = [f"prompt {i}" for i in range(12)]
 CALL = {"height": 32, "width": 32, "num_inference_steps": 6, "max_sequence_length": 20}
 pytestmark = pytest.mark.filterwarnings("ignore:every step after the warm-up")
 PRESET = Preset(call=CALL, patches=PatchSchedule(threshold=1e6, careful=False))
-KNOBS = {"patches": "rule", "threshold": None, "schedule": "", "skip": "off", "amount": None, "adapter": ""}
+KNOBS = {
+    "patches": "rule",
+    "threshold": None,
+    "speed": None,
+    "schedule": "",
+    "skip": "off",
+    "amount": None,
+    "adapter": "",
+}
 
 
 def drawn(folder: Path) -> Study:
@@ -213,6 +221,9 @@ def test_knobs_say_what_the_command_line_says():
     assert words_of(**KNOBS | {"patches": "schedule", "schedule": "1, 4 2"}) == {"schedule": [1, 4, 2]}
     assert words_of(**KNOBS | {"patches": "off", "skip": "speedup", "amount": 3}) == {"patches": "full", "speedup": 3}
     assert words_of(**KNOBS | {"patches": "paper", "adapter": " a/b "}) == {"patches": "paper", "adapter": "a/b"}
+    assert words_of(**KNOBS | {"patches": "speed", "speed": 2.2}) == {"patch_speedup": 2.2}
+    with pytest.raises(ValueError, match="the speed is empty"):
+        words_of(**KNOBS | {"patches": "speed"})
     with pytest.raises(ValueError, match="one scale per step"):
         words_of(**KNOBS | {"patches": "schedule", "schedule": "1 two"})
     with pytest.raises(ValueError, match="amount is empty"):

@@ -296,7 +296,7 @@ class Rule:
         if used == {1} and seen:
             return (
                 f"no step used large patches: the statistic was {min(seen):.2g} at the least, threshold is "
-                f"{schedule.threshold:g}. Raise the threshold"
+                f"{schedule.threshold:g}. Raise the threshold, or ask for a speed (PlannedSchedule, --patch-speedup)"
             )
         if used and 1 not in used and seen:
             return (

@@ -19,27 +19,36 @@ from ddit.report import Report
 
 KEPT = 16
 """Plain runs that a studio keeps, the latest ones."""
-PATCHES = ("rule", "paper", "schedule", "off")
+PATCHES = ("rule", "paper", "speed", "schedule", "off")
 """What may decide on patches; ``off`` is every step full."""
 SKIPPING = ("off", *SKIP)
 """What may decide on skipped steps, by `ddit.pipelines.methods.WORDS`."""
 
 
 def words_of(
-    *, patches: str, threshold: float | None, schedule: str, skip: str, amount: float | None, adapter: str
+    *,
+    patches: str,
+    threshold: float | None,
+    speed: float | None,
+    schedule: str,
+    skip: str,
+    amount: float | None,
+    adapter: str,
 ) -> dict[str, Any]:
     """What the knobs say, by `ddit.pipelines.methods.WORDS`.
 
     Args:
         patches: One of `PATCHES`.
         threshold: Of the rule; by default the model's own.
+        speed: Times less work, for large patches that are planned.
         schedule: Scales of the steps, such as ``1 1 4 4 2 1``.
         skip: One of `SKIPPING`.
         amount: Of what ``skip`` names.
         adapter: Folder, hub id or ``none``; empty for the preset's, if any.
 
     Raises:
-        ValueError: For a schedule that is no list of whole numbers, or skipping without an amount.
+        ValueError: For a schedule that is no list of whole numbers, a plan without a speed, or skipping without an
+            amount.
     """
     words: dict[str, Any] = {"adapter": adapter.strip() or None}
     if patches == "schedule":
@@ -49,6 +58,10 @@ def words_of(
             raise ValueError(f"the schedule is {schedule!r}; write one scale per step, such as 1 1 4 4 2 1") from None
     elif patches == "rule":
         words["threshold"] = threshold
+    elif patches == "speed":
+        if speed is None:
+            raise ValueError("the speed is empty; say how many times less work the picture shall take")
+        words["patch_speedup"] = speed
     else:
         words["patches"] = {"paper": "paper", "off": "full"}[patches]
     if skip != "off":

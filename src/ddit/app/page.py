@@ -94,6 +94,7 @@ def _draw_tab(studio: Studio, adapter: str | None) -> None:
                 steps = gr.Number(studio.steps, label="steps", precision=0)
             patches = gr.Radio(list(PATCHES), value="rule", label="patches")
             rule = gr.Number(None, label=f"threshold: larger uses larger patches (empty: {tau:g})")
+            speed = gr.Number(2, label="speed: times less work, by patches alone")
             schedule = gr.Textbox("1 1 1 4 4 2 2 1", label="schedule: scale of each step, the last one holds")
             skip = gr.Radio(list(SKIPPING), value="off", label="skip")
             amount = gr.Number(3, label="amount: times less work, PSNR in dB, or change")
@@ -106,9 +107,10 @@ def _draw_tab(studio: Studio, adapter: str | None) -> None:
             figures = gr.Dataframe(headers=["figure", "value"], label="what it cost", interactive=False)
             plot = gr.Image(show_label=False, type="filepath", interactive=False, buttons=[])
     _toggle(patches, rule, "rule", "paper")
+    _toggle(patches, speed, "speed")
     _toggle(patches, schedule, "schedule")
     _toggle(skip, amount, *SKIPPING[1:])
-    knobs = [prompt, seed, steps, patches, rule, schedule, skip, amount, parts]
+    knobs = [prompt, seed, steps, patches, rule, speed, schedule, skip, amount, parts]
     handler = told(_drawer(studio))
     gr.on(
         [button.click, prompt.submit],
@@ -152,13 +154,22 @@ def _drawer(studio: Studio) -> Callable[..., list[Any]]:
         steps: int | None,
         patches: str,
         rule: float | None,
+        speed: float | None,
         schedule: str,
         skip: str,
         amount: float | None,
         adapter: str,
         progress: Any = gr.Progress(),  # noqa: B008 (gradio looks for it here)
     ) -> list[Any]:
-        words = words_of(patches=patches, threshold=rule, schedule=schedule, skip=skip, amount=amount, adapter=adapter)
+        words = words_of(
+            patches=patches,
+            threshold=rule,
+            speed=speed,
+            schedule=schedule,
+            skip=skip,
+            amount=amount,
+            adapter=adapter,
+        )
         if seed is None or steps is None:
             raise ValueError("seed and steps must be numbers; fill them in")
         progress(0, desc="warming up")

@@ -85,7 +85,7 @@ def method_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
 
 
-PLANNED_HELP = "large patches where they change least, in as many steps as so many times less work takes, no rule"
+PLANNED_HELP = "so many times less work by large patches alone, in steps that are planned, no rule"
 RULE_HELP = {
     "threshold": "tau: larger uses larger patches",
     "percentile": "rho of the paper",
