@@ -35,10 +35,11 @@ GROUPS = (
     ("ddit.models.packed",),
     ("ddit.models.base",),
     ("ddit.models.flops",),
-    ("ddit.pretrained", "ddit.preset", "ddit.teacache", "ddit.planned"),
+    ("ddit.pretrained", "ddit.preset", "ddit.teacache", "ddit.planned", "ddit.log"),
     (
         "ddit.patches",
         "ddit.path",
+        "ddit.sampler",
         "ddit.schedule",
         "ddit.report",
         "ddit.config",

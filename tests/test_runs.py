@@ -19,11 +19,11 @@ from PIL import Image
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
-from ddit.caller import adds_noise
 from ddit.config import FULL, Coarse, Positions, Start
 from ddit.models import architecture_for
 from ddit.preset import Preset
 from ddit.profile import ErrorProfile
+from ddit.sampler import adds_noise
 from helpers import COARSE, GUIDED, PLAIN, STEPS, Record, call_inputs, denoise, facts, fixed, kept, noise, skipping
 from test_architectures import CASES, draw
 

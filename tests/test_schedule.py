@@ -304,7 +304,7 @@ def test_rounded_latents_do_not_drown_the_signal(guidance, floor, order):
         history.append(z)
         for velocity in [cond] if guidance is None else [cond, uncond]:
             run.record(velocity.bfloat16(), [1], 0.0)
-    kept = [step.statistics[0] for step in run.steps]
+    kept = [step.statistics[0] for step in run.log.steps]
     naive = [statistics(difference(history[:i]), 2, (1, 2, 4), 0.4) for i in range(4, 51, 5)]
     assert kept[:order] == [{}] * order
     assert max(max(stats.values()) for stats in kept[order:]) < floor
@@ -320,4 +320,4 @@ def test_float32_latents_are_followed_exactly():
         run.decide(latents, 1 - i / 50, 2)
         run.record(torch.zeros_like(latents), [1, 1], 0.0)
     expected = statistics(difference(z), 2, schedule.scales, schedule.percentile)
-    assert [dict(s) for s in run.steps[-1].statistics] == expected
+    assert [dict(s) for s in run.log.steps[-1].statistics] == expected

@@ -1,12 +1,10 @@
-"""Who calls the transformer: the pipeline among the callers, and what its scheduler tells."""
+"""Who calls the transformer: the pipeline among the callers."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 
 def pipeline_calls(transformer: Any, thread: int | None = None) -> Iterator[tuple[Any, int]]:
@@ -49,48 +47,3 @@ def held_by(pipe: Any, transformer: Any) -> Any:
     """What a pipeline calls for a transformer: itself or ``torch.compile``'s wrapper; ``None`` if it has neither."""
     held = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
     return next((x for x in held if x is not None and getattr(x, "_orig_mod", x) is transformer), None)
-
-
-def place(scheduler: Any) -> int | None:
-    """Number of the step that a scheduler is at, or will begin with; ``None`` where nobody told it yet."""
-    step = getattr(scheduler, "step_index", None)
-    return step if step is not None else getattr(scheduler, "begin_index", None)
-
-
-def run_of(scheduler: Any, told: int | None = None) -> tuple[int | None, list[float]]:
-    """Number of steps of a scheduler's run from where it is, and their noise levels, if known.
-
-    It need not be at its beginning: image to image begins later, and so does the second of two transformers.
-
-    Args:
-        told: The pipeline's own number of steps, for one that does not tell the scheduler where it begins (Wan V2V).
-    """
-    timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
-    if timesteps is None:
-        return None, []
-    begin = place(scheduler)
-    left = len(timesteps) - (begin or 0)
-    total = min(left, told or left) if begin is None else left
-    if total <= 0:  # the scheduler is at the end of another run
-        return None, []
-    if sigmas is None or len(sigmas) <= total:
-        return total, []
-    return total, torch.as_tensor(sigmas[:-1][-total:]).tolist()  # the last one is where the run ends
-
-
-def remembered(scheduler: Any) -> int:
-    """Of how many steps a sampler of diffusers takes the model's answers into its next move: 1 for Euler's method.
-
-    A multistep sampler's order is how many it predicts from; UniPC corrects that by the answer it gets.
-    """
-    order = getattr(scheduler, "config", {}).get("solver_order", 1)
-    return 1 if order == 1 else order + 1
-
-
-def adds_noise(scheduler: Any) -> bool:
-    """Whether a sampler of diffusers adds noise of its own in each step."""
-    config = getattr(scheduler, "config", {})
-    name = type(scheduler).__name__
-    return bool(
-        config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type", "")) or "LCM" in name
-    ) or any(word in name for word in ("Ancestral", "SDE", "SASolver"))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddit.caller import place
+from ddit.log import Log
 from ddit.run import RunState
+from ddit.sampler import place
 
 CLOSE = 2**-8
 """How far a timestep in bfloat16 may lie from the scheduler's own noise level."""
@@ -33,10 +34,10 @@ class Current:
     """Its own."""
     begun: bool = False
     """Whether ``state`` belongs to a run."""
-    finished: RunState | None = None
+    finished: Log | None = None
     """The last run."""
     told: int | None = None
-    """The calling pipeline's own number of steps, see `run_of`."""
+    """The calling pipeline's own number of steps, see `ddit.sampler.run_of`."""
     at: tuple[int | None, float] | None = None
     """The scheduler's step and the noise level of the last call that was not a further guidance pass."""
     scheduler: Any = None

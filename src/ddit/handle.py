@@ -19,11 +19,11 @@ from ddit.caches import Cache
 from ddit.caller import freeing_pipeline, held_by, pipeline_calls
 from ddit.coarse import coarse_step
 from ddit.current import Current, Runs
+from ddit.log import Log
 from ddit.models.base import Architecture, Inputs, Noisy, UnsupportedCall, first
 from ddit.plan import Plan
 from ddit.report import Report
 from ddit.run import RunState
-from ddit.schedule import Rule
 from ddit.seat import Seat, is_compiled
 from ddit.util.tell import warn
 
@@ -46,7 +46,7 @@ class Handle:
         """Held during a call: threads take turns step by step, each with a run of its own."""
         self._drawing: set[Current] = set()
         """Runs under way, of all threads."""
-        self._latest: RunState | None = None
+        self._latest: Log | None = None
         self._warned: set[str] = set()
         self._active = False
         self._seats: list[Seat] = []
@@ -101,17 +101,10 @@ class Handle:
             RuntimeError: Before any run.
         """
         here = self._asked_for
-        run = here.state if here.state.steps else here.finished or self._latest
-        if run is None:
+        log = here.state.log if here.state.log.steps else here.finished or self._latest
+        if log is None:
             raise RuntimeError("there is no report before a run; call the pipeline first")
-        return self._report_of(run)
-
-    def _report_of(self, run: RunState) -> Report:
-        scales = sorted({1, *(s for step in run.steps for s in step.scales if s)})
-        architecture = self.plan.architectures[0]
-        tokens = {s: architecture.tokens(run.examples[s]) for s in scales}
-        flops = {s: architecture.count_flops(run.examples[s], s, self.adapter) for s in scales}
-        return Report(tuple(run.steps), tokens, flops, run.forced, run.reused_share, self.plan.speedup)
+        return self.plan.report(log)
 
     @property
     def _asked_for(self) -> Current:
@@ -163,7 +156,7 @@ class Handle:
                     self._forget()
                     raise
                 if self._active:  # it may have been taken off from inside the call
-                    self._latest = self._state
+                    self._latest = self._state.log
                     seat.stay(hooks)
                 return answer
         return seat.forward(*args, **kwargs)
@@ -250,11 +243,11 @@ class Handle:
         """The transformer's own forward for some samples of the current step, through the cache where there is one."""
         if not seat.cache.active:
             return seat.forward
-        self._state.reused_share = seat.cache.share
+        self._state.log.reused_share = seat.cache.share
         return seat.cache.call(
             seat.forward,
-            step=len(self._state.steps) - 1,
-            steps=self._state.total,
+            step=len(self._state.log.steps) - 1,
+            steps=self._state.log.total,
             guidance=self._state.passes,
             scale=scale,
             samples=samples,
@@ -271,7 +264,7 @@ class Handle:
         if not self._state.repeats(tokens, sigma):
             self._begin(seat.architecture, inputs, None, self._state.continues(tokens, sigma))
             self._state.force(tokens, sigma)
-        self._state.forced = reason
+        self._state.log.forced = reason
         self._warn(f"ddit keeps every step full: {reason}")
         answer = self._forward(seat, 1, range(len(tokens)))(*args, **kwargs)
         if self._active:
@@ -304,9 +297,9 @@ class Handle:
                     f"{type(run.scheduler).__name__} adds noise of its own, so that latents do not tell what "
                     "comes next: ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
                 )
-        elif noisy is not None and len(self._state.examples) < len(self._state.policy.scales):  # those of a forced step
-            self._state.examples = self.plan.examples(arch, inputs, noisy)
-            self._state.costs = self.plan.work(arch, self._state.examples)
+        elif noisy is not None and len(run.state.log.examples) < len(self.plan.policy.scales):  # those of a forced step
+            run.state.log.examples = self.plan.examples(arch, inputs, noisy)
+            run.state.costs = self.plan.work(arch, run.state.log.examples)
 
     def _refuse_cache(self) -> None:
         """Refuse a cache that can't work in this run.
@@ -349,7 +342,7 @@ class Handle:
             self._start_over()
         elif freeing_pipeline() in (None, caller):  # else a callback frees another one
             run = self._runs.of(call)
-            if run.call == call and run.state.steps:
+            if run.call == call and run.state.log.steps:
                 self._start_over(run)
             elif self._active and len(self._seats) == 1:
                 self._warn(
@@ -361,11 +354,11 @@ class Handle:
     def _start_over(self, run: Current | None = None) -> None:
         """End a run, by default the current one."""
         run = run or self._runs.current
-        if run.state.steps:
-            whole = run.state.total in (None, len(run.state.steps))
-            self._latest = run.finished = run.state.finished()
-            if whole:  # one that was broken off says nothing of its settings
-                self._remark(self._latest)
+        if run.state.log.steps:
+            self._latest = run.finished = log = run.state.log
+            said = self.plan.remark(log) if log.whole else None  # one that was broken off says nothing of its settings
+            if said is not None and not self._warned:
+                self._warn(said)
         self._forget(run)
 
     def _fresh(self) -> RunState:
@@ -379,15 +372,3 @@ class Handle:
         self._drawing.discard(run)
         for seat in self._seats:
             seat.cache.start_over(run.number)
-
-    def _remark(self, run: RunState) -> None:
-        """Say once when a whole run was not what an adapter or a dynamic schedule is for."""
-        chosen, sigmas, said = [step.scales for step in run.steps], [step.sigma for step in run.steps], None
-        if self.adapter is not None:
-            said = self.adapter.remark(sigmas, chosen)
-        if said is None and isinstance(run.policy, Rule):
-            said = run.policy.remark(chosen, [step.statistics for step in run.steps], sigmas)
-        if said is None and self.plan.make_skipper is not None and self.plan.speedup is not None:
-            said = self._report_of(run).remark()
-        if said is not None and not self._warned:
-            self._warn(said)

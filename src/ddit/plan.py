@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ddit.adapter import PatchAdapter
 from ddit.caches import Config
-from ddit.caller import adds_noise, remembered, run_of
 from ddit.coarse import coarse_call
 from ddit.config import Coarse, PatchSchedule
+from ddit.log import Log
 from ddit.models.base import Architecture, Inputs, Noisy, to_meta
+from ddit.report import Report
 from ddit.run import RunState, Skipping
-from ddit.schedule import Policy
+from ddit.sampler import Sampler
+from ddit.schedule import Policy, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +57,16 @@ class Plan:
             inputs: Its first call.
             noisy: What that is about; ``None`` where it can't run with large patches.
             scheduler: Its sampler, where one is known.
-            told: See `ddit.caller.run_of`.
+            told: See `ddit.sampler.run_of`.
         """
-        total, sigmas = run_of(scheduler, told)
-        examples = self.examples(arch, inputs, noisy)
+        sampler, examples = Sampler.of(scheduler, told), self.examples(arch, inputs, noisy)
         return RunState(
             self.policy,
             self.measure,
             None if self.make_skipper is None else self.make_skipper(),
-            deterministic=not adds_noise(scheduler),
-            remembers=remembered(scheduler),
-            total=total,
-            sigmas=sigmas,
+            sampler,
             costs=self.work(arch, examples),
-            examples=examples,
+            log=Log(sampler.total, examples),
         )
 
     def examples(self, arch: Architecture, inputs: Inputs, noisy: Noisy | None) -> dict[int, Inputs]:
@@ -80,6 +78,25 @@ class Plan:
         with torch.no_grad():
             coarse = {s: coarse_call(arch, one, noisy.rows([0]), s, self.coarse).inputs for s in scales}
         return {s: to_meta(example) for s, example in {1: one, **coarse}.items()}
+
+    def report(self, log: Log) -> Report:
+        """What a run took, and what that saved."""
+        scales = sorted({1, *(s for step in log.steps for s in step.scales if s)})
+        arch = self.architectures[0]
+        tokens = {s: arch.tokens(log.examples[s]) for s in scales}
+        flops = {s: arch.count_flops(log.examples[s], s, self.adapter) for s in scales}
+        return Report(tuple(log.steps), tokens, flops, log.forced, log.reused_share, self.speedup)
+
+    def remark(self, log: Log) -> str | None:
+        """What to do about a whole run that was not what an adapter or a dynamic schedule is for; else ``None``."""
+        chosen, sigmas, said = [step.scales for step in log.steps], [step.sigma for step in log.steps], None
+        if self.adapter is not None:
+            said = self.adapter.remark(sigmas, chosen)
+        if said is None and isinstance(self.policy, Rule):
+            said = self.policy.remark(chosen, [step.statistics for step in log.steps], sigmas)
+        if said is None and self.make_skipper is not None and self.speedup is not None:
+            said = self.report(log).remark()
+        return said
 
     def work(self, arch: Architecture, examples: Mapping[int, Inputs]) -> dict[int, float]:
         """Scale -> work of a step in full steps, where anybody asks."""

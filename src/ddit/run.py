@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ddit.config import PatchSchedule
+from ddit.log import Log
 from ddit.patches import period, same
 from ddit.path import Path
 from ddit.report import Step
+from ddit.sampler import Sampler
 from ddit.schedule import Policy, StepContext, difference, statistics
 
 
@@ -53,14 +55,7 @@ class RunState:
     measure: PatchSchedule
     """Says how statistics are measured, for a policy that needs them."""
     skipper: Skipping | None = None
-    deterministic: bool = True
-    """Whether the sampler adds no noise; where it does, latents tell nothing of the next step."""
-    remembers: int = 1
-    """Number of steps whose answers the sampler makes a move of."""
-    total: int | None = None
-    """Number of steps, where known."""
-    sigmas: Sequence[float] = ()
-    """Noise levels of all steps; empty where nobody knows."""
+    sampler: Sampler = Sampler()  # noqa: RUF009 (frozen)
     costs: Mapping[int, float] = field(default_factory=dict)
     """Scale -> work of a step in full steps; empty where nobody asks."""
     spent: list[float] = field(default_factory=list)
@@ -80,20 +75,14 @@ class RunState:
     """Samples that a cache answered for in the current call."""
     reuses: Counter[int] = field(default_factory=Counter)
     """Sample -> passes of the current step that a cache answered: what it says is no evidence of what has changed."""
-    reused_share: float = 0.0
-    """What a call costs in which a cache answers, as a fraction of the whole call."""
     chosen: list[list[int]] = field(default_factory=list)
     """What the policy chose for each step: `scales` without the skipped ones."""
-    steps: list[Step] = field(default_factory=list)
-    """Record of all steps, the current one last."""
-    examples: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Scale -> arguments of one sample's call without data: costs are counted from these when asked for."""
+    log: Log = field(default_factory=Log)
+    """Of all steps, the current one among them."""
     model: Any = None
     """Which of several transformers answered last."""
     broken: bool = False
     """Whether latents held NaN or infinity."""
-    forced: str | None = None
-    """Why some steps had to be full, or ``None``."""
 
     def __post_init__(self) -> None:
         self.path.keep = self.measure.order if self.needs_statistics else 0
@@ -101,18 +90,13 @@ class RunState:
 
     @property
     def needs_statistics(self) -> bool:
-        return bool(getattr(self.policy, "needs_statistics", False)) and self.deterministic
+        return bool(getattr(self.policy, "needs_statistics", False)) and self.sampler.deterministic
 
     @property
     def blind(self) -> bool:
         """Whether something would look at latents that tell nothing."""
         looks = self.skipper is not None or getattr(self.policy, "needs_statistics", False)
-        return bool(looks) and not self.deterministic
-
-    def finished(self) -> RunState:
-        """The same record without the latents."""
-        kept = {name: getattr(self, name) for name in ("steps", "examples", "forced", "reused_share")}
-        return RunState(self.policy, self.measure, **kept)
+        return bool(looks) and not self.sampler.deterministic
 
     def repeats(self, z: Tensor, sigma: float) -> bool:
         """Whether a call is a further guidance pass of the current step: same noise level, same latents.
@@ -156,18 +140,19 @@ class RunState:
         z = z.repeat(copies, *[1] * (z.ndim - 1)) if copies > 1 else z
         called, spent = self._called(), self._count(len(z))
         velocities = [velocity for step in self.velocities for velocity in step]
-        alone = self.remembers == 1 and len(velocities) == 1
+        alone = self.sampler.remembers == 1 and len(velocities) == 1
         moved = self.path.add(z, velocities, sigma - self.levels[-1] if alone else None)
         stats = self._statistics(len(z), patch_size)
         self.broken = self.broken or any(math.isnan(value) for sample in stats for value in sample.values())
         self.levels = [*self.levels, sigma][-2:]
-        told = (self.sigmas, spent, self.costs, self.chosen, self._end(), self.remembers)
-        context = StepContext(len(self.steps), self.total, stats, sigma, *told)
+        sampler, step = self.sampler, len(self.log.steps)
+        told = (sampler.sigmas, spent, self.costs, self.chosen, sampler.end(step, self.levels), sampler.remembers)
+        context = StepContext(step, sampler.total, stats, sigma, *told)
         chosen, allowed = self._choose(context), self.policy.scales
         if not isinstance(chosen, Sequence) or len(chosen) != len(z) or any(s not in allowed for s in chosen):
             raise ValueError(f"the policy chose {chosen!r} for {len(z)} samples; allowed are scales of {allowed}")
         skipped = [False] * len(z)
-        if self.skipper is not None and self.deterministic:
+        if self.skipper is not None and sampler.deterministic:
             skipped = self.skipper.choose(replace(context, ahead=self._ahead(context, chosen)), moved, called)
         if sigma <= 0:  # asked once more where noise has ended, and coarse steps and forecasts divide by its level
             chosen, skipped = [1] * len(z), [False] * len(z)
@@ -179,36 +164,36 @@ class RunState:
         """Begin a step that is decided on."""
         self.scales, self.answered, self.passes = list(scales), [0] * len(scales), 0
         self.cached, self.reuses = set(), Counter()
-        self.velocities = [*self.velocities, []][-self.remembers :]
-        self.steps.append(Step(sigma, tuple(scales), tuple(stats), 0.0))
+        self.velocities = [*self.velocities, []][-self.sampler.remembers :]
+        self.log.steps.append(Step(sigma, tuple(scales), tuple(stats), 0.0))
         self.chosen.append(list(chosen))
 
     def _count(self, batch: int) -> list[float]:
         """`spent` with the last step; that of a step is known when all its passes are answered."""
         if not self.costs:
             return []
-        if not self.steps:
+        if not self.log.steps:
             self.spent = [0.0] * batch
         else:
-            last = self.steps[-1]
-            paid = [self.costs[scale] * last.paid(i, self.reused_share) for i, scale in enumerate(last.scales)]
+            last, share = self.log.steps[-1], self.log.reused_share
+            paid = [self.costs[scale] * last.paid(i, share) for i, scale in enumerate(last.scales)]
             self.spent = [before + cost for before, cost in zip(self.spent, paid, strict=True)]
         return self.spent
 
     def _ahead(self, context: StepContext, chosen: Sequence[int]) -> list[list[float]]:
         """Per sample, work of this step and those to come if none is skipped: as the policy knows, else as now."""
-        if not self.costs or not self.total:
+        if not self.costs or not context.total:
             return []
         foretold = getattr(self.policy, "ahead", None)
         if foretold is not None:
             rows = [foretold(context)] * len(chosen)
         else:
-            rows = [[scale] * max(self.total - context.step, 1) for scale in chosen]
+            rows = [[scale] * max(context.total - context.step, 1) for scale in chosen]
         return [[self.costs[scale] for scale in row] for row in rows]
 
     def _choose(self, context: StepContext) -> Sequence[int]:
         blind = any(getattr(self.policy, name, False) for name in ("needs_statistics", "planned"))
-        if blind and not self.deterministic:
+        if blind and not self.sampler.deterministic:
             return [1] * context.batch
         return self.policy.choose(context)
 
@@ -243,12 +228,11 @@ class RunState:
             return self.scales[:count]
         scales = [s or int(not self.skipper.ready(self.passes, i)) for i, s in enumerate(self.scales)]
         if scales != self.scales:
-            shown = tuple(s or now for s, now in zip(self.steps[-1].scales, scales, strict=True))
-            self.steps[-1] = replace(self.steps[-1], scales=shown)
+            self.log.amend(scales=tuple(s or now for s, now in zip(self.log.steps[-1].scales, scales, strict=True)))
         self.answered = [count + (scale > 0) for count, scale in zip(self.answered, scales, strict=True)]
         shares = tuple(count / (self.passes + 1) for count in self.answered)
-        if shares != self.steps[-1].shares and (self.steps[-1].shares or min(shares) < 1):
-            self.steps[-1] = replace(self.steps[-1], shares=shares)
+        if self.log.steps[-1].shares or min(shares) < 1:
+            self.log.amend(shares=shares)
         return scales[:count]
 
     def forecast(self, samples: Sequence[int], z: Tensor, sigma: Tensor) -> Tensor:
@@ -265,11 +249,11 @@ class RunState:
         copies = len(self.scales) // len(velocity)
         if copies > 1:  # see `repeats`
             velocity, scales = velocity.repeat(copies, *[1] * (velocity.ndim - 1)), [*scales] * copies
-        if self.skipper is not None and self.deterministic:
+        if self.skipper is not None and self.sampler.deterministic:
             called = [scale > 0 and i not in self.cached for i, scale in enumerate(scales)]
             self.skipper.observe(
                 self.passes,
-                len(self.steps) - 1,
+                len(self.log.steps) - 1,
                 called,
                 scales,
                 self._seen.float(),
@@ -293,22 +277,16 @@ class RunState:
         self.cached = set()
         if self.reuses:
             reused = {i: count / self.passes for i, count in self.reuses.items()}
-            self.steps[-1] = replace(self.steps[-1], reused=reused)
+            self.log.amend(reused=reused)
         self.add_seconds(seconds)
 
     def add_seconds(self, seconds: float) -> None:
         """Count time towards the current step."""
-        self.steps[-1] = replace(self.steps[-1], seconds=self.steps[-1].seconds + seconds)
-
-    def _end(self) -> float:
-        """Noise level where the step to come ends; where nobody knows, as far away as that of the step before."""
-        if self.sigmas:
-            return next(iter(self.sigmas[len(self.steps) + 1 :]), 0.0)
-        return max(2 * self.levels[-1] - self.levels[0], 0.0) if len(self.levels) > 1 else self.levels[-1]
+        self.log.amend(seconds=self.log.steps[-1].seconds + seconds)
 
     def _called(self) -> list[bool]:
         """Per sample, whether the model itself answered the last step."""
-        last = self.steps[-1].scales if self.steps else ()
+        last = self.log.steps[-1].scales if self.log.steps else ()
         return [scale > 0 and i not in self.reuses for i, scale in enumerate(last)]
 
     def _like(self, z: Tensor) -> bool:

@@ -20,6 +20,7 @@ from ddit.coarse import call_at, coarse_call, coarse_step
 from ddit.config import Coarse, FixedSchedule, PatchSchedule
 from ddit.models.base import Architecture, Inputs, first, to_meta
 from ddit.run import RunState
+from ddit.sampler import Sampler
 from ddit.schedule import Rule
 from ddit.skip.policy import SkipPlan
 from ddit.skip.skipper import Skipper
@@ -187,7 +188,7 @@ def scheduler_seconds(
     spent = []
     for _ in range(repeats):
         skipper = Skipper(SkipPlan(1.0)) if skip else None
-        run, marks = RunState(Rule(schedule), schedule, skipper, total=steps, sigmas=sigmas), []
+        run, marks = RunState(Rule(schedule), schedule, skipper, Sampler(steps, sigmas)), []
         for here, sigma in zip(latents, sigmas, strict=True):
             marks.append(now())
             run.repeats(here, sigma)
