@@ -45,7 +45,7 @@ from ddit.config import FULL, Coarse, Positions, Start
 from ddit.models import REGISTRY, architecture_for
 from ddit.models.base import channels_first, first
 from ddit.patches import TokenLayout, expand, pad_to_multiple, shrink
-from ddit.pipelines.generate import recorded
+from ddit.pipelines.generate import guidance_scale, recorded
 from ddit.schedule import StepContext
 
 
@@ -427,3 +427,31 @@ def test_a_speedup_holds_for_any_sampler_number_of_steps_dtype_and_size(sampler,
             draw(pipe, case, num_inference_steps=steps, width=width)
         assert len(run.report.steps) == (2 * steps - 1 if sampler == "heun" else steps)
         assert 1 / run.report.flops_fraction == pytest.approx(speedup, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ("wan", "chroma", "hunyuan-video-1.5", "krea-2", "z-image", "sd3", "ovis-image") if n in CASES]
+)
+def test_guidance_is_as_strong_as_its_scale_says(name, monkeypatch):
+    """What the sampler gets, against ``uncond + g (cond - uncond)`` of the model's two answers."""
+    case = CASES[name]
+    pipe = case.make()
+    taken, step = [], pipe.scheduler.step
+    monkeypatch.setattr(
+        pipe.scheduler, "step", lambda output, *a, **k: (taken.append(output.clone()), step(output, *a, **k))[1]
+    )
+    with recorded(pipe) as calls:
+        draw(pipe, case)
+    architecture = architecture_for(pipe.transformer)
+    size = architecture.read(calls[0][0]).latents.shape[2:]
+    answers = [architecture.velocity(answer, size) for _, answer in calls[: case.passes]]
+    one, two = answers if case.passes == 2 else answers[0].chunk(2)
+    guided = (
+        taken[0]
+        if taken[0].numel() == one.numel() and taken[0].ndim == one.ndim
+        else architecture.velocity(taken[0], size)
+    )
+    table = torch.stack([one.reshape(-1), two.reshape(-1)], 1).float()
+    found = torch.linalg.lstsq(table, guided.reshape(-1, 1).float()).solution.abs().flatten().tolist()
+    scale = guidance_scale(pipe, {k: v for k, v in case.call.items() if isinstance(v, int | float)})
+    assert sorted(found) == pytest.approx([scale - 1, scale], abs=1e-3)

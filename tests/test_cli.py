@@ -194,9 +194,9 @@ def test_arguments_that_no_call_takes_are_refused(capsys, tmp_path, model, call,
 
 
 def test_commands_without_an_option_leave_it_to_call():
-    told = parser().parse_args(["evaluate", "--steps", "4", "--call", "num_frames=9", "--call", "guidance_scale=2"])
+    told = parser().parse_args(["evaluate", "--steps", "4", "--call", "max_area=9", "--call", "guidance_scale=2"])
     check_run(told, ())
-    assert call_options(told) == {"num_inference_steps": 4, "num_frames": 9, "guidance_scale": 2}
+    assert call_options(told) == {"num_inference_steps": 4, "max_area": 9, "guidance_scale": 2}
 
 
 def prompts_file(folder: Path) -> Path:
@@ -256,7 +256,7 @@ def test_prompts_of_a_column_of_any_name(command, model, tmp_path, capsys):
     ("flags", "word"),
     [
         ([], "or --prompts"),
-        ([PROMPT, "--prompts", "p.txt"], "or --prompts"),
+        ([PROMPT, "--prompts", "p.txt"], "leave one of them out"),
         (["--prompts", "none.txt"], "no file"),
         ([PROMPT, "--prompt-column", "words"], "in --prompts FILE"),
         (["--prompts", "none.txt", "--json", "a.json"], "beside it"),

@@ -11,6 +11,7 @@ from ddit.eval.metrics import (
     FrechetTo,
     bootstrap_difference,
     bootstrap_interval,
+    corrected_difference,
     decibels,
     psnr,
     similarity,
@@ -219,3 +220,20 @@ def test_bootstrap_is_checked(values, options, message):
 def test_pairs_must_match():
     with pytest.raises(ValueError, match="differ in shape"):
         bootstrap_difference(torch.zeros(3), torch.zeros(4))
+
+
+def test_a_difference_of_distances_is_freed_of_what_repeats_do_to_it():
+    """Of a narrower or wider method the interval holds what many pictures show, which that of repeats does not."""
+    g = torch.Generator().manual_seed(0)
+    wide, few = 64, 128
+    distance = FrechetTo(torch.randn(4000, wide, generator=g))
+    base, method = (torch.randn(few, wide, generator=g) for _ in range(2))
+    many = torch.randn(20000, wide, generator=g)
+    for width in (0.9, 1.1):
+        truth = float(distance(width * many) - distance(many))
+        change, (low, high) = corrected_difference(width * method, base, distance, samples=100)
+        assert low < change < high and low < truth < high
+        low, high = bootstrap_difference(width * method, base, distance, samples=100)
+        assert not low < truth < high
+    with pytest.raises(ValueError, match="differ in shape"):
+        corrected_difference(method, base[1:], distance)

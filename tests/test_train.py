@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline, UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -40,6 +40,7 @@ from ddit.train.plan import plan
 from ddit.train.samples import Samples, draw_samples, shard_path
 from ddit.train.sources import read_captions
 from ddit.train.trainer import Run, train
+from ddit.train.validation import places
 
 PROMPTS = [
     f"a {size} {colour} {shape} on the left on a sea background"
@@ -233,8 +234,10 @@ def test_an_adapter_learns_from_pictures(base, shown, tmp_path):
 
 def test_pictures_need_captions_and_a_known_autoencoder(base, shown, tmp_path):
     table = shown / "metadata.jsonl"
-    table.write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": "two"}\n')
-    assert read_captions(shown) == {shown / "1.png": "one", shown / "0.png": "two"}
+    table.write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": ""}\n')
+    with pytest.warns(UserWarning, match=r"does not list 3 pictures beside it, 2\.png first"):
+        found = read_captions(shown)
+    assert found == {shown / "1.png": "one", shown / "0.png": (shown / "0.txt").read_text().strip()}
     table.write_text('{"file_name": "1.png", "text": "one\u2028line"}\n', encoding="utf-8")
     assert read_captions(shown) == {shown / "1.png": "one\u2028line"}
     table.write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": "two"}\n')
@@ -332,8 +335,9 @@ def test_it_learns(base, tmp_path, start):
     config = settings(base, tmp_path, start=start, **changes)
     train(config)
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    known = {2: (0.95, 0.8, 0.6, 0.4), 4: (0.95, 0.8, 0.6)}
-    assert {(r["scale"], r["sigma"]) for r in rows} == {(s, x) for s, levels in known.items() for x in levels}
+    levels = stored(base).sigmas
+    known = {s: {levels[i] for i in places(levels, lowest)} for s, lowest in ((2, 0.3), (4, 0.6))}
+    assert {(r["scale"], r["sigma"]) for r in rows} == {(s, x) for s, found in known.items() for x in found}
     learnt, free = np.mean([r["error"] for r in rows]), np.mean([r["training_free"] for r in rows])
     assert learnt < 0.9 * free
     adapter = PatchAdapter.from_pretrained(tmp_path / "adapter")
@@ -493,6 +497,48 @@ def test_an_adapter_is_trained_on_from(base, tmp_path):
     with pytest.raises(ValueError, match="rank 2 where 4 is asked for"):
         train(settings(base, tmp_path / "c", adapter=earlier, rank=4, samples=str(new)))
     assert not new.exists()
+
+
+def test_an_adapter_trained_on_keeps_its_noise_levels(base, tmp_path):
+    train(settings(base, tmp_path / "first", steps=1, scales=(2, 4), min_sigma=(0.45, 0.85)))
+    changes = {"steps": 1, "scales": (2, 4), "adapter": str(tmp_path / "first" / "adapter")}
+    for name, min_sigma, expected in (("on", None, (0.45, 0.85)), ("other", (0.2, 0.5), (0.2, 0.5))):
+        train(settings(base, tmp_path / name, min_sigma=min_sigma, **changes))
+        learnt = PatchAdapter.from_pretrained(tmp_path / name / "adapter")
+        assert learnt.config["min_sigma"] == dict(zip(("2", "4"), expected, strict=True))
+
+
+def test_errors_are_told_at_the_levels_they_were_measured_at():
+    sigmas = [1.0, 0.9, 0.7, 0.35]
+    assert places(sigmas, 0.3) == [1, 2, 3] and places(sigmas, 0.6) == [1, 2] and places(sigmas, 0.95) == [0]
+    assert places([0.5], 0.6) == []
+
+
+def test_a_run_says_how_samples_are_drawn(base, tmp_path, capsys):
+    """As the command line and a file of settings have it, whose names may have hyphens."""
+    (tmp_path / "settings.yaml").write_text("sample-steps: 4\nrank: 0\ncall: {max_sequence_length: 20}\n")
+    flags = ["train", "--model", str(base / "model"), "--prompts", str(base / "prompts.txt"), "--count", "3"]
+    flags += ["--out", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml"), "--optimizer", "adamw"]
+    flags += ["--steps", "1", "--validation", "1", "--pictures", "0"]
+    assert main([*flags, "--frames", "5"]) == 2 and "makes no clips" in capsys.readouterr().err
+    assert main([*flags, "--call", "true_cfg_scale=2", "--call", "negative_prompt="]) == 0
+    samples = stored(tmp_path / "run")
+    assert samples.passes == 2 and samples.manifest["settings"]["true_cfg_scale"] == 2 and len(samples.sigmas) == 4
+
+
+def test_a_pipeline_that_starts_from_pictures_is_refused(tmp_path):
+    pipe = tiny.pipeline(FluxImg2ImgPipeline)
+    with pytest.raises(ValueError, match=r"FluxImg2ImgPipeline takes image, .*; train on the text pipeline"):
+        draw_samples(tmp_path / "s", pipe, CALL, PROMPTS[:2], batch=2, seed=0)
+
+
+def test_another_precision_in_one_process_is_refused(base, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("AcceleratorState has already been initialized and cannot be changed")
+
+    monkeypatch.setattr("ddit.train.trainer.Accelerator", refuse)
+    with pytest.raises(ValueError, match="begin a new process"):
+        train(settings(base, tmp_path / "run"))
 
 
 def test_accumulation_equals_a_larger_batch(base, tmp_path):

@@ -63,7 +63,7 @@ def apply(
             still needed. Short for ``skip=SkipSchedule(speedup=...)``.
         quality: Likewise for ``skip=SkipSchedule(quality=...)``.
         adapter: A `PatchAdapter`, or the folder or hub id of one: what makes large patches as good as small ones. It
-            brings its own form of a coarse step.
+            brings its own form of a coarse step. ``"none"`` is ``None``.
         detail_variance: Scale -> variance per latent channel of the detail inside large patches, measured on the
             model's own samples; by default the adapter's, or else the preset's.
         cache: Of diffusers (``FirstBlockCacheConfig``, ``TaylorSeerCacheConfig``, ``MagCacheConfig``), a
@@ -124,6 +124,8 @@ def _settle(
     if known.origin:
         warn(f"the preset holds {known.origin}; 'ddit calibrate' measures this model's own")
     schedule = _checked(known.patches if patches is None else patches, skip)
+    if adapter == "none":  # a word of the command line
+        adapter = None
     if adapter is not None:
         adapter = _load_adapter(adapter, architectures)
         own = tuple(s for s in schedule.scales if s in (1, *adapter.scales))
@@ -184,6 +186,11 @@ def _variance(
     given: Mapping[int, Sequence[float]], scales: set[int], known: Preset, channels: int
 ) -> dict[int, torch.Tensor]:
     """Scale -> variance of the detail per channel: what is given, else what is known of all scales, else none."""
+    if not isinstance(given, Mapping) or not all(isinstance(values, Sequence) for values in given.values()):
+        raise ValueError(
+            f"detail_variance is {given!r}; it must hold numbers for each scale, such as {{2: [0.1, ...]}}, one for "
+            f"each of the {channels} channels: 'ddit calibrate' measures it"
+        )
     if not given and scales <= set(known.detail_variance):
         given = known.detail_variance
     given = {int(scale): values for scale, values in given.items()}
@@ -226,6 +233,8 @@ def _moves_unseen(architecture: Architecture) -> bool:
 def _preset(preset: Preset | str | Path | None, pipe: Any) -> Preset:
     if isinstance(preset, Preset):
         return preset
+    if not isinstance(preset, str | Path | None):
+        raise ValueError(f"preset is {preset!r}; it must be a ddit.preset.Preset or the folder of one")
     if preset is None:
         source = getattr(getattr(pipe, "config", None), "_name_or_path", None)
         return Preset.load(source) if source else Preset()
@@ -276,6 +285,12 @@ def _joint_plan(
             raise ValueError(
                 "a quality is a plan over patches and skipping: leave out patches, or ask for a speedup or a "
                 "threshold; patches=FixedSchedule(steps=(1,)) (--patches full) plans skipping alone"
+            )
+        if not alone and known.quality.adapter != (adapter is not None):
+            how = "with its" if known.quality.adapter else "without an"
+            warn(
+                f"the preset's qualities were measured {how} adapter, and likeness to plain runs will be another: "
+                "calibrate as you draw, or ask for a speedup"
             )
     elif patches is not None or known.profile is None:
         return None

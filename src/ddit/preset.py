@@ -31,6 +31,8 @@ class QualityCurve:
     """Expected (`ddit.skip.joint.expected_error`), rising."""
     psnr: tuple[float, ...]
     """Likeness to the plain run in dB, median over prompts, for each."""
+    adapter: bool = False
+    """Whether the preset's adapter was in use."""
 
     def __post_init__(self) -> None:
         for name in ("errors", "psnr"):
@@ -52,9 +54,10 @@ class QualityCurve:
         """
         import numpy as np  # here, so that the command line answers at once
 
-        likeness = np.minimum.accumulate(self.psnr)[::-1]
+        largest = dict(zip(np.minimum.accumulate(self.psnr).tolist(), self.errors, strict=True))
+        likeness, errors = zip(*sorted(largest.items()), strict=True)
         nearest = min(max(psnr, likeness[0]), likeness[-1])
-        inside = np.exp(np.interp(nearest, likeness, np.log(self.errors)[::-1]))
+        inside = np.exp(np.interp(nearest, likeness, np.log(errors)))
         return float(inside * 10 ** ((nearest - psnr) / 10))
 
 

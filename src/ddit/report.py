@@ -135,7 +135,9 @@ class Report:
         lines = [
             f"Report({len(self.steps)} steps, {len(samples)} samples, {self.seconds:.2f} s in the transformer)",
             f"  tokens {self.tokens_fraction:.1%}, FLOPs {self.flops_fraction:.1%} of a plain run",
-            "  " + ", ".join(f"{count} {_name(scale)}" for scale, count in shown_counts.items()) + " steps",
+            "  "
+            + ", ".join(f"{count} {_name(scale)}" for scale, count in shown_counts.items())
+            + (" steps" if len(samples) == 1 else " steps of all samples"),
             *([f"  asked for {self.asked:g}x less work, got {1 / self.flops_fraction:.2f}x"] if self.asked else []),
             *([f"  held at full steps: {self.forced}"] if self.forced else []),
             *shown,

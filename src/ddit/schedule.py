@@ -67,7 +67,8 @@ def statistic(moments: Tensor, patch: int, percentile: float) -> Tensor:
     ordered = patch_deviation(moments, patch).sort(-1).values
     place = percentile * (ordered.shape[-1] - 1)
     # As torch.quantile, which costs a small model's step half a percent.
-    return torch.lerp(ordered[:, math.floor(place)], ordered[:, math.ceil(place)], place % 1)
+    value = torch.lerp(ordered[:, math.floor(place)], ordered[:, math.ceil(place)], place % 1)
+    return value.add(ordered[:, -1], alpha=0)  # NaN is sorted last, and any shall be seen
 
 
 def statistics(values: Tensor, patch_size: int, scales: Sequence[int], percentile: float) -> list[dict[int, float]]:
@@ -274,10 +275,10 @@ class Rule:
         if schedule.threshold == 0 or max(schedule.scales) == 1:
             return None
         if not decided:
+            shorter = f", or a shorter warm-up ({schedule.order} at least)" if schedule.warmup > schedule.order else ""
             return (
                 f"no step could use large patches: all {len(chosen)} belong to the warm-up of {schedule.warmup}. "
-                f"Take more steps, or a shorter warm-up ({schedule.order} at least); "
-                "a model distilled to so few has nothing to gain"
+                f"Take more steps{shorter}; a model distilled to so few has nothing to gain"
             )
         used = {scale for step in decided for scale in step} - {0}
         if used == {1} and len(chosen) <= FEW:

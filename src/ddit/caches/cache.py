@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ddit.caches.config import CacheDitConfig, Config, check_config, insides, unknown_blocks
+from ddit.caches.config import CacheDitConfig, Config, check_config, has_ratios_of_flux, insides, unknown_blocks
 from ddit.caches.dbcache import DitContexts, dbcache_settings
 from ddit.models.base import Architecture
 from ddit.teacache import TeaCacheConfig
+from ddit.util.tell import warn
 
 if TYPE_CHECKING:
     from diffusers.hooks.hooks import StateManager
@@ -113,6 +114,11 @@ class Cache:
                 f"{type(config).__name__} leaves out blocks behind the first, and this model has one; leave cache= out"
             )
         if not isinstance(config, TeaCacheConfig):
+            if has_ratios_of_flux(config) and type(self.transformer).__name__ != "FluxTransformer2DModel":
+                warn(
+                    "MagCache goes by the ratios of FLUX.1-dev, and this is another model: give a MagCacheConfig with "
+                    "its own (calibrate=True prints them in a run without ddit), or choose another cache"
+                )
             self.transformer.enable_cache(config)
             if not self._managers():  # TaylorSeer goes by the names of layers
                 self.transformer.disable_cache()

@@ -52,7 +52,7 @@ def insides() -> Iterator[None]:
 def make_cache(text: str, coefficients: Sequence[float] | None = None) -> Config:
     """Read ``teacache:0.25``, ``first-block:0.1``, ``taylorseer:4``, ``magcache:0.06`` or ``cache-dit:0.08``.
 
-    MagCache's ratios are those published for FLUX.1-dev.
+    MagCache's ratios are those published for FLUX.1-dev; other models are warned about when it is put on.
 
     Args:
         coefficients: Of TeaCache's polynomial; see `ddit.TeaCacheConfig`.
@@ -85,6 +85,15 @@ def make_cache(text: str, coefficients: Sequence[float] | None = None) -> Config
     with insides():
         from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS as RATIOS
     return MagCacheConfig(threshold=value, num_inference_steps=len(RATIOS), mag_ratios=RATIOS)
+
+
+def has_ratios_of_flux(config: Any) -> bool:
+    """Whether MagCache goes by what diffusers ships for FLUX.1-dev."""
+    if type(config).__name__ != "MagCacheConfig":
+        return False
+    with insides():
+        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS as RATIOS
+    return list(map(float, config.mag_ratios)) == list(map(float, RATIOS))
 
 
 def check_config(config: Any, *, learnt: bool) -> None:

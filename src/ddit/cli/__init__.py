@@ -14,7 +14,17 @@ from typing import Any
 
 from ddit import __version__
 from ddit.cli.app import add_app
-from ddit.cli.common import add_command, add_flag, check_outputs, check_writable, command_line, environment, positive
+from ddit.cli.common import (
+    add_command,
+    add_flag,
+    call_option,
+    check_outputs,
+    check_writable,
+    command_line,
+    environment,
+    field_docs,
+    positive,
+)
 from ddit.cli.draw import add_draw
 from ddit.cli.measure import add_measure
 from ddit.train.config import TrainConfig
@@ -86,9 +96,14 @@ def parser() -> argparse.ArgumentParser:
     learn.add_argument("--config", type=Path, help="YAML or JSON file of settings; flags override it")
     learn.add_argument("--dry-run", action="store_true", help="only count parameters and memory; needs no weights")
     learn.add_argument("--json", type=Path, help="write the curves of loss and validation; with --dry-run, the figures")
+    told = field_docs(TrainConfig)
     for field in fields(TrainConfig):  # what is not given is left to the config file or the default
+        if field.name == "call":
+            call_option(learn)
+            continue
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        add_flag(learn, TrainConfig, field.name, "" if shown is None else f"default: {shown}")
+        default = "" if shown is None else f" (default: {shown})"
+        add_flag(learn, TrainConfig, field.name, told[field.name] + default)
 
     words = add_command(commands, "prompts", _prompts, "write prompts of the embedded models that no evaluation uses")
     words.add_argument("--video", action="store_true", help="of the video model")
@@ -118,7 +133,8 @@ def _train(args: argparse.Namespace) -> None:
         values = _read_settings(args.config)
         if not isinstance(values, dict):
             raise ValueError(f"{args.config} must hold names and values of training settings")
-    flags = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+        values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    flags = {**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}, "call": dict(args.call) or None}
     config = TrainConfig.from_dict({**values, **{k: v for k, v in flags.items() if v is not None}})
     if args.dry_run:
         _plan(config, args.json)

@@ -20,7 +20,7 @@ from ddit.cli.common import (
     seed,
     words_of,
 )
-from ddit.cli.draw import clip_options, method_options
+from ddit.cli.draw import fps_option, method_options
 from ddit.pipelines.methods import patches_of, skip_of
 from ddit.preset import Preset
 from ddit.util.extras import require
@@ -44,7 +44,7 @@ def add_app(commands: Any) -> None:
     model_options(prepare)
     method_options(prepare)
     prepare.add_argument("--seed", type=seed, default=0, help="another one adds pairs (default: %(default)s)")
-    clip_options(prepare)
+    fps_option(prepare)
     results = add_command(stages, "results", _results, "the table of answers, and all votes as CSV")
     results.add_argument("study", type=Path, help="folder of the study")
     results.add_argument("--out", type=Path, help="stem of .json and .csv (default: results in the study's folder)")

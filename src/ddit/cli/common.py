@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import json
 import os
 import shlex
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -38,6 +42,15 @@ def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> 
     command.add_argument("--steps", type=int, help="denoising steps")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
+    text = "of a clip: one more than a multiple of what its autoencoder joins, of Wan 4 (default: the model's own)"
+    command.add_argument("--frames", type=positive, help=text)
+    call_option(command)
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+def call_option(command: argparse.ArgumentParser) -> None:
+    """What no option of its own says of how a pipeline is called."""
     command.add_argument(
         "--call",
         type=call_argument,
@@ -46,8 +59,6 @@ def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> 
         metavar="NAME=VALUE",
         help="further argument of the pipeline's call, such as guidance_scale=4; may be given several times",
     )
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 def column_option(command: Any) -> None:
@@ -70,6 +81,18 @@ def add_flag(command: Any, record: type, field: str, text: str = "", *, name: st
     """
     flag = "--" + (name or field).replace("_", "-")
     command.add_argument(flag, default=None, help=text or None, **_parsed(get_type_hints(record)[field]))
+
+
+def field_docs(record: type) -> dict[str, str]:
+    """What stands in the source below each field of a dataclass, for the flags' help: name -> text."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(record))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for entry, after in pairwise(body.body):
+        text = after.value if isinstance(after, ast.Expr) else None
+        if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and isinstance(text, ast.Constant):
+            found[entry.target.id] = " ".join(str(text.value).replace("``", "").replace("%", "%%").split())
+    return found
 
 
 def _parsed(hint: Any) -> dict[str, Any]:

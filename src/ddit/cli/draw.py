@@ -51,7 +51,7 @@ def add_draw(commands: Any) -> None:
     generate.add_argument("--num-images", "--batch", type=positive, default=1, help="pictures of seed, seed + 1, ...")
     generate.add_argument("--compare", action="store_true", help="also run plain and report speedup and likeness")
     generate.add_argument("--repeats", type=positive, help="with --compare: times the median of this many (default: 1)")
-    clip_options(generate)
+    fps_option(generate)
     generate.add_argument("--out", type=Path, help="PNG, MP4 of clips, or WAV of sound (default: out/ddit.png, ...)")
     generate.add_argument("--json", type=Path, help="write a report")
     generate.add_argument("--plot", type=Path, help="plot scale and statistic against the step")
@@ -60,10 +60,8 @@ def add_draw(commands: Any) -> None:
     demo.add_argument("--out", type=Path, default=Path("out/demo.png"))
 
 
-def clip_options(command: argparse.ArgumentParser) -> None:
-    """How long a clip is, and how fast."""
-    text = "of a clip: one more than a multiple of what its autoencoder joins, of Wan 4 (default: the model's own)"
-    command.add_argument("--frames", type=positive, help=text)
+def fps_option(command: argparse.ArgumentParser) -> None:
+    """How fast a clip is."""
     command.add_argument("--fps", type=positive, help=f"frames per second of a clip (default: {FPS})")
 
 
@@ -82,7 +80,9 @@ def method_options(command: argparse.ArgumentParser) -> None:
     skip = command.add_argument_group("skip", "in which steps the model is not called (default: in none)")
     for word, text in SKIP_HELP.items():
         add_flag(skip, SkipSchedule, SKIP[word], text, name=word)
-    command.add_argument("--cache", help="teacache:0.25, first-block:0.1, magcache:0.06 or taylorseer:4")
+    command.add_argument(
+        "--cache", help="teacache:0.25, first-block:0.1, magcache:0.06, cache-dit:0.08 or taylorseer:4"
+    )
 
 
 PLANNED_HELP = "so many times less work by large patches alone, in steps that are planned, no rule"
@@ -115,12 +115,14 @@ def _generate(args: argparse.Namespace) -> None:
     if args.plot is not None:
         require("matplotlib", "--plot")
         check_plot(args.plot)
-    if (args.prompt is None) == (args.prompts is None):
-        raise ValueError("give a prompt to draw, or --prompts FILE with one per line")
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError("a prompt and --prompts were given; leave one of them out")
     check_column(args.prompt_column, args.prompts, "--prompts")
     if args.prompts is not None:
         _draw_many(args)
         return
+    if args.prompt is None:
+        raise ValueError("give a prompt to draw, or --prompts FILE with one per line")
     if args.out is not None and args.out.suffix.lower() not in ENDINGS:
         raise ValueError(f"{args.out} must end in .png, for a video model in .mp4, or for sound in .wav")
     from ddit.cli.drawing import Drawing

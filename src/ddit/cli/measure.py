@@ -102,10 +102,9 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("--steps", type=positive, nargs="+", help="lengths of the schedule")
     bench.add_argument("--runs", action="store_true", help="time whole runs, and do not only predict them")
-    bench.add_argument("--repeats", type=positive, help="medians of this many (default: %(default)s)")
+    bench.add_argument("--repeats", type=positive, help=f"medians of this many (default: {TIMED['repeats']})")
     bench.add_argument("--trace", type=Path, help="write a trace of a step at each scale for ui.perfetto.dev")
     bench.add_argument("--out", "--json", type=Path, help="stem of .json and .md")
-    bench.set_defaults(**TIMED)
 
 
 def _judging_options(command: argparse.ArgumentParser) -> None:
@@ -116,7 +115,8 @@ def _judging_options(command: argparse.ArgumentParser) -> None:
     text += ".jsonl, .csv, .tsv, .parquet), or dataset:OWNER/NAME on the hub"
     command.add_argument("--prompt-file", metavar="FILE", help=text)
     column_option(command)
-    command.add_argument("--split", choices=("judge", "tune"), default="judge")
+    text = "which of the project's own prompts: those that judge (the default), or those that tune"
+    command.add_argument("--split", choices=("judge", "tune"), help=text)
     text = "plan and tell work at the costs of this model, such as flux.1-dev or wan2.1-1.3b (see ddit info)"
     command.add_argument("--costs", metavar="NAME", help=text)
     command.add_argument("--batch", type=positive, default=8)
@@ -171,9 +171,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     if at and args.steps is not None:
         raise ValueError("--at names the numbers of steps; leave --steps out")
-    same = ("model", "adapter", "split", "batch", "seed", "device", "dtype", "out", "preset", "costs")
+    same = ("model", "adapter", "batch", "seed", "device", "dtype", "out", "preset", "costs")
     config = SuiteConfig(
         **{name: getattr(args, name) for name in same},
+        split=args.split or "judge",
         prompts=args.prompts or PROMPTS,
         methods=tuple(args.methods or ()),
         settings=call_options(args),
@@ -198,6 +199,8 @@ def _texts(args: argparse.Namespace) -> list[str]:
     from ddit.pipelines.loading import EMBEDDED
 
     if args.prompt_file is not None:
+        if args.split is not None:
+            raise ValueError("--split chooses among the project's own prompts; leave it or --prompt-file out")
         from ddit.pipelines.prompts import read_prompts
 
         return read_prompts(args.prompt_file, args.prompt_column, args.prompts)
@@ -228,16 +231,18 @@ def _calibrate(args: argparse.Namespace) -> None:
     if args.out is None and not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r} to write {FILE} into; name one with --out")
     check_run(args, (folder / FILE,))
-    pipe, preset = loading.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
-    refuse_sound(pipe)
-    count = args.count or CALIBRATION
+    count, prompts = args.count or CALIBRATION, []
     if args.prompts is not None:
         prompts = read_prompts(args.prompts, args.prompt_column, count, least=args.count or 1)
-    else:
+    pipe, preset = loading.load_pipeline(args.model, dtype=args.dtype, device=args.device, preset=args.preset)
+    refuse_sound(pipe)
+    if args.prompts is None:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", count, args.seed)]
     settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
-    calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder)
+    named = preset.adapter not in ("", "none")
+    adapter = loading.load_adapter(preset.adapter, dtype=args.dtype, device=args.device) if named else None
+    calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder, adapter=adapter)
     print(f"wrote {folder / FILE}")
 
 
@@ -246,14 +251,16 @@ def _bench(args: argparse.Namespace) -> None:
     check_outputs([*named, args.trace])
     from ddit.eval import bench
 
-    if args.trace is not None and len(args.arch) * len(args.size) * len(args.batch) > 1:
-        raise ValueError("--trace writes one model at one size and batch; name one of each")
     scales = sorted({1, *args.scales})
     PatchSchedule(scales=tuple(scales))
     sizes = [_size(text) for text in args.size]
-    bench.parse_schedule(args.schedule, 1, dict.fromkeys(scales, 1.0))
     if args.device == "meta":
         _refuse_timing(args)
+    for name, usual in TIMED.items():
+        setattr(args, name, getattr(args, name) or usual)
+    bench.parse_schedule(args.schedule, 1, dict.fromkeys(scales, 1.0))
+    if args.trace is not None and len(args.arch) * len(args.size) * len(args.batch) > 1:
+        raise ValueError("--trace writes one model at one size and batch; name one of each")
     kept: dict[str, Any] = {"blocks": args.blocks, "rank": args.adapter_rank, "scales": scales}
     results = [bench.count(arch, **size, **kept) for arch in args.arch for size in sizes]
     tables = [bench.counts_table(results)]
@@ -272,7 +279,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _refuse_timing(args: argparse.Namespace) -> None:
     """Refuse options that only timing has."""
     flags = ("compile", "attention", "runs", "trace", "random_weights")
-    given = [f for f in flags if getattr(args, f)] + [f for f, v in TIMED.items() if getattr(args, f) != v]
+    given = [f for f in flags if getattr(args, f)] + [f for f in ("dtype", *TIMED) if getattr(args, f) is not None]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{flags} need a device to time on; add --device cpu or cuda")

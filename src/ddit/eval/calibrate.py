@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddit.adapter import PatchAdapter
 from ddit.caches import suits
 from ddit.config import SkipSchedule
 from ddit.eval.metrics import decibels
+from ddit.eval.parts import digest
 from ddit.eval.step_errors import Errors, measured_errors, profile_of
 from ddit.models import architecture_for
 from ddit.models.base import Architecture, Inputs, first
@@ -84,12 +86,14 @@ def calibrate(
     batch: int,
     seed: int,
     folder: Path,
+    adapter: PatchAdapter | None = None,
 ) -> Preset:
     """The preset with all that runs of some prompts tell. Finished batches are kept in the folder until all are done.
 
     Args:
         settings: Arguments of the pipeline's call.
         batch: Prompts that are run together.
+        adapter: In use where likeness to plain is measured, and where it will be asked for.
 
     Raises:
         ValueError: With too few steps to fit TeaCache's polynomial to.
@@ -99,6 +103,7 @@ def calibrate(
     asked = {
         "base": [config_hash(pipe.transformer), fingerprint(pipe.transformer)],
         "preset": repr(preset),
+        "adapter": None if adapter is None else digest(adapter),
         "dtype": str(pipe.transformer.dtype),
         "settings": settings,
         "prompts": list(prompts),
@@ -112,10 +117,10 @@ def calibrate(
             advance()
         for part in parts[len(done) :]:
             seeds = [seed * 1_000_003 + part.start + k for k in range(len(prompts[part]))]
-            done.append(measure(pipe, list(prompts[part]), seeds, settings, preset, advance))
+            done.append(measure(pipe, list(prompts[part]), seeds, settings, preset, advance, adapter))
             coefficients(done[:1])  # where there are too few steps, there is no use in more runs
             write_json(kept, {**asked, "done": [asdict(figures) for figures in done]})
-    measured = told(done, preset)
+    measured = told(done, preset, learnt=adapter is not None)
     measured.save(folder)
     kept.unlink()
     return measured
@@ -153,6 +158,7 @@ def measure(
     settings: dict[str, Any],
     preset: Preset,
     advance: Callable[[], None],
+    adapter: PatchAdapter | None = None,
 ) -> Figures:
     """Plain runs of one batch, and runs with every speedup; ``advance`` is called after each."""
     plain = plain_runs(pipe, prompts, seeds, settings, SCALES)
@@ -161,14 +167,16 @@ def measure(
     likeness, expected = [], []
     for speedup in SPEEDUPS:
         if profile is not None:
-            method = Method(patches=None, skip=SkipSchedule(speedup=speedup), preset=replace(preset, profile=profile))
+            known = replace(preset, profile=profile)
+            method = Method(patches=None, skip=SkipSchedule(speedup=speedup), adapter=adapter, preset=known)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a speedup that so few steps can't reach
                 outcome = run(pipe, prompts, seeds, settings, method=method)
             likeness.append(decibels(outcome.pictures, plain.pictures))
             assert outcome.report is not None, "a method was applied"
             steps = outcome.report.steps
-            expected.append(expected_error([s.sigma for s in steps], [s.scales[0] for s in steps], profile))
+            errors = profile if adapter is None else profile.learnt(adapter.errors)
+            expected.append(expected_error([s.sigma for s in steps], [s.scales[0] for s in steps], errors))
         advance()
     return Figures(len(prompts), plain.changes, plain.detail, likeness, expected, plain.errors)
 
@@ -239,8 +247,12 @@ def _stepped(scheduler: Any) -> Iterator[list[Tensor]]:
         del scheduler.step
 
 
-def told(done: Sequence[Figures], preset: Preset) -> Preset:
-    """What the figures of all batches make of a preset."""
+def told(done: Sequence[Figures], preset: Preset, *, learnt: bool = False) -> Preset:
+    """What the figures of all batches make of a preset.
+
+    Args:
+        learnt: Whether an adapter was in use.
+    """
     prompts = [figures.prompts for figures in done]
     detail = {
         scale: np.average([figures.detail[scale] for figures in done], axis=0, weights=prompts).tolist()
@@ -251,7 +263,7 @@ def told(done: Sequence[Figures], preset: Preset) -> Preset:
         detail_variance=detail,
         teacache=coefficients(done),
         profile=profile_of([(figures.prompts, figures.errors) for figures in done]),
-        quality=curve(done),
+        quality=curve(done, learnt=learnt),
         origin="",
     )
 
@@ -266,14 +278,16 @@ def coefficients(done: Sequence[Figures]) -> tuple[float, ...]:
     return fit(list(chain.from_iterable(changes))) if changes else ()
 
 
-def curve(done: Sequence[Figures]) -> QualityCurve | None:
+def curve(done: Sequence[Figures], *, learnt: bool = False) -> QualityCurve | None:
     """Likeness over expected errors of all batches; ``None`` where there are too few of different errors."""
     measured: dict[float, float] = {}
     for k in range(min(len(figures.expected) for figures in done)):
         error = statistics.geometric_mean(figures.expected[k] or 1e-12 for figures in done)
         measured[error] = statistics.median(chain.from_iterable(figures.likeness[k] for figures in done))
     errors = sorted(measured)
-    return QualityCurve(errors=tuple(errors), psnr=tuple(measured[e] for e in errors)) if len(errors) > 1 else None
+    if len(errors) < 2:
+        return None
+    return QualityCurve(errors=tuple(errors), psnr=tuple(measured[e] for e in errors), adapter=learnt)
 
 
 def fit(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:

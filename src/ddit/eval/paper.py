@@ -19,7 +19,7 @@ from ddit.eval import vbench
 from ddit.eval.drawings import Drawings
 from ddit.eval.imagereward import ImageReward
 from ddit.eval.judges import Clip, Inception, Judge, Lpips, Psnr, Ssim, distance_to
-from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval
+from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, corrected_difference
 from ddit.eval.parts import digest
 from ddit.eval.quality import Entry
 from ddit.pipelines.outputs import frames
@@ -76,6 +76,10 @@ class Jury:
             rest = [name for name in (*names, *([vbench.NAME] if video else [])) if name not in strange]
             made = "clips" if video else "pictures"
             raise ValueError(f"{', '.join(strange)} can't judge {made}; name others: --judges {' '.join(rest)}")
+        if self.fid is not None and count < 2:
+            raise ValueError(
+                "FID is a distance of many pictures, and there is one; give more prompts, or other --judges"
+            )
         if self.fid is not None and count <= len(self.fid.mean):
             warn(
                 f"FID of {count} pictures is far above that of many: compare it within this table alone, or draw more "
@@ -203,7 +207,7 @@ def summarise(
             "run_steps": entry.run_steps,
             "seconds": float(own.mean()),
             "speedup": float(_ratio(both)),
-            "speedup_interval": bootstrap_interval(both, _ratio),
+            "speedup_interval": bootstrap_interval(both, _ratio) if len(both) > 1 else None,
             "flops_fraction": statistics.fmean(record["flops_fraction"] for record in drawn.records[:count]),
         }
         for name, values in words.items():
@@ -234,14 +238,14 @@ def _figures(name: str, values: Tensor, base: Tensor | None, distance: FrechetTo
 
         row: dict[str, Any] = {name: float(apart(values))}
         if base is not None:
-            row[f"{name}_change"] = row[name] - float(apart(base))
-            # The distance of a resampled set is biased; that of the difference on the same prompts is not.
-            row[f"{name}_change_interval"] = bootstrap_difference(values, base, apart, samples=RESAMPLED)
+            change, interval = corrected_difference(values, base, apart, samples=RESAMPLED)
+            row |= {f"{name}_change": change, f"{name}_change_interval": interval}
         return row
-    row = {name: float(values.mean()), f"{name}_interval": bootstrap_interval(values)}
+    several = len(values) > 1  # one alone tells nothing of how far others lie
+    row = {name: float(values.mean()), f"{name}_interval": bootstrap_interval(values) if several else None}
     if base is not None:
         row[f"{name}_change"] = float((values - base).mean())
-        row[f"{name}_change_interval"] = bootstrap_difference(values, base)
+        row[f"{name}_change_interval"] = bootstrap_difference(values, base) if several else None
     return row
 
 
@@ -260,8 +264,9 @@ def markdown(rows: Sequence[dict[str, Any]], prompts: int, sources: Mapping[str,
     lines = []
     for row in rows:
         work = row["flops_fraction"] * row["run_steps"] / rows[0]["run_steps"]
-        low, high = row["speedup_interval"]
-        speed = f"{row['speedup']:.2f}x" + (f" ({low:.2f} to {high:.2f})" if row is not rows[0] else "")
+        speed, within = f"{row['speedup']:.2f}x", row["speedup_interval"]
+        if within is not None and row is not rows[0]:
+            speed += f" ({within[0]:.2f} to {within[1]:.2f})"
         cells = [row["method"], row["run_steps"], f"{row['seconds']:.2f}", speed, f"{work:.0%}"]
         lines.append([*cells, *(_cell(row, name) for name in shown)])
     loaded = ", ".join(f"{HEADS[name]} {source}" for name, source in sources.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,11 @@ class Parts:
 
 
 def digest(module: torch.nn.Module) -> str:
-    """Of a module's weights."""
-    found = hashlib.sha256()
+    """Of a module's weights, and of its settings where it has those of diffusers."""
+    found, config = hashlib.sha256(), getattr(module, "config", None)
+    if isinstance(config, Mapping):
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        found.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in sorted(module.state_dict().items()):
         found.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from ddit.embedded.scenes import Split
-from ddit.eval.metrics import FrechetTo, bootstrap_difference, bootstrap_interval, decibels, psnr, ssim
+from ddit.eval.metrics import (
+    FrechetTo,
+    bootstrap_difference,
+    bootstrap_interval,
+    corrected_difference,
+    decibels,
+    psnr,
+    ssim,
+)
 from ddit.eval.parts import Part, Parts
 from ddit.eval.prices import Prices
 from ddit.eval.subjects import Subject, Verdict
@@ -55,11 +63,16 @@ def parse_entry(text: str, run_steps: int, make: MakeMethod) -> Entry:
     are joined by ``/``: ``ddit:schedule=1/1/2``.
     """
     kind, _, rest = text.partition(":")
+    if kind not in ("plain", "progressive", "ddit"):
+        raise ValueError(
+            f"method {text!r} is none; it must begin with plain, progressive or ddit "
+            "(a cache alone is plain:cache=taylorseer:4)"
+        )
     values: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"{item!r} in method {text!r} is not word=value")
+            raise ValueError(f"{item!r} in method {text!r} is not word=value; lists are joined by /, as in scales=1/2")
         values[key] = value if key in ("adapter", "cache", "patches") else _value(value)
     run_steps = values.pop("run_steps", run_steps)
     if not isinstance(run_steps, int) or run_steps < 1:
@@ -73,8 +86,6 @@ def parse_entry(text: str, run_steps: int, make: MakeMethod) -> Entry:
         if values or not isinstance(fraction, float) or not 0 < fraction < 1:
             raise ValueError(f"method {text!r}: progressive takes fraction, between 0 and 1, and run_steps only")
         return Entry(text, run_steps, progressive(fraction, run_steps, make))
-    if kind != "ddit":
-        raise ValueError(f"method {text!r} is none; it must begin with plain, progressive or ddit")
     try:
         lists = {k: [v] if k in ("scales", "schedule") and isinstance(v, int) else v for k, v in values.items()}
         return Entry(text, run_steps, make(lists))
@@ -201,7 +212,7 @@ def summarise(
             "seconds_per_picture": sum(float(part.seconds) for part in result) / len(asked),
             "peak_memory": None if memory < 0 else memory,
             **judge(pictures),
-            "psnr": float(psnr(ours, theirs).median()),
+            "psnr": statistics.median(psnr(ours, theirs).tolist()),
             "psnr_mean_interval": bootstrap_interval(torch.tensor(likeness)),
             "psnr_of_each": [round(x, 2) for x in likeness],
             "ssim": float(ssim(ours, theirs).mean()),
@@ -231,6 +242,7 @@ def _judge(
     def figures(pictures: np.ndarray) -> dict[str, Any]:
         verdicts, features = subject.verdicts(pictures, asked), subject.features(pictures)
         overall = _adherence(verdicts, subject)
+        change, interval = corrected_difference(features, base_features, distance)
         return {
             "adherence": float(overall.mean()),
             "adherence_interval": bootstrap_interval(overall),
@@ -240,8 +252,8 @@ def _judge(
             "attributes": _by_attribute(verdicts),
             "frechet": float(distance(features)),
             "perceptual": float(subject.distance(pictures, reference).mean()),
-            # The distance of a resampled set is biased; that of the difference on the same prompts is not.
-            "frechet_change_interval": bootstrap_difference(features, base_features, distance, samples=200),
+            "frechet_change": change,
+            "frechet_change_interval": interval,
         }
 
     return figures

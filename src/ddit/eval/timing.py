@@ -261,6 +261,8 @@ def paper_like(total: int, costs: Mapping[int, float], speedup: float = 2.18) ->
         costs: Scale -> work of a step.
     """
     warm, scales = min(3, total), sorted(costs)
+    if len(scales) == 1:
+        return scales * total
 
     def of(coarse: int) -> list[int]:
         large = [scales[-1]] * (coarse // 2) + [scales[1]] * (coarse - coarse // 2)

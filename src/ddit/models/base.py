@@ -69,6 +69,8 @@ class Architecture(ABC):
     """Latents to a second of sound in the usual autoencoder."""
     time_scale: ClassVar[float] = 1.0
     """Timestep of pure noise."""
+    guidance_off: ClassVar[float] = 1.0
+    """Scale by which its pipelines mean no guidance; 0 where they count ``cond + g (cond - uncond)``."""
     batched: ClassVar[tuple[str, ...]]
     """Names of the inputs whose first axis is the batch, the latents first; nested lists and dictionaries count."""
     timestep: ClassVar[str] = "timestep"

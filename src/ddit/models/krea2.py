@@ -21,6 +21,7 @@ from ddit.patches import TokenLayout
 
 class Krea2(Flux):
     residuals = ()
+    guidance_off = 0.0
     batched = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
     attention_arguments = "attention_kwargs"
     embedding = "img_in"

@@ -30,6 +30,7 @@ _BLOCK = r"\.\d+\.(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])"
 
 
 class ZImage(Architecture):
+    guidance_off = 0.0
     batched = ("x", "t", "controlnet_block_samples")
     residuals = ("controlnet_block_samples",)
     timestep = "t"

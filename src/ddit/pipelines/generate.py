@@ -211,12 +211,17 @@ def run_steps(pipe: Any, settings: Mapping[str, Any]) -> int:
 
 
 def guidance_scale(pipe: Any, settings: Mapping[str, Any]) -> float:
-    """Scale of classifier-free guidance in two passes that a call with these settings has; 1 for none."""
+    """Scale ``g`` of classifier-free guidance in two passes that a call with these settings has, as in
+    ``uncond + g (cond - uncond)``; 1 for none."""
+    guider = getattr(pipe, "guider", None)
+    if guider is not None:
+        return float(getattr(guider, "guidance_scale", 1.0))
     known = inspect.signature(type(pipe).__call__).parameters
     for name in ("true_cfg_scale", "guidance_scale"):  # where there is the first, the second is told to the model
         if name in known:
             value = settings.get(name, known[name].default)
-            return float(value) if isinstance(value, int | float) else 1.0
+            counted_from = architecture_for(pipe.transformer).guidance_off
+            return float(value) + 1 - counted_from if isinstance(value, int | float) else 1.0
     return 1.0
 
 

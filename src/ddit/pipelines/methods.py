@@ -48,6 +48,8 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
     name = given.get("adapter", preset.adapter if suits else "")
     if given.get("adapter") == "":
         raise ValueError("adapter is empty; name its folder or hub id, or say none")
+    if "adapter" in given and name != "none" and given.get("patches") == "full":
+        _refuse(["adapter"], "patches=full, which has none")
     adapter = None if name in ("", "none") else load_adapter(name)
     cache = make_cache(given["cache"], preset.teacache) if "cache" in given else None
     patches = None if planned_jointly(given, preset) else patches_of(given, preset)

@@ -30,7 +30,8 @@ def arguments(
         if is_list_of_tensors(value):
             rows[f"list{record}/{name}"] = value
         elif isinstance(value, Tensor) and name in batched:
-            rows[f"row{record}/{name}"] = value
+            # One that serves all samples of a call (LongCat-Image's negative prompt) becomes theirs.
+            rows[f"row{record}/{name}"] = value.expand(len(own[batched[0]]), *value.shape[1:])
         elif isinstance(value, Tensor):
             shared[f"shared/{name}"] = value
     for name in optional:

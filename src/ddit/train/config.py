@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -25,7 +25,7 @@ LIVE = (
 """Fields that may change when a run is resumed; what samples are made of is compared with the samples themselves."""
 FROM_ONE = (
     *("sample_batch", "steps", "batch", "accumulation", "checkpoint_every", "keep", "validate_every"),
-    *("validation", "count", "height", "width", "sample_steps"),
+    *("validation", "count", "height", "width", "frames", "sample_steps"),
 )
 """Fields that are whole numbers of at least 1, where they are given."""
 FROM_ZERO = ("rank", "lr_warmup", "pictures", "seed")
@@ -42,7 +42,7 @@ class TrainConfig:
     out: str = "runs/adapter"
     """Folder of the run: samples, checkpoints, log, and the result in ``adapter``."""
     model: str = "embedded"
-    """Base: folder or hub id of a diffusers pipeline."""
+    """Base, frozen: folder or hub id of a diffusers pipeline."""
     prompts: str | None = None
     """A file (text with a prompt per line, .json, .jsonl, .csv, .tsv, .parquet), or ``dataset:OWNER/NAME`` on the hub
     (`ddit.pipelines.prompts`). Not needed once the samples are there."""
@@ -60,7 +60,13 @@ class TrainConfig:
     sample_batch: int = 8
     """Samples drawn at once, and kept in one file."""
     height: int | None = None
+    """Of a sample in pixels; by default the model's own."""
     width: int | None = None
+    """Likewise."""
+    frames: int | None = None
+    """Of a clip; by default the model's own."""
+    call: dict = field(default_factory=dict)
+    """Further arguments of the pipeline's call, such as ``guidance_scale``."""
 
     adapter: str | None = None
     """Adapter to train on from: folder or hub id. Its scales, rank and parts must be the ones asked for."""
@@ -68,7 +74,8 @@ class TrainConfig:
     """Scales above 1 to train."""
     min_sigma: tuple[float, ...] | None = None
     """Lowest noise level that each of ``scales`` is trained at, in their order: where schedules use it, as training a
-    size at all levels hurts it (PPFlow, arXiv 2506.23543). By default 0.3 for 2, 0.6 for 4, 0.9 for 8."""
+    size at all levels hurts it (PPFlow, arXiv 2506.23543). By default those of ``adapter``, or else 0.3 for 2, 0.6 for
+    4, 0.9 for 8."""
     rank: int = 32
     """Rank of LoRA; 0 leaves it out."""
     start: Start = "noise-consistent"
@@ -91,7 +98,9 @@ class TrainConfig:
     lr: float | None = None
     """By default the paper's: 1.0 for Prodigy, 1e-4 for AdamW."""
     weight_decay: float = 0.01
+    """Of the optimizer."""
     lr_schedule: LrSchedule = "constant"
+    """How the learning rate falls."""
     lr_warmup: int = 0
     """Steps over which the learning rate rises from zero."""
     clip: float = 1.0
@@ -108,13 +117,16 @@ class TrainConfig:
     mixed_precision: Precision = "no"
     """Autocast of accelerate."""
     gradient_checkpointing: bool = False
+    """Less memory for activations, one more forward a step."""
     cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
 
     checkpoint_every: int = 200
+    """Steps from one checkpoint to the next."""
     keep: int = 2
     """Checkpoints kept."""
     validate_every: int = 500
+    """Steps from one validation to the next."""
     validation: int = 8
     """Samples kept apart for validation, each with all its guidance passes."""
     pictures: int = 4
@@ -122,6 +134,7 @@ class TrainConfig:
     tracker: str | None = None
     """A tracker of accelerate, such as ``tensorboard``."""
     seed: int = 0
+    """Of samples and of the training."""
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -187,7 +200,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The inverse of `to_dict`; unknown names are refused."""
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(f"unknown training settings {unknown}; allowed are {sorted(known)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,14 @@ def earlier_adapter(transformer: Any, config: TrainConfig) -> PatchAdapter | Non
     if other:
         raise ValueError(f"adapter {config.adapter} has {', '.join(other)}; ask for what it has, or train a new one")
     return earlier
+
+
+def as_learnt(config: TrainConfig, earlier: PatchAdapter | None) -> TrainConfig:
+    """With the noise levels of the adapter that training goes on from, where nobody asks for others."""
+    known = {} if earlier is None else earlier.config["min_sigma"] or {}
+    if config.min_sigma is not None or not known:
+        return config
+    return replace(config, min_sigma=tuple(known.get(str(scale), 0.0) for scale in config.scales))
 
 
 def new_adapter(

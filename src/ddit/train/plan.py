@@ -65,13 +65,13 @@ CALLS = 50
 WIDTH = {"float32": 4, "bfloat16": 2}
 """Bytes of a number."""
 FRAMES = 81
-"""Of a clip; pictures have one whatever is asked for."""
+"""Of a clip, where nobody says; pictures have one whatever is asked for."""
 
 
 def _work(config: TrainConfig, transformer: nn.Module, adapter: Any) -> dict[str, float]:
     assert config.height is not None and config.width is not None
     architecture = architecture_for(transformer)
-    call = example(architecture, config.model, config.height, config.width, FRAMES)
+    call = example(architecture, config.model, config.height, config.width, config.frames or FRAMES)
     coarse = {s: call_at(architecture, call, s, adapter.coarse) for s in config.scales}
     forward = statistics.mean(architecture.count_flops(c, s, adapter) for s, c in coarse.items())
     step = forward * config.batch * config.accumulation * (3 if config.gradient_checkpointing else 2)
@@ -114,4 +114,6 @@ def table(figures: dict[str, Any]) -> str:
             f"  drawing 1,000 samples of {CALLS} calls first takes {work['drawing_hours']:.1f} h, "
             f"and {work['samples_bytes'] / 1e9:,.0f} GB of disk",
         ]
+    else:
+        lines.append("  --height and --width tell work, hours and disk as well")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ training asks no teacher. Sharded safetensors, resumable.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -33,6 +34,9 @@ from ddit.train.pictures import noised
 from ddit.train.sources import Source
 from ddit.util.files import replacing, write_json
 from ddit.util.progress import progress
+
+CONDITIONS = ("image", "images", "image_reference", "control_image", "mask_image", "video")
+"""Arguments of pipelines that start from pictures or clips, of which a run has none."""
 
 MANIFEST = "samples.json"
 VERSION = 6
@@ -203,7 +207,9 @@ def check_sampler(scheduler: Any) -> None:
 def samples_of(config: TrainConfig, accelerator: Accelerator, pipe: Any, preset: Preset, source: Source) -> Samples:
     """The samples of a run, drawn where they are missing, each process its share."""
     size = {"height": config.height, "width": config.width}
-    settings = call_settings(preset, num_inference_steps=config.sample_steps, **size)
+    settings = call_settings(
+        preset, **{"num_inference_steps": config.sample_steps, **size, "num_frames": config.frames, **config.call}
+    )
     check_call(pipe, settings)
     return draw_samples(
         config.samples_folder,
@@ -261,7 +267,16 @@ class _Runs:
         with recorded(pipe) as calls, noised(pipe, calls, pictures) if pictures else nullcontext():
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             call = for_batch(pipe, self.settings, len(seeds))
-            drawn = pipe(prompt=list(prompts), generator=generators, output_type="latent", **call)[0]
+            try:
+                drawn = pipe(prompt=list(prompts), generator=generators, output_type="latent", **call)[0]
+            except (AttributeError, TypeError, ValueError) as error:
+                taken = [name for name in inspect.signature(type(pipe).__call__).parameters if name in CONDITIONS]
+                if calls or not taken:
+                    raise
+                raise ValueError(
+                    f"{type(pipe).__name__} takes {', '.join(taken)}, which training can't give it ({error}); "
+                    "train on the text pipeline of the same transformer"
+                ) from error
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         sigmas = sorted(set(levels), reverse=True)
         passes = len(calls) // len(sigmas)

@@ -54,7 +54,8 @@ def read_source(config: TrainConfig) -> Source:
 
 
 def read_captions(folder: str | Path, count: int | None = None) -> dict[Path, str]:
-    """Pictures of a folder with a caption each: from ``metadata.jsonl``, or from a text file of the same name.
+    """Pictures of a folder with a caption each: those that ``metadata.jsonl`` lists, or else all. What has no text
+    there has it in a text file of the same name.
 
     Raises:
         ValueError: When there are none, fewer than ``count``, or some without a caption.
@@ -64,6 +65,7 @@ def read_captions(folder: str | Path, count: int | None = None) -> dict[Path, st
         raise ValueError(f"there is no folder {str(folder)!r} with pictures")
     table = folder / METADATA
     found: dict[Path, str] = {}
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS)
     if table.is_file():
         try:
             rows = [json.loads(line) for line in table.read_text(encoding=UTF8).split("\n") if line.strip()]
@@ -73,9 +75,11 @@ def read_captions(folder: str | Path, count: int | None = None) -> dict[Path, st
                 f'{table} can\'t be read ({error!r}); lines are {{"file_name": ..., "text": ...}}'
             ) from error
     else:
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS):
-            beside = path.with_suffix(".txt")
-            found[path] = beside.read_text(encoding=UTF8).strip() if beside.is_file() else ""
+        found = dict.fromkeys(pictures, "")
+    for path, beside in ((path, path.with_suffix(".txt")) for path, text in found.items() if not text):
+        found[path] = beside.read_text(encoding=UTF8).strip() if beside.is_file() else ""
+    if unlisted := [path.name for path in pictures if path not in found]:
+        warn(f"{table} does not list {len(unlisted)} pictures beside it, {unlisted[0]} first; they are left out")
     missing = [path.name for path, text in found.items() if not path.is_file() or not text]
     if missing:
         raise ValueError(

@@ -30,6 +30,7 @@ from ddit.train import disk
 from ddit.train.config import TrainConfig
 from ddit.train.distill import Batch, Draw, draw, errors, groups, losses, make_batch, measured_detail, weights
 from ddit.train.parts import (
+    as_learnt,
     attention_backends,
     earlier_adapter,
     make_lr,
@@ -58,13 +59,21 @@ def train(config: TrainConfig) -> Path:
     """
     out = Path(config.out)
     source = _prepare(config, out)
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.mixed_precision,
-        log_with=config.tracker,
-        project_dir=str(out),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            log_with=config.tracker,
+            project_dir=str(out),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise ValueError(
+            "accelerate keeps mixed_precision and cpu as they were at first in this Python process; "
+            "begin a new process for other ones"
+        ) from error
     pipe, preset = load_pipeline(config.model, dtype=config.dtype, device=str(accelerator.device))
     if isinstance(pipe, ModularPipeline):
         raise ValueError(
@@ -82,7 +91,9 @@ def train(config: TrainConfig) -> Path:
         write_json(out / disk.SETTINGS, config.to_dict())
     run = Run.begin(config, accelerator, pipe, preset, source)
     if config.tracker:
-        accelerator.init_trackers("ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list)})
+        accelerator.init_trackers(
+            "ddit", config={k: v for k, v in config.to_dict().items() if not isinstance(v, list | dict)}
+        )
     if run.step >= config.steps:
         accelerator.print(f"{config.out} has its {run.step} steps; ask for more with --steps")
     run.make_up()
@@ -151,6 +162,7 @@ class Run:
         """A run as the last checkpoint left it, or a new one."""
         transformer = pipe.transformer.requires_grad_(False).eval()
         earlier = earlier_adapter(transformer, config)  # what is refused is refused before samples are drawn
+        config = as_learnt(config, earlier)
         samples = samples_of(config, accelerator, pipe, preset, source)
         if config.pictures == 0:
             for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ddit.train.trainer import Run
 
 SIGMAS = (0.95, 0.8, 0.6, 0.4, 0.2)
-"""Noise levels that are validated, but those a scale does not learn: of each run the step that is nearest."""
+"""Noise levels that are validated, but those a scale does not learn: the steps that are nearest."""
 
 
 @torch.no_grad()
@@ -33,12 +33,10 @@ def validate(run: Run) -> list[dict[str, Any]]:
     rows = []
     samples = run.samples
     kept = range(run.runs, len(samples.prompts))
-    places = range(len(samples.sigmas))
     for scale in run.config.scales:
-        for sigma in (sigma for sigma in SIGMAS if sigma >= run.config.lowest[scale]):
+        for place in places(samples.sigmas, run.config.lowest[scale]):
             found: dict[str, list[float]] = {}
-            nearest = min(places, key=lambda i, sigma=sigma: abs(samples.sigmas[i] - sigma))
-            draws = [Draw(r, scale, nearest) for r in kept]
+            draws = [Draw(r, scale, place) for r in kept]
             for begin in range(0, len(draws), run.config.batch):
                 part = draws[begin : begin + run.config.batch]
                 batches = run.load(part)
@@ -48,8 +46,15 @@ def validate(run: Run) -> list[dict[str, Any]]:
                     if samples.passes == 2:
                         found.setdefault(f"guided_{name}", []).extend(guided.tolist())
             means = {name: float(np.mean(values)) for name, values in found.items()}
-            rows.append({"step": run.step, "scale": scale, "sigma": sigma, **means})
+            rows.append({"step": run.step, "scale": scale, "sigma": samples.sigmas[place], **means})
     return rows
+
+
+def places(sigmas: Sequence[float], lowest: float) -> list[int]:
+    """The steps of a run nearest to `SIGMAS`, among those from a noise level up."""
+    learnt = [i for i, sigma in enumerate(sigmas) if sigma >= lowest]
+    wanted = [sigma for sigma in SIGMAS if sigma >= lowest]
+    return sorted({min(learnt, key=lambda i: abs(sigmas[i] - sigma)) for sigma in wanted if learnt})
 
 
 def errors_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:

@@ -6,7 +6,7 @@ import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
+NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "names with values"}
 
 
 def fits(value: Any, hint: Any) -> bool:
