@@ -326,3 +326,21 @@ def test_settings_of_the_wrong_kind_are_refused(pipe, settings, told):
         ddit.apply(pipe, **settings)
     assert facts(pipe) == before
     ddit.apply(pipe, patches=fixed(1, 2), detail_variance={"2": [0.1] * 4}).remove()  # as JSON has it
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"detail_variance": 3}, "must hold numbers for each scale"),
+        ({"detail_variance": {2: 0.1, 4: 0.1}}, "must hold numbers for each scale"),
+        ({"preset": 3}, "must be a ddit.preset.Preset or the folder of one"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_in_a_sentence(pipe, settings, said):
+    with pytest.raises(ValueError, match=said):
+        ddit.apply(pipe, **settings)
+
+
+def test_no_adapter_has_a_word(pipe):
+    with ddit.apply(pipe, adapter="none") as handle:
+        assert handle.adapter is None

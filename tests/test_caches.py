@@ -494,3 +494,8 @@ def test_settings_of_magcache_stay_the_users(pipe):
 def test_numbers_of_caches_are_finite(text):
     with pytest.raises(ValueError, match="such as teacache"):
         make_cache(text)
+
+
+def test_ratios_of_another_model_are_warned_about():
+    with pytest.warns(UserWarning, match="MagCache goes by the ratios of FLUX.1-dev"):
+        ddit.apply(tiny.wan_pipeline(), cache="magcache:0.06").remove()

@@ -303,3 +303,34 @@ def test_the_embedded_models_are_small():
     kinds = [[f for f in ASSETS.rglob("*") if f.is_file() and ("video" in str(f)) == video] for video in (False, True)]
     pictures, clips = (sum(file.stat().st_size for file in files) for files in kinds)
     assert 0 < pictures < 30_000_000 and clips < 30_000_000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "--dtype", "bfloat16"], "--dtype need a device"),
+        (["bench", "--steps", "50"], "--steps need a device"),
+        (["compare", "--prompt-file", "p.txt", "--split", "tune"], "--split chooses among the project's own"),
+        (["calibrate", "--model", "nowhere", "--prompts", "none.txt", "--out", "x"], "no file"),
+        (["generate", "a star", "--patches", "full", "--adapter", "embedded"], "adapter would have no effect"),
+        (["compare", "--methods", "taylorseer:4"], "a cache alone is plain:cache=taylorseer:4"),
+        (["compare", "--methods", "ddit:schedule=1,1,4"], "lists are joined by /"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a star\n")
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_scale_is_benched(capsys):
+    assert main(["bench", "--arch", "embedded", "--size", "128x128", "--scales", "1"]) == 0
+    assert "embedded" in capsys.readouterr().out
+
+
+def test_training_settings_are_told_in_words(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Lowest noise level that each of scales is trained at" in said and "--call NAME=VALUE" in said

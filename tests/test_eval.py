@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import tiny
+from ddit import PatchAdapter
 from ddit.cli import main
 from ddit.config import FixedSchedule, PatchSchedule, SkipSchedule
 from ddit.eval import quality
 from ddit.eval.grid import fewest_and_most
-from ddit.eval.parts import Part, Parts
+from ddit.eval.parts import Part, Parts, digest
 from ddit.eval.quality import parse_entry
 from ddit.eval.subjects import Pictures, Prompted
 from ddit.pipelines.generate import recorded, run
@@ -175,3 +176,10 @@ def test_recorded_calls_leave_the_pipeline_alone():
     inputs, answer = calls[0]
     with torch.no_grad():
         assert torch.equal(pipe.transformer(**{**inputs, "return_dict": False})[0], answer)
+
+
+def test_a_modules_digest_knows_its_settings():
+    model = tiny.transformer()
+    one, other = (PatchAdapter.for_model(model, rank=0, min_sigma={2: level}, scales=(2,)) for level in (0.3, 0.5))
+    assert digest(one) == digest(PatchAdapter.for_model(model, rank=0, min_sigma={2: 0.3}, scales=(2,)))
+    assert digest(one) != digest(other) and digest(torch.nn.Linear(2, 2)) != digest(one)

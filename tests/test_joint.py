@@ -223,3 +223,18 @@ def test_cost_ratios_are_those_of_the_published_tables():
         assert cost_ratios(name) == pytest.approx(told, rel=1e-6)
     with pytest.raises(ValueError, match="makes sound"):
         cost_ratios("ace-step-1.5")
+
+
+def test_of_errors_of_one_likeness_the_largest_is_allowed():
+    curve = QualityCurve(errors=(1e-4, 1e-3, 1e-2), psnr=(80, 80, 30))
+    assert curve.error_of(80) == pytest.approx(1e-3) and curve.error_of(30) == pytest.approx(1e-2)
+
+
+def test_a_quality_with_another_adapter_than_it_was_measured_with_is_warned_about(pipe):
+    adapter = PatchAdapter.for_model(pipe.transformer, rank=0)
+    for curve, settings, how in (
+        (CURVE, {"adapter": adapter}, "without an adapter"),
+        (replace(CURVE, adapter=True), {}, "with its adapter"),
+    ):
+        with pytest.warns(UserWarning, match=f"qualities were measured {how}"):
+            ddit.apply(pipe, quality=30, preset=Preset(profile=WILD, quality=curve), **settings).remove()

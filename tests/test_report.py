@@ -202,3 +202,13 @@ def test_warnings_name_the_users_line(pipe):
     ours = [w for w in caught if "ddit calibrate" in str(w.message) or "no step used" in str(w.message)]
     assert len(ours) == 2
     assert {Path(w.filename).name for w in ours} <= {"test_report.py", "tiny.py"}
+
+
+@pytest.mark.parametrize(("warmup", "shorter"), [(3, False), (5, True)])
+def test_a_short_run_is_advised_what_is_possible(pipe, warmup, shorter):
+    with (
+        ddit.apply(pipe, patches=PatchSchedule(warmup=warmup)),
+        pytest.warns(UserWarning, match="Take more steps") as said,
+    ):
+        tiny.sample(pipe, steps=2)
+    assert ("or a shorter warm-up (3 at least)" in str(said[0].message)) == shorter

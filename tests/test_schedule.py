@@ -321,3 +321,12 @@ def test_float32_latents_are_followed_exactly():
         run.record(torch.zeros_like(latents), [1, 1], 0.0)
     expected = statistics(difference(z), 2, schedule.scales, schedule.percentile)
     assert [dict(s) for s in run.log.steps[-1].statistics] == expected
+
+
+def test_one_broken_number_breaks_the_statistic():
+    """Sorted it lies last, beyond the quantile."""
+    values = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    values[1, 0, 3, 5] = float("nan")
+    whole, broken = statistics(values, 2, (1, 2, 4), 0.4)
+    assert all(math.isfinite(value) for value in whole.values()) and all(map(math.isnan, broken.values()))
+    assert choose_scale(broken, 1e9) == 1

@@ -12,6 +12,7 @@ import tiny_z_image
 from ddit import PatchAdapter
 from ddit.models import architecture_for
 from ddit.models.base import first
+from ddit.train.arguments import arguments
 from ddit.train.distill import Draw, errors, make_batch
 from ddit.train.samples import draw_samples
 from test_architectures import CASES, SMALL, parameters
@@ -85,3 +86,10 @@ def test_records_are_those_of_their_runs_where_guidance_is_stacked(tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     starts = {float(latents[0, 0].sum()) for latents, _, _ in found[0]}
     assert len(starts) == 4
+
+
+def test_a_prompt_that_serves_a_whole_call_becomes_each_samples():
+    """LongCat-Image's negative one."""
+    own = {"hidden_states": torch.zeros(3, 4, 2), "encoder_hidden_states": torch.arange(6.0).reshape(1, 3, 2)}
+    rows, _ = arguments(own, 1, ("hidden_states", "encoder_hidden_states"), ())
+    assert torch.equal(rows["row1/encoder_hidden_states"], own["encoder_hidden_states"].repeat(3, 1, 1))
