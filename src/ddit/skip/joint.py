@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +16,8 @@ from ddit.util.tell import warn
 
 SKIPPED = 0
 """In a plan, in place of a scale."""
-CHEAPEST = 1e12
-"""A price on work beside which no error counts."""
-HALVINGS = 24
-"""Of the search for the price of work."""
+GRAINS = 5000
+"""Units of work in a plain run, about: a plan counts with whole ones, rounded up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,32 +89,27 @@ class JointSkips:
 def nearest_steps(segments: Segments, costs: Mapping[int, float], speedup: float) -> tuple[int, ...]:
     """The plan whose errors are expected to be least among those that cost no more than a speedup allows.
 
-    With a price on work the best plan follows by dynamic programming. The lowest price that keeps to the budget is
-    taken, and what its plan leaves of the budget pays for single dearer steps.
-
     Args:
         costs: Scale -> work of a step in full steps.
 
     Returns:
         Scale of every step, 0 where it is skipped.
     """
-    budget = segments.total / speedup
-    least = segments.work(segments.best(costs, CHEAPEST), costs)
-    if least > budget + 1e-9:
+    plans = segments.plans(costs, segments.total / speedup)
+    if not plans.reachable:
+        plans = segments.plans(costs, segments.total)
         warn(
             f"a speedup of {speedup:g} can't be reached with {segments.total} steps: the most is "
-            f"{segments.total / least:.2f}; take fewer steps instead"
+            f"{segments.total / plans.least_work:.2f}; take fewer steps instead"
         )
-    _, best = segments.turning(costs, lambda steps: segments.work(steps, costs) <= max(budget, least) + 1e-9)
-    return segments.improved(best, costs, budget)
+        return plans.steps(plans.reachable[0])
+    return plans.steps(int(plans.errors.argmin()))
 
 
 def cheapest_steps(segments: Segments, costs: Mapping[int, float], error: float) -> tuple[int, ...]:
-    """The plan of least work among those whose expected squared error is at most this, by the highest price."""
-    if segments.error(cheapest := segments.best(costs, CHEAPEST)) <= error:
-        return cheapest
-    best, _ = segments.turning(costs, lambda steps: segments.error(steps) > error)
-    return best
+    """The plan of least work among those whose expected squared error is at most this."""
+    plans = segments.plans(costs, segments.total)
+    return plans.steps(next(work for work in plans.reachable if plans.errors[work] <= error))
 
 
 def expected_error(sigmas: Sequence[float], steps: Sequence[int], profile: ErrorProfile) -> float:
@@ -155,57 +149,42 @@ class Segments:
         """Number of steps."""
         return len(self.errors[1])
 
-    def best(self, costs: Mapping[int, float], price: float) -> tuple[int, ...]:
-        """Least error plus ``price`` times work.
+    def plans(self, costs: Mapping[int, float], budget: float) -> Plans:
+        """The best plan for every amount of work up to a budget, by dynamic programming over the called steps.
 
         Forecasts need two answers alike: after a change of patches a further call of the same kind comes first.
         """
-        total, scales = self.total, tuple(self.errors)
-        # Of a called step that is the first of its kind (0), or a further one (1): least before it, and what led there.
-        least = np.full((2, len(scales), total), np.inf)
-        before = np.full((2, len(scales), total, 3), -1)
-        least[0, :, 0] = [price * costs[s] for s in scales]
+        scales, total = tuple(self.errors), self.total
+        grain = math.ceil(GRAINS / total)
+        units = [math.ceil(costs[s] * grain - 1e-9) for s in scales]
+        bins = math.floor(budget * grain + 1e-9) + 1
         tables = np.stack([self.errors[s] for s in scales])
+        # Of a called step that is the first of its kind (0) or a further one (1), of a scale, at a place, after so much
+        # work: least error before it, and the called step that led there.
+        least = np.full((2, len(scales), total, bins), np.inf, np.float32)
+        before = np.full((2, len(scales), total, bins), -1, np.int32)
+        for k, unit in enumerate(units):
+            least[0, k, 0, unit : unit + 1] = 0.0
         for i in range(1, total):
-            # Whatever comes before ends in a segment up to this step; a gap needs two of a kind.
-            ended = least[:, :, :i] + tables[:, :i, i]
-            ended[0, :, : i - 1] = np.inf
-            for k, scale in enumerate(scales):
+            ended = self._ended(least, tables, i)
+            for k, unit in enumerate(units):
                 for row, others in ((0, [j for j in range(len(scales)) if j != k]), (1, [k])):
-                    if not others:
+                    if not others or unit >= bins:
                         continue
-                    part = ended[:, others]
-                    place = np.unravel_index(int(part.argmin()), part.shape)
-                    least[row, k, i] = part[place] + price * costs[scale]
-                    before[row, k, i] = place[0], others[int(place[1])], place[2]
-        ended = least + tables[:, :, total]
-        ended[0, :, : total - 1] = np.inf
-        place = np.unravel_index(int(ended.argmin()), ended.shape)
-        steps = [SKIPPED] * total
-        row, k, i = map(int, place)
-        while i >= 0:
-            steps[i] = scales[k]
-            row, k, i = map(int, before[row, k, i])
-        return tuple(steps)
+                    part = ended[:, others].reshape(-1, bins)[:, : bins - unit]
+                    found = part.argmin(0)
+                    least[row, k, i, unit:] = np.take_along_axis(part, found[None], 0)[0]
+                    rows, kinds, places = np.unravel_index(found, (2, len(others), i))
+                    before[row, k, i, unit:] = (rows * len(scales) + np.array(others)[kinds]) * total + places
+        ended = self._ended(least, tables, total).reshape(-1, bins)
+        last = ended.argmin(0)
+        return Plans(scales, total, grain, units, np.take_along_axis(ended, last[None], 0)[0], last, before)
 
-    def turning(
-        self, costs: Mapping[int, float], wanted: Callable[[tuple[int, ...]], bool]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Two best plans of nearly one price: of ``wanted``, which holds from some price on, the last without, and the
-        first with it."""
-        low, high = 0.0, 1.0
-        without, holds = self.best(costs, low), self.best(costs, high)
-        while not wanted(holds):
-            low, high, without = high, 4 * high, holds
-            holds = self.best(costs, high)
-        for _ in range(HALVINGS):
-            price = (low + high) / 2 if low else high / 4
-            found = self.best(costs, price)
-            if wanted(found):
-                high, holds = price, found
-            else:
-                low, without = price, found
-        return without, holds
+    def _ended(self, least: np.ndarray, tables: np.ndarray, end: int) -> np.ndarray:
+        """Error of all that comes before a step, by the last called one ``[2, scales, end, work]``."""
+        ended = least[:, :, :end] + tables[None, :, :end, end, None].astype(np.float32)
+        ended[0, :, : end - 1] = np.inf  # a gap needs two answers of a kind
+        return ended
 
     def work(self, steps: Sequence[int], costs: Mapping[int, float]) -> float:
         """Of a plan, in full steps."""
@@ -222,20 +201,39 @@ class Segments:
             error += float(self.errors[steps[i]][i, after])
         return error
 
-    def improved(self, steps: tuple[int, ...], costs: Mapping[int, float], budget: float) -> tuple[int, ...]:
-        """With what is left of the budget spent on the single dearer steps that gain most for their work."""
-        while True:
-            left, error = budget - self.work(steps, costs), self.error(steps)
-            found, gained = None, 0.0
-            for i, now in enumerate(steps):
-                for scale, cost in costs.items():
-                    extra = cost - costs.get(now, 0.0)
-                    if not 0 < extra <= left + 1e-9:
-                        continue
-                    tried = (*steps[:i], scale, *steps[i + 1 :])
-                    gain = (error - self.error(tried)) / extra
-                    if gain > gained:
-                        found, gained = tried, gain
-            if found is None:
-                return steps
-            steps = found
+
+@dataclass(frozen=True)
+class Plans:
+    """The best plan for every amount of work."""
+
+    scales: tuple[int, ...]
+    total: int
+    """Number of steps."""
+    grain: int
+    """Units of work in a full step."""
+    units: Sequence[int]
+    """Work of a step at each scale."""
+    errors: np.ndarray
+    """Least squared error, by work; infinite where no plan takes just that."""
+    last: np.ndarray
+    before: np.ndarray
+    """See `Segments.plans`."""
+
+    @property
+    def reachable(self) -> list[int]:
+        """Amounts of work that a plan takes, rising."""
+        return np.flatnonzero(np.isfinite(self.errors)).tolist()
+
+    @property
+    def least_work(self) -> float:
+        """In full steps."""
+        return self.reachable[0] / self.grain
+
+    def steps(self, work: int) -> tuple[int, ...]:
+        """Scale of every step of one of them, 0 where it is skipped."""
+        steps, code = [SKIPPED] * self.total, int(self.last[work])
+        while code >= 0:
+            row, k, i = (int(x) for x in np.unravel_index(code, (2, len(self.scales), self.total)))
+            steps[i] = self.scales[k]
+            code, work = int(self.before[row, k, i, work]), work - self.units[k]
+        return tuple(steps)
