@@ -17,7 +17,7 @@ from torch import Tensor
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchSchedule, SkipSchedule
-from ddit.caller import calling_pipeline
+from ddit.caller import pipeline_calls
 from ddit.config import FULL
 from helpers import call_inputs, random_adapter
 
@@ -114,14 +114,14 @@ def test_the_calling_pipeline_is_found(pipe):
     forward = pipe.transformer.forward
 
     def spy(*args, **kwargs):
-        found.append(calling_pipeline(pipe.transformer))
+        found.append([caller for caller, _ in pipeline_calls(pipe.transformer)])
         return forward(*args, **kwargs)
 
     pipe.transformer.forward = spy
     for runs in (pipe, other):
         tiny.sample(runs, steps=2)
-    assert found == [pipe, pipe, other, other]
-    assert calling_pipeline(pipe.transformer) is None
+    assert found == [[pipe], [pipe], [other], [other]]
+    assert not list(pipeline_calls(pipe.transformer))
 
 
 @pytest.mark.parametrize("what", ["pipeline", "transformer"])

@@ -24,11 +24,6 @@ def pipeline_calls(transformer: Any, thread: int | None = None) -> Iterator[tupl
             yield caller, frame
 
 
-def calling_pipeline(transformer: Any) -> Any:
-    """The pipeline whose call this is, ``None`` for a bare transformer."""
-    return next((caller for caller, _ in pipeline_calls(transformer)), None)
-
-
 def freeing_pipeline() -> Any:
     """The pipeline that frees its models, as each does when its call ends; ``None`` outside of that."""
     return next((caller for caller, _ in _methods("maybe_free_model_hooks")), None)
