@@ -22,7 +22,7 @@ import torch
 from ddit.adapter import PatchAdapter
 from ddit.cli.common import environment
 from ddit.coarse import coarse_step
-from ddit.eval.step_errors import first_passes
+from ddit.eval.step_errors import passes
 from ddit.eval.suites import subject_of
 from ddit.models import architecture_for
 from ddit.pipelines.generate import call_settings, recorded, run
@@ -47,7 +47,7 @@ def moments(pipe: Any, prompts: Sequence[str], settings: dict[str, Any], adapter
     architecture = architecture_for(pipe.transformer)
     with recorded(pipe) as calls:
         run(pipe, list(prompts), [*range(len(prompts))], settings)
-    steps = first_passes(architecture, calls)
+    steps = [step[0] for step in passes(architecture, calls)]
     sigmas = [noisy.sigma.float() for _, noisy, _ in steps]
     latents = [noisy.latents.float() for _, noisy, _ in steps]
     full = [answer for _, _, answer in steps]

@@ -13,7 +13,12 @@ import torch
 import ddit
 import tiny
 from ddit import FixedSchedule, PatchAdapter, SkipSchedule
+from ddit.coarse import coarse_step
+from ddit.config import Coarse
 from ddit.eval import calibrate
+from ddit.eval.step_errors import measured_errors, passes
+from ddit.models import architecture_for
+from ddit.pipelines.generate import recorded
 from ddit.pipelines.known import cost_ratios
 from ddit.preset import Preset, QualityCurve
 from ddit.profile import ErrorProfile
@@ -241,3 +246,25 @@ def test_a_quality_with_another_adapter_than_it_was_measured_with_is_warned_abou
     ):
         with pytest.warns(UserWarning, match=f"qualities were measured {how}"):
             ddit.apply(pipe, quality=30, preset=Preset(profile=WILD, quality=curve), **settings).remove()
+
+
+def test_errors_are_those_of_the_guided_answer():
+    """Of two passes, whether in two calls or stacked in one, and of one pass its own."""
+    pipe = tiny.wan_pipeline()
+    call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 12, "output_type": "latent"}
+    prompts = {"prompt_embeds": tiny.embeds(1), "negative_prompt_embeds": tiny.embeds(2)}
+    architecture = architecture_for(pipe.transformer)
+    with recorded(pipe) as calls:
+        pipe(**call, **prompts, generator=torch.Generator().manual_seed(0))
+    alone = [measured_errors(architecture, calls[which::2], (2,)) for which in (0, 1)]
+    both, guided = (measured_errors(architecture, calls, (2,), scale) for scale in (1.0, 5.0))
+    assert both.coarse[2] == pytest.approx(np.mean([errors.coarse[2] for errors in alone], 0).tolist())
+    assert both.bend == pytest.approx(np.mean([errors.bend for errors in alone], 0).tolist())
+    last = guided.sigmas[-1]
+    step = min(passes(architecture, calls), key=lambda step: abs(float(step[0].noisy.sigma[0]) - last))
+    forward = pipe.transformer.forward
+    one, two = (coarse_step(architecture, forward, p.inputs, p.noisy, 2, Coarse()) - p.velocity for p in step)
+    # What the passes have in common is taken once, what they differ in by how far guidance drives them apart.
+    expected = (one.square().mean() + two.square().mean()) / 2 + 5 * 4 * (one - two).square().mean()
+    assert guided.coarse[2][-1] == pytest.approx(expected.item(), rel=1e-4)
+    assert guided.coarse[2][-1] > both.coarse[2][-1]

@@ -193,7 +193,9 @@ def plain_runs(
     changes = None if signals is None else _changes(architecture, signals, calls, len(prompts))
     clean = architecture.read({**calls[-1][0], architecture.batched[0]: latents[-1]}).latents
     detail = {s: detail_variance(clean, s, architecture.patch_size).tolist() for s in scales}
-    return Plain(pictures, changes, detail, measured_errors(architecture, calls, scales))
+    return Plain(
+        pictures, changes, detail, measured_errors(architecture, calls, scales, guidance_scale(pipe, settings))
+    )
 
 
 @contextmanager

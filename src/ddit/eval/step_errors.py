@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from ddit.coarse import coarse_step
 from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs, Noisy
+from ddit.patches import period
+from ddit.pipelines.generate import guided_error
 from ddit.profile import ErrorProfile
 from ddit.skip.forecast import Reference, half_log_snr
 
@@ -39,57 +41,80 @@ class Errors:
         return cls(**{**values, "coarse": {int(s): v for s, v in values["coarse"].items()}})
 
 
-def first_passes(
-    architecture: Architecture, calls: Sequence[tuple[Inputs, Tensor]]
-) -> list[tuple[Inputs, Noisy, Tensor]]:
-    """Of each step of a run its first guidance pass: the arguments, what they are about, and the velocity in float32.
+class Pass(NamedTuple):
+    """One guidance pass of a step."""
+
+    inputs: Inputs
+    """Arguments of the call."""
+    noisy: Noisy
+    """What they are about."""
+    velocity: Tensor
+    """What the model answered, float32."""
+
+
+def passes(architecture: Architecture, calls: Sequence[tuple[Inputs, Tensor]]) -> list[list[Pass]]:
+    """Of each step of a run its guidance passes in order, as many as every step has.
 
     Args:
         calls: The transformer's, in order (`ddit.pipelines.generate.recorded`).
     """
-    steps: dict[float, tuple[Inputs, Tensor]] = {}
+    steps: dict[float, list[Pass]] = {}
     for inputs, answer in calls:
-        steps.setdefault(float(architecture.sigma(inputs)[0]), (inputs, answer))
-    found = []
-    for sigma in sorted(steps, reverse=True):
-        inputs, answer = steps[sigma]
         noisy = architecture.read(inputs)
-        found.append((inputs, noisy, architecture.velocity(answer, noisy.latents.shape[2:]).float()))
-    return found
+        velocity = architecture.velocity(answer, noisy.latents.shape[2:]).float()
+        steps.setdefault(float(architecture.sigma(inputs)[0]), []).append(Pass(inputs, noisy, velocity))
+    fewest = min(map(len, steps.values()))
+    return [steps[sigma][:fewest] for sigma in sorted(steps, reverse=True)]
 
 
 @torch.no_grad()
 def measured_errors(
-    architecture: Architecture, calls: Sequence[tuple[Inputs, Tensor]], scales: Sequence[int]
+    architecture: Architecture, calls: Sequence[tuple[Inputs, Tensor]], scales: Sequence[int], guidance: float = 1.0
 ) -> Errors:
-    """Of the first guidance pass of a plain run.
+    """Along a plain run, of what guidance makes of its passes.
 
     Args:
         calls: The transformer's, in order (`ddit.pipelines.generate.recorded`).
         scales: Above 1.
+        guidance: Scale of guidance in two passes (`ddit.pipelines.generate.guidance_scale`).
     """
-    steps = first_passes(architecture, calls)
-    read, answers = [noisy for _, noisy, _ in steps], [answer for _, _, answer in steps]
-    sigmas = [float(noisy.sigma[0]) for noisy in read]
+    steps = passes(architecture, calls)
+    sigmas = [float(step[0].noisy.sigma[0]) for step in steps]
+
+    forward = architecture.transformer.forward
+
+    def coarse(i: int, scale: int) -> list[Tensor]:
+        return [coarse_step(architecture, forward, one.inputs, one.noisy, scale, Coarse()) for one in steps[i]]
+
+    def forecasts(i: int) -> list[Tensor]:
+        known = zip(steps[i - 2 * APART], steps[i - APART], steps[i], strict=True)
+        return [_forecast(earlier, last, one) for earlier, last, one in known]
+
+    def off(i: int, answers: Sequence[Tensor]) -> float:
+        """Of answers in place of a step's own. Passes that are stacked in one call are of one answer."""
+        count = period(steps[i][0].noisy.latents)
+        pairs = zip(answers, steps[i], strict=True)
+        parts = [part for answer, one in pairs for part in (answer - one.velocity).split(count)]
+        return float(guided_error(parts, guidance).mean())
+
     nearest = (min(range(len(sigmas)), key=lambda i, level=level: abs(sigmas[i] - level)) for level in LEVELS)
     chosen = sorted({i for i in nearest if i >= 2 * APART})
-    coarse: dict[int, list[float]] = {scale: [] for scale in scales}
-    bend = []
-    for i in chosen:
-        inputs = steps[i][0]
-        for scale in scales:
-            forward = architecture.transformer.forward
-            velocity = coarse_step(architecture, forward, inputs, read[i], scale, Coarse())
-            coarse[scale].append(float((velocity - answers[i]).square().mean()))
-        reference = None
-        for k in (i - 2 * APART, i - APART):
-            sigma = read[k].sigma.float()
-            reference = Reference.after(read[k].latents.float(), sigma, answers[k], reference)
-        assert reference is not None, "two steps"
-        off = reference.forecast(read[i].latents, read[i].sigma.float()) - answers[i]
-        distance = half_log_snr(sigmas[i]) - half_log_snr(sigmas[i - APART])
-        bend.append(float(off.square().mean()) / distance**4)
-    return Errors([sigmas[i] for i in chosen], coarse, bend)
+    distances = [half_log_snr(sigmas[i]) - half_log_snr(sigmas[i - APART]) for i in chosen]
+    return Errors(
+        [sigmas[i] for i in chosen],
+        {scale: [off(i, coarse(i, scale)) for i in chosen] for scale in scales},
+        [off(i, forecasts(i)) / distance**4 for i, distance in zip(chosen, distances, strict=True)],
+    )
+
+
+def _forecast(earlier: Pass, last: Pass, at: Pass) -> Tensor:
+    """What two answers make of a third."""
+    reference = None
+    for known in (earlier, last):
+        latents, sigma = known.noisy.latents.float(), known.noisy.sigma.float()
+        reference = Reference.after(latents, sigma, known.velocity, reference)
+    assert reference is not None, "of two steps"
+    return reference.forecast(at.noisy.latents, at.noisy.sigma.float())
 
 
 def profile_of(done: Sequence[tuple[int, Errors]]) -> ErrorProfile | None:

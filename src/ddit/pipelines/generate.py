@@ -225,6 +225,24 @@ def guidance_scale(pipe: Any, settings: Mapping[str, Any]) -> float:
     return 1.0
 
 
+def guided_error(errors: Sequence[Tensor], guidance: float) -> Tensor:
+    """Mean squared error of each row, ``[rows]``, of what guidance makes of its passes.
+
+    Args:
+        errors: Of each pass ``[rows, ...]``.
+        guidance: Its scale g; counts where there are two passes. Which is which does not: the parts of the passes are
+            taken alike.
+    """
+    own = torch.stack([_mean_square(error) for error in errors]).mean(0)
+    if len(errors) != 2 or guidance <= 1:
+        return own
+    return own + guidance * (guidance - 1) * _mean_square(errors[0] - errors[1])
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().flatten(1).mean(1)
+
+
 @contextmanager
 def recorded(pipe: Any) -> Iterator[list[tuple[Inputs, Tensor]]]:
     """Calls of the transformer inside the block: their arguments by name, and the answers.

@@ -22,6 +22,7 @@ from ddit.coarse import coarse_step
 from ddit.config import Coarse
 from ddit.models.base import Architecture, Inputs
 from ddit.patches import detail_variance
+from ddit.pipelines.generate import guided_error
 from ddit.train.config import TrainConfig
 from ddit.train.samples import Samples
 
@@ -119,21 +120,9 @@ def errors(
 
 
 def losses(errors: Sequence[Tensor], guidance: float) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of each row, ``[rows]``: of its guidance passes, and of what guidance makes of them.
-
-    Args:
-        errors: Of each pass ``[rows, ...]``.
-        guidance: Its scale g; counts where there are two passes. Which is which does not: the parts of the passes
-            are taken alike.
-    """
-    own = torch.stack([_mean_square(error) for error in errors]).mean(0)
-    if len(errors) != 2 or guidance <= 1:
-        return own, own
-    return own, own + guidance * (guidance - 1) * _mean_square(errors[0] - errors[1])
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    return x.square().flatten(1).mean(1)
+    """Mean squared errors of each row, ``[rows]``: of its guidance passes, and of what guidance makes of them
+    (`ddit.pipelines.generate.guided_error`)."""
+    return guided_error(errors, 1.0), guided_error(errors, guidance)
 
 
 def weights(kind: str, sigma: Tensor) -> Tensor:

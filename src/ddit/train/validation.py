@@ -58,10 +58,12 @@ def places(sigmas: Sequence[float], lowest: float) -> list[int]:
 
 
 def errors_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """Of `validate`: scale -> [noise level, root mean square error], as an adapter keeps them."""
+    """Of `validate`: scale -> [noise level, root mean square error], guided where it is, as an adapter keeps them."""
     errors: dict[str, list[list[float]]] = {}
     for row in rows:
-        errors.setdefault(str(row["scale"]), []).append([row["sigma"], math.sqrt(row["error"])])
+        errors.setdefault(str(row["scale"]), []).append(
+            [row["sigma"], math.sqrt(row.get("guided_error", row["error"]))]
+        )
     return errors
 
 
