@@ -13,7 +13,7 @@ from ddit.util.files import ended
 from ddit.util.tables import table
 
 SPEEDS = (1.5, 2, 3, 4, 5)
-THRESHOLDS = (0.002, 0.008, 0.032)
+THRESHOLDS = (0.002, 0.008)
 CACHES = ("first-block:0.1", "taylorseer:4", "taylorseer:6", "teacache:0.2", "cache-dit:0.1")
 BELOW = ("teacache:0.1", "first-block:0.1")
 """The first of these that suits is put below patches and skipping."""
@@ -80,6 +80,7 @@ def methods(
         chosen += [_named("ddit", f"speedup={speed},patches=full", at) for speed in SPEEDS]
     learnt = f",adapter={adapter}" if adapter else ""
     chosen += [f"ddit:threshold={t:g}{learnt}" for t in THRESHOLDS] + ["ddit:patches=paper"]
+    chosen += [f"ddit:patch_speedup={speed}{learnt}" for speed in SPEEDS[:2]]
     rule = "" if planned else f"threshold={THRESHOLDS[1]:g},"
     chosen += [f"ddit:{rule}speedup={s}{learnt}" for s in (SPEEDS[1:] if planned else (2, 3))]
     if below is not None:
