@@ -89,7 +89,8 @@ class Worker:
 
     def method(self, words: dict[str, Any]) -> generate.Method:
         """What makes a request faster."""
-        return make_method({"adapter": self.adapter, **words}, self.preset, load_adapter=self.load_adapter)
+        own = {} if words.get("patches") == "full" else {"adapter": self.adapter}
+        return make_method({**own, **words}, self.preset, load_adapter=self.load_adapter)
 
     def submit(self, wanted: Wanted) -> Job:
         """Check a request and queue it."""

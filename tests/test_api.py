@@ -5,13 +5,14 @@ import inspect
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import ddit
 import tiny
-from ddit import PatchAdapter, PatchSchedule
+from ddit import FixedSchedule, PatchAdapter, PatchSchedule
 from ddit.handle import Handle
 from helpers import COARSE, PLAIN, STEPS, Record, call_inputs, facts, fixed, noise
 
@@ -339,6 +340,20 @@ def test_settings_of_the_wrong_kind_are_refused(pipe, settings, told):
 def test_values_of_the_wrong_kind_are_refused_in_a_sentence(pipe, settings, said):
     with pytest.raises(ValueError, match=said):
         ddit.apply(pipe, **settings)
+
+
+def test_variances_may_be_tensors(pipe):
+    with ddit.apply(pipe, detail_variance={2: torch.full((4,), 0.1), 4: np.full(4, 0.2)}) as handle:
+        assert handle.plan.variance[4].tolist() == pytest.approx([0.2] * 4)
+
+
+def test_a_policys_own_speedup_is_nobodys_wish(pipe):
+    class Own(FixedSchedule):
+        speedup = "fast"
+
+    with ddit.apply(pipe, patches=Own(steps=(1, 2))) as handle:
+        tiny.sample(pipe)
+    assert handle.report.asked is None and "2p" in repr(handle.report)
 
 
 def test_no_adapter_has_a_word(pipe):

@@ -220,6 +220,7 @@ def test_knobs_say_what_the_command_line_says():
     assert words_of(**KNOBS | {"threshold": 0.01, "schedule": "1 2"}) == {"threshold": 0.01}
     assert words_of(**KNOBS | {"patches": "schedule", "schedule": "1, 4 2"}) == {"schedule": [1, 4, 2]}
     assert words_of(**KNOBS | {"patches": "off", "skip": "speedup", "amount": 3}) == {"patches": "full", "speedup": 3}
+    assert words_of(**KNOBS | {"patches": "off", "adapter": "a/b"}) == {"patches": "full"}
     assert words_of(**KNOBS | {"patches": "paper", "adapter": " a/b "}) == {"patches": "paper", "adapter": "a/b"}
     assert words_of(**KNOBS | {"patches": "speed", "speed": 2.2}) == {"patch_speedup": 2.2}
     with pytest.raises(ValueError, match="the speed is empty"):

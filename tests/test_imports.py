@@ -63,6 +63,7 @@ ONLY = {
         "ddit.models.base",
         "ddit.pretrained",
         "ddit.patches",
+        "ddit.planned",
         "ddit.profile",
         "ddit.schedule",
         "ddit.config",

@@ -20,7 +20,9 @@ from ddit.eval.step_errors import measured_errors, passes
 from ddit.models import architecture_for
 from ddit.pipelines.generate import recorded
 from ddit.pipelines.known import cost_ratios
+from ddit.pipelines.loading import EMBEDDED, load_adapter
 from ddit.preset import Preset, QualityCurve
+from ddit.pretrained import fingerprint
 from ddit.profile import ErrorProfile
 from ddit.skip.joint import SKIPPED, Segments, cheapest_steps, expected_error, nearest_steps
 
@@ -62,14 +64,14 @@ def test_a_plan_costs_no_more_than_asked_and_little_less():
     assert joint_steps(levels, COSTS, 1.0, PROFILE, anywhere) == (1,) * 50
 
 
-def test_no_plan_errs_less_for_its_work():
-    """All plans of five steps, against dynamic programming."""
-    segments = Segments.of(sigmas(5), (1, 2), PROFILE, anywhere)
-    costs = {1: 1.0, 2: 0.3}
-    plans = [plan for plan in product((0, 1, 2), repeat=5) if plan[0]]
+@pytest.mark.parametrize("costs", [{1: 1.0, 2: 0.289}, {1: 1.0, 2: 0.1193, 4: 0.0237}])
+def test_no_plan_errs_less_for_its_work(costs):
+    """All plans of six steps, against dynamic programming."""
+    segments = Segments.of(sigmas(6), tuple(costs), PROFILE, anywhere)
+    plans = [plan for plan in product((0, *costs), repeat=6) if plan[0]]
     errors = {plan: segments.error(plan) for plan in plans}
     for speedup in (1.0, 1.3, 2.0, 2.7, 4.0):
-        budget = 5 / speedup
+        budget = 6 / speedup
         best = nearest_steps(segments, costs, speedup)
         assert segments.work(best, costs) <= budget + 1e-9
         least = min(error for plan, error in errors.items() if segments.work(plan, costs) <= budget + 1e-9)
@@ -77,6 +79,14 @@ def test_no_plan_errs_less_for_its_work():
         cheap = cheapest_steps(segments, costs, errors[best] * 1.001)
         enough = [segments.work(plan, costs) for plan, error in errors.items() if error <= errors[best] * 1.001]
         assert errors[cheap] <= errors[best] * 1.001 and segments.work(cheap, costs) == pytest.approx(min(enough))
+
+
+def test_a_long_plan_spends_its_budget_and_says_truly_what_can_be_had():
+    costs = {1: 1.0, 2: 0.1193, 4: 0.0237}
+    segments = Segments.of(sigmas(50), tuple(costs), PROFILE, anywhere)
+    assert segments.work(nearest_steps(segments, costs, 8.0), costs) > 50 / 8 - 0.1
+    with pytest.warns(UserWarning, match=f"the most is {50 / (2 * 0.0237):.2f}"):
+        nearest_steps(segments, costs, 5000.0)
 
 
 def test_forecasts_come_after_two_answers_alike():
@@ -242,7 +252,8 @@ def test_a_quality_with_another_adapter_than_it_was_measured_with_is_warned_abou
     adapter = PatchAdapter.for_model(pipe.transformer, rank=0)
     for curve, settings, how in (
         (CURVE, {"adapter": adapter}, "without an adapter"),
-        (replace(CURVE, adapter=True), {}, "with its adapter"),
+        (replace(CURVE, adapter="another"), {"adapter": adapter}, "with another adapter"),
+        (replace(CURVE, adapter="another"), {}, "with another adapter"),
     ):
         with pytest.warns(UserWarning, match=f"qualities were measured {how}"):
             ddit.apply(pipe, quality=30, preset=Preset(profile=WILD, quality=curve), **settings).remove()
@@ -268,3 +279,10 @@ def test_errors_are_those_of_the_guided_answer():
     expected = (one.square().mean() + two.square().mean()) / 2 + 5 * 4 * (one - two).square().mean()
     assert guided.coarse[2][-1] == pytest.approx(expected.item(), rel=1e-4)
     assert guided.coarse[2][-1] > both.coarse[2][-1]
+
+
+@pytest.mark.parametrize("model", EMBEDDED)
+def test_qualities_of_the_embedded_models_are_those_of_their_adapters(model):
+    preset = Preset.load(EMBEDDED[model])
+    adapter = load_adapter(preset.adapter, dtype="float32", device="cpu")
+    assert preset.quality is not None and preset.quality.adapter == fingerprint(adapter)

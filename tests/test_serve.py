@@ -129,6 +129,8 @@ def test_the_adapter_that_the_preset_names_serves(pipe, tmp_path):
     ours, plain = worker.method({"threshold": 1e6}), worker.method({"patches": "full"})
     assert ours.adapter is worker.method({}).adapter is not None and plain.adapter is None
     assert serve.Worker(pipe, preset, adapter="none").method({}).adapter is None
+    named = serve.Worker(pipe, PRESET, adapter=str(tmp_path / "own"))
+    assert named.method({"patches": "full"}).adapter is None is not named.method({}).adapter
     with pytest.raises(ValueError, match="adapter"):
         serve.Worker(pipe, PRESET, adapter=str(tmp_path / "other"))
 

@@ -20,6 +20,7 @@ from ddit.models.base import Architecture
 from ddit.plan import Plan
 from ddit.planned import CoarseError, Planned
 from ddit.preset import Preset
+from ddit.pretrained import fingerprint
 from ddit.profile import error_at
 from ddit.run import Skipping
 from ddit.schedule import Fixed, Guard, Policy, Rule, detail_error, noise_guard, usual_detail
@@ -155,11 +156,18 @@ def _settle(
         variance=variance,
         adapter=adapter,
         make_skipper=make_skipper,
-        speedup=getattr(schedule if skip is None else skip, "speedup", None),
+        speedup=_asked(schedule, skip),
         cache=make_cache(cache, known.teacache) if isinstance(cache, str) else cache,
         costs=known.costs,
         settings={**asked, "patches": schedule},
     )
+
+
+def _asked(schedule: Patches | Policy, skip: SkipSchedule | None) -> float | None:
+    """Speedup of the whole run, if one was asked for."""
+    if skip is not None and skip.speedup is not None:
+        return skip.speedup
+    return schedule.speedup if isinstance(schedule, PlannedSchedule) else None
 
 
 def _reference(pipe: Any) -> Callable[[], Any]:
@@ -186,14 +194,15 @@ def _variance(
     given: Mapping[int, Sequence[float]], scales: set[int], known: Preset, channels: int
 ) -> dict[int, torch.Tensor]:
     """Scale -> variance of the detail per channel: what is given, else what is known of all scales, else none."""
-    if not isinstance(given, Mapping) or not all(isinstance(values, Sequence) for values in given.values()):
+    try:
+        given = {int(scale): [float(value) for value in values] for scale, values in given.items()}
+    except (AttributeError, TypeError, ValueError):
         raise ValueError(
             f"detail_variance is {given!r}; it must hold numbers for each scale, such as {{2: [0.1, ...]}}, one for "
             f"each of the {channels} channels: 'ddit calibrate' measures it"
-        )
+        ) from None
     if not given and scales <= set(known.detail_variance):
         given = known.detail_variance
-    given = {int(scale): values for scale, values in given.items()}
     for scale, values in given.items():
         if len(values) != channels or not all(math.isfinite(v) and v >= 0 for v in values):
             raise ValueError(
@@ -203,7 +212,7 @@ def _variance(
     missing = sorted(scales - set(given)) if given else []
     if missing:
         raise ValueError(f"detail_variance has no entry for scales {missing}; measure them or leave it out")
-    return {s: torch.tensor(list(v)) for s, v in given.items()}
+    return {s: torch.tensor(v) for s, v in given.items()}
 
 
 def _coarse(schedule: Patches | Policy, adapter: PatchAdapter | None, architectures: list[Architecture]) -> Coarse:
@@ -286,11 +295,11 @@ def _joint_plan(
                 "a quality is a plan over patches and skipping: leave out patches, or ask for a speedup or a "
                 "threshold; patches=FixedSchedule(steps=(1,)) (--patches full) plans skipping alone"
             )
-        if not alone and known.quality.adapter != (adapter is not None):
-            how = "with its" if known.quality.adapter else "without an"
+        if not alone and known.quality.adapter != ("" if adapter is None else fingerprint(adapter)):
+            how = "with another" if known.quality.adapter else "without an"
             warn(
                 f"the preset's qualities were measured {how} adapter, and likeness to plain runs will be another: "
-                "calibrate as you draw, or ask for a speedup"
+                "calibrate with the same one (ddit calibrate --adapter), or ask for a speedup"
             )
     elif patches is not None or known.profile is None:
         return None

@@ -295,7 +295,7 @@ class Handle:
             if run.state.blind:
                 self._warn(
                     f"{type(run.scheduler).__name__} adds noise of its own, so that latents do not tell what "
-                    "comes next: ddit keeps full steps; take a deterministic sampler, or a FixedSchedule"
+                    "comes next: ddit keeps full steps; take a deterministic sampler, or a fixed or planned schedule"
                 )
         elif noisy is not None and len(run.state.log.examples) < len(self.plan.policy.scales):  # those of a forced step
             run.state.log.examples = self.plan.examples(arch, inputs, noisy)

@@ -94,8 +94,8 @@ class Plan:
             said = self.adapter.remark(sigmas, chosen)
         if said is None and isinstance(self.policy, Rule):
             said = self.policy.remark(chosen, [step.statistics for step in log.steps], sigmas)
-        if said is None and self.make_skipper is not None and self.speedup is not None:
-            said = self.report(log).remark()
+        if said is None and self.speedup is not None and not self.costs:  # the report knows the model's own
+            said = self.report(log).remark(skipping=self.make_skipper is not None)
         return said
 
     def work(self, arch: Architecture, examples: Mapping[int, Inputs]) -> dict[int, float]:

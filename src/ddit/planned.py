@@ -9,12 +9,14 @@ run, and steps add up: what is left is a knapsack.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from ddit.config import PlannedSchedule
 from ddit.schedule import Guard, StepContext, known_levels
-from ddit.util.tell import warn
 
 CoarseError = Callable[[int, float], float]
 """Error of a coarse step that stands alone, root mean square of the velocity: of a scale, at a noise level."""
@@ -26,32 +28,52 @@ def divergence(sigma: float, end: float, error: float) -> float:
     return (sigma - end) * (1 - middle) / middle * error**2
 
 
-def planned_scales(harm: Mapping[int, Sequence[float]], costs: Mapping[int, float], budget: float) -> list[int]:
-    """The scale of every step of a run, for the least harm within a budget: a knapsack, filled greedily.
+def whole_units(costs: Mapping[int, float], total: int) -> tuple[int, dict[int, int]]:
+    """Units of work in a full step, and of each scale to the nearest unit: what dynamic programs count in."""
+    grain = max(UNITS // total, 20)
+    return grain, {scale: max(round(cost * grain), 1) for scale, cost in costs.items() if scale}
 
-    All steps begin at their cheapest. Again and again the change of one step that takes off most harm for its work is
-    made, as long as the budget allows any.
+
+UNITS = 4000
+"""Of work in a plain run, about."""
+SLACK = 0.5
+"""Full steps by which whole units of a plan may lie above its budget, as long as its own costs do not."""
+
+
+def planned_scales(harm: Mapping[int, Sequence[float]], costs: Mapping[int, float], budget: float) -> list[int]:
+    """The scale of every step of a run, for the least harm within a budget.
+
+    A knapsack, by dynamic programming over the steps and whole units of work.
 
     Args:
         harm: Scale -> that of each step; infinite where the scale may not be used.
-        costs: Scale -> work of a step.
+        costs: Scale -> work of a step in full steps.
         budget: Work of the whole run. Where not even the cheapest steps keep to it, they are taken.
     """
-    steps = range(len(harm[1]))
-    chosen = [min((s for s in harm if harm[s][i] < float("inf")), key=costs.__getitem__) for i in steps]
-    left = budget - sum(costs[scale] for scale in chosen)
-    while True:
-        best, gained = None, 0.0
-        for i, now in enumerate(chosen):
-            for scale in harm:
-                extra, gain = costs[scale] - costs[now], harm[now][i] - harm[scale][i]
-                if 0 < extra <= left + 1e-9 and gain / extra > gained:
-                    best, gained = (i, scale), gain / extra
-        if best is None:
-            return chosen
-        i, scale = best
-        left -= costs[scale] - costs[chosen[i]]
-        chosen[i] = scale
+    total, scales = len(harm[1]), list(harm)
+    if total * costs[1] <= budget + 1e-9:
+        return [1] * total
+    grain, units = whole_units({scale: costs[scale] for scale in scales}, total)
+    least = np.full(int((budget + SLACK) * grain) + 1, np.inf)
+    least[0] = 0.0
+    chosen = np.zeros((total, len(least)), np.int8)
+    for i in range(total):
+        options = np.full((len(scales), len(least)), np.inf)
+        for k, scale in enumerate(scales):
+            unit = units[scale]
+            options[k, unit:] = least[: max(len(least) - unit, 0)] + harm[scale][i]
+        chosen[i], least = options.argmin(0), options.min(0)
+    for work in np.argsort(least, kind="stable"):
+        if not np.isfinite(least[work]):
+            break
+        steps: list[int] = []
+        for row in reversed(chosen):
+            steps.append(scales[row[work]])
+            work -= units[steps[-1]]
+        if sum(costs[scale] for scale in steps) <= budget + 1e-9:
+            return steps[::-1]
+    allowed = ([s for s in scales if harm[s][i] < float("inf")] for i in range(total))
+    return [min(some, key=costs.__getitem__) for some in allowed]
 
 
 class Planned:
@@ -85,17 +107,11 @@ class Planned:
     def _make(self, sigmas: Sequence[float], works: Sequence[float]) -> list[int]:
         """Scale of every step of a run with these noise levels and this work of a step at each scale."""
         costs = dict(zip(self.scales, works, strict=True))
-        ends = [*sigmas[1:], 0.0]
-        harm = {s: [self._harm(s, *step) for step in zip(sigmas, ends, strict=True)] for s in self.scales}
-        scales = planned_scales(harm, costs, len(sigmas) / self.schedule.speedup)
-        got = len(sigmas) / sum(costs[s] for s in scales)
-        if got < self.schedule.speedup - 1e-6:
-            warn(
-                f"large patches alone can't reach a speedup of {self.schedule.speedup:g}: with these noise levels the "
-                f"most is {got:.2f}. Skip steps as well (skip=SkipSchedule(speedup=...)), or train an adapter for more "
-                "noise levels"
-            )
-        return scales
+        # Samplers with several calls at a level (Heun) share what lies between it and the next.
+        levels = Counter(sigmas)
+        ends = dict(zip(sorted(levels, reverse=True), [*sorted(levels, reverse=True)[1:], 0.0], strict=True))
+        harm = {s: [self._harm(s, sigma, ends[sigma]) / levels[sigma] for sigma in sigmas] for s in self.scales}
+        return planned_scales(harm, costs, len(sigmas) / self.schedule.speedup)
 
     def _harm(self, scale: int, sigma: float, end: float) -> float:
         if scale == 1:

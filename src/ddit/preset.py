@@ -31,8 +31,8 @@ class QualityCurve:
     """Expected (`ddit.skip.joint.expected_error`), rising."""
     psnr: tuple[float, ...]
     """Likeness to the plain run in dB, median over prompts, for each."""
-    adapter: bool = False
-    """Whether the preset's adapter was in use."""
+    adapter: str = ""
+    """`ddit.pretrained.fingerprint` of the adapter that was in use, if one was."""
 
     def __post_init__(self) -> None:
         for name in ("errors", "psnr"):

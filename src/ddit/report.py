@@ -89,16 +89,25 @@ class Report:
         ]
         return sum(spent) / (len(spent) * costs[1])
 
-    def remark(self) -> str | None:
-        """What to do about a run that took more than a step's work above what was asked; else ``None``."""
+    def remark(self, *, skipping: bool) -> str | None:
+        """What to do about a run that took more than a step's work above what was asked; else ``None``.
+
+        Args:
+            skipping: Whether steps may be skipped.
+        """
         fraction, asked = self.flops_fraction, self.asked or 1.0
         if len(self.steps) * (fraction - 1 / asked) <= 1:
             return None
-        return (
-            f"a speedup of {asked:g} was asked for, and the run got {1 / fraction:.2f}: a forecast needs two answers "
-            "with one patch size, so steps can't be skipped where patches change. Let them change less often, or ask "
-            "for less"
+        why = (
+            "large patches serve too few of its steps. Skip steps as well (skip=SkipSchedule(speedup=...), --speedup), "
+            "or train an adapter for more noise levels"
         )
+        if skipping:
+            why = (
+                "a forecast needs two answers with one patch size, so steps can't be skipped where patches change. "
+                "Let them change less often, or ask for less"
+            )
+        return f"a speedup of {asked:g} was asked for, and the run got {1 / fraction:.2f}: {why}"
 
     def strip(self, sample: int = 0) -> str:
         """The schedule of one sample on a line, such as ``1 1 1 4 (4) 2 - 1``.

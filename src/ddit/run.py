@@ -192,7 +192,7 @@ class RunState:
         return [[self.costs[scale] for scale in row] for row in rows]
 
     def _choose(self, context: StepContext) -> Sequence[int]:
-        blind = any(getattr(self.policy, name, False) for name in ("needs_statistics", "planned"))
+        blind = any(getattr(self.policy, name, False) for name in ("needs_statistics", "needs_skipping"))
         if blind and not self.sampler.deterministic:
             return [1] * context.batch
         return self.policy.choose(context)

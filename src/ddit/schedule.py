@@ -213,6 +213,7 @@ class Policy(Protocol):
     - ``needs_statistics``: it looks at them. Else they are neither measured nor reported, which saves time, memory, and
       a read that waits for the device.
     - ``needs_costs``: it looks at ``spent`` and ``costs``.
+    - ``needs_skipping``: without skipped steps it is no plan, so that samplers that add noise get full steps.
     - ``ahead(context)``: the scales of this step and all to come, which it knows.
     """
 

@@ -44,13 +44,13 @@ def words_of(
         schedule: Scales of the steps, such as ``1 1 4 4 2 1``.
         skip: One of `SKIPPING`.
         amount: Of what ``skip`` names.
-        adapter: Folder, hub id or ``none``; empty for the preset's, if any.
+        adapter: Folder, hub id or ``none``; empty for the preset's, if any. Of no account where patches are ``off``.
 
     Raises:
         ValueError: For a schedule that is no list of whole numbers, a plan without a speed, or skipping without an
             amount.
     """
-    words: dict[str, Any] = {"adapter": adapter.strip() or None}
+    words: dict[str, Any] = {} if patches == "off" else {"adapter": adapter.strip() or None}
     if patches == "schedule":
         try:
             words["schedule"] = [int(scale) for scale in schedule.replace(",", " ").split()]

@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         default = "" if shown is None else f" (default: {shown})"
-        add_flag(learn, TrainConfig, field.name, told[field.name] + default)
+        add_flag(learn, TrainConfig, field.name, told.get(field.name, "") + default)
 
     words = add_command(commands, "prompts", _prompts, "write prompts of the embedded models that no evaluation uses")
     words.add_argument("--video", action="store_true", help="of the video model")

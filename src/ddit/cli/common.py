@@ -27,13 +27,12 @@ def add_command(commands: Any, name: str, run: Callable[..., None] | None, text:
     return command
 
 
-def model_options(command: argparse.ArgumentParser, *, adapter: bool = True) -> None:
+def model_options(command: argparse.ArgumentParser) -> None:
     """Which model, what it needs beside, and how it is called."""
     command.add_argument("--model", default="embedded", help="folder or hub id (default: the embedded model)")
-    if adapter:
-        command.add_argument(
-            "--adapter", help="folder or hub id of an adapter, or none (default: the one that the preset names, if any)"
-        )
+    command.add_argument(
+        "--adapter", help="folder or hub id of an adapter, or none (default: the one that the preset names, if any)"
+    )
     command.add_argument(
         "--preset",
         type=Path,

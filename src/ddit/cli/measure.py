@@ -37,7 +37,7 @@ def add_measure(commands: Any) -> None:
     _add_evaluate(commands)
     _add_bench(commands)
     calibrate = add_command(commands, "calibrate", _calibrate, "measure a model's preset on plain runs of its own")
-    model_options(calibrate, adapter=False)
+    model_options(calibrate)
     calibrate.add_argument(
         "--prompts", help="file of prompts, such as one per line (default: those of the embedded model)"
     )
@@ -240,8 +240,8 @@ def _calibrate(args: argparse.Namespace) -> None:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", count, args.seed)]
     settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
-    named = preset.adapter not in ("", "none")
-    adapter = loading.load_adapter(preset.adapter, dtype=args.dtype, device=args.device) if named else None
+    name = args.adapter or preset.adapter
+    adapter = loading.load_adapter(name, dtype=args.dtype, device=args.device) if name not in ("", "none") else None
     calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder, adapter=adapter)
     print(f"wrote {folder / FILE}")
 

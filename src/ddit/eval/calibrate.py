@@ -120,7 +120,7 @@ def calibrate(
             done.append(measure(pipe, list(prompts[part]), seeds, settings, preset, advance, adapter))
             coefficients(done[:1])  # where there are too few steps, there is no use in more runs
             write_json(kept, {**asked, "done": [asdict(figures) for figures in done]})
-    measured = told(done, preset, learnt=adapter is not None)
+    measured = told(done, preset, adapter="" if adapter is None else fingerprint(adapter))
     measured.save(folder)
     kept.unlink()
     return measured
@@ -249,11 +249,11 @@ def _stepped(scheduler: Any) -> Iterator[list[Tensor]]:
         del scheduler.step
 
 
-def told(done: Sequence[Figures], preset: Preset, *, learnt: bool = False) -> Preset:
+def told(done: Sequence[Figures], preset: Preset, *, adapter: str = "") -> Preset:
     """What the figures of all batches make of a preset.
 
     Args:
-        learnt: Whether an adapter was in use.
+        adapter: See `QualityCurve`.
     """
     prompts = [figures.prompts for figures in done]
     detail = {
@@ -265,7 +265,7 @@ def told(done: Sequence[Figures], preset: Preset, *, learnt: bool = False) -> Pr
         detail_variance=detail,
         teacache=coefficients(done),
         profile=profile_of([(figures.prompts, figures.errors) for figures in done]),
-        quality=curve(done, learnt=learnt),
+        quality=curve(done, adapter),
         origin="",
     )
 
@@ -280,7 +280,7 @@ def coefficients(done: Sequence[Figures]) -> tuple[float, ...]:
     return fit(list(chain.from_iterable(changes))) if changes else ()
 
 
-def curve(done: Sequence[Figures], *, learnt: bool = False) -> QualityCurve | None:
+def curve(done: Sequence[Figures], adapter: str = "") -> QualityCurve | None:
     """Likeness over expected errors of all batches; ``None`` where there are too few of different errors."""
     measured: dict[float, float] = {}
     for k in range(min(len(figures.expected) for figures in done)):
@@ -289,7 +289,7 @@ def curve(done: Sequence[Figures], *, learnt: bool = False) -> QualityCurve | No
     errors = sorted(measured)
     if len(errors) < 2:
         return None
-    return QualityCurve(errors=tuple(errors), psnr=tuple(measured[e] for e in errors), adapter=learnt)
+    return QualityCurve(errors=tuple(errors), psnr=tuple(measured[e] for e in errors), adapter=adapter)
 
 
 def fit(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:

@@ -78,9 +78,7 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
         return FixedSchedule(steps=given["schedule"], coarse=_form(preset.patches.coarse, coarse))
     if "patch_speedup" in given:
         _refuse([*(set(rule) - set(PLANNED)), *({"patches"} & set(given))], "patch_speedup, which plans the steps")
-        own = {name: getattr(preset.patches, name) for name in PLANNED if hasattr(preset.patches, name)}
-        form = _form(preset.patches.coarse, coarse)
-        return PlannedSchedule(**{**own, **rule, "speedup": given["patch_speedup"], "coarse": form})
+        return _planned(preset.patches, {**rule, "speedup": given["patch_speedup"]}, coarse)
     if kind == "full":
         _refuse([*rule, *coarse], "patches=full, which has none")
         return FULL
@@ -89,9 +87,18 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
         return PatchSchedule.paper(**rule)
     if not rule and not coarse:
         return preset.patches
+    if isinstance(preset.patches, PlannedSchedule) and set(rule) <= set(PLANNED):
+        return _planned(preset.patches, rule, coarse)
     own = preset.patches if isinstance(preset.patches, PatchSchedule) else PatchSchedule()
     base = {field.name: getattr(own, field.name) for field in fields(own)}
     return PatchSchedule(**{**base, **rule, "coarse": _form(own.coarse, coarse)})
+
+
+def _planned(own: Patches, given: Mapping[str, Any], coarse: Mapping[str, Any]) -> PlannedSchedule:
+    """A plan with what is given, else as the preset has it."""
+    names = ("speedup", *PLANNED) if isinstance(own, PlannedSchedule) else PLANNED
+    known = {} if isinstance(own, FixedSchedule) else {name: getattr(own, name) for name in names}
+    return PlannedSchedule(**{**known, **given, "coarse": _form(own.coarse, coarse)})
 
 
 def _form(own: Coarse, given: Mapping[str, Any]) -> Coarse:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from ddit.planned import SLACK, whole_units
 from ddit.profile import ErrorProfile
 from ddit.schedule import Guard, StepContext, known_levels
 from ddit.skip.forecast import gap_errors
@@ -16,8 +16,6 @@ from ddit.util.tell import warn
 
 SKIPPED = 0
 """In a plan, in place of a scale."""
-GRAINS = 5000
-"""Units of work in a plain run, about: a plan counts with whole ones, rounded up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +54,7 @@ class JointPlan:
 class JointPatches:
     """Its half for `ddit.apply`'s patches; in a skipped step, the scale of the last called one."""
 
-    planned = True
-    """With skipped steps, without which it is no plan."""
+    needs_skipping = True
 
     def __init__(self, plan: JointPlan) -> None:
         self.plan = plan
@@ -95,21 +92,29 @@ def nearest_steps(segments: Segments, costs: Mapping[int, float], speedup: float
     Returns:
         Scale of every step, 0 where it is skipped.
     """
-    plans = segments.plans(costs, segments.total / speedup)
-    if not plans.reachable:
-        plans = segments.plans(costs, segments.total)
-        warn(
-            f"a speedup of {speedup:g} can't be reached with {segments.total} steps: the most is "
-            f"{segments.total / plans.least_work:.2f}; take fewer steps instead"
-        )
-        return plans.steps(plans.reachable[0])
-    return plans.steps(int(plans.errors.argmin()))
+    budget = segments.total / speedup
+    plans = segments.plans(costs, budget + SLACK)
+    for work in np.argsort(plans.errors, kind="stable")[: len(plans.reachable)]:
+        if segments.work(steps := plans.steps(int(work)), costs) <= budget + 1e-9:
+            return steps
+    plans = segments.plans(costs, segments.total)
+    steps = min((plans.steps(work) for work in plans.reachable[:FEW]), key=lambda steps: segments.work(steps, costs))
+    warn(
+        f"a speedup of {speedup:g} can't be reached with {segments.total} steps: the most is "
+        f"{segments.total / segments.work(steps, costs):.2f}; take fewer steps instead"
+    )
+    return steps
+
+
+FEW = 10
+"""Plans of nearly as little work as can be."""
 
 
 def cheapest_steps(segments: Segments, costs: Mapping[int, float], error: float) -> tuple[int, ...]:
     """The plan of least work among those whose expected squared error is at most this."""
     plans = segments.plans(costs, segments.total)
-    return plans.steps(next(work for work in plans.reachable if plans.errors[work] <= error))
+    enough = [work for work in plans.reachable if plans.errors[work] <= error][:FEW]
+    return min((plans.steps(work) for work in enough), key=lambda steps: segments.work(steps, costs))
 
 
 def expected_error(sigmas: Sequence[float], steps: Sequence[int], profile: ErrorProfile) -> float:
@@ -149,16 +154,15 @@ class Segments:
         """Number of steps."""
         return len(self.errors[1])
 
-    def plans(self, costs: Mapping[int, float], budget: float) -> Plans:
-        """The best plan for every amount of work up to a budget, by dynamic programming over the called steps.
+    def plans(self, costs: Mapping[int, float], most: float) -> Plans:
+        """The best plan for every amount of work up to ``most``, by dynamic programming over the called steps.
 
         Forecasts need two answers alike: after a change of patches a further call of the same kind comes first.
         """
         scales, total = tuple(self.errors), self.total
-        grain = math.ceil(GRAINS / total)
-        units = [math.ceil(costs[s] * grain - 1e-9) for s in scales]
-        bins = math.floor(budget * grain + 1e-9) + 1
-        tables = np.stack([self.errors[s] for s in scales])
+        grain, by_scale = whole_units({scale: costs[scale] for scale in scales}, total)
+        units, bins = [by_scale[scale] for scale in scales], int(most * grain + 1e-9) + 1
+        tables = np.stack([self.errors[s] for s in scales]).astype(np.float32)
         # Of a called step that is the first of its kind (0) or a further one (1), of a scale, at a place, after so much
         # work: least error before it, and the called step that led there.
         least = np.full((2, len(scales), total, bins), np.inf, np.float32)
@@ -171,20 +175,23 @@ class Segments:
                 for row, others in ((0, [j for j in range(len(scales)) if j != k]), (1, [k])):
                     if not others or unit >= bins:
                         continue
-                    part = ended[:, others].reshape(-1, bins)[:, : bins - unit]
+                    part = ended[others].reshape(-1, bins)[:, : bins - unit]
                     found = part.argmin(0)
                     least[row, k, i, unit:] = np.take_along_axis(part, found[None], 0)[0]
-                    rows, kinds, places = np.unravel_index(found, (2, len(others), i))
-                    before[row, k, i, unit:] = (rows * len(scales) + np.array(others)[kinds]) * total + places
-        ended = self._ended(least, tables, total).reshape(-1, bins)
-        last = ended.argmin(0)
-        return Plans(scales, total, grain, units, np.take_along_axis(ended, last[None], 0)[0], last, before)
+                    kinds, places = np.divmod(found, i + 1)
+                    before[row, k, i, unit:] = _code(np.array(others)[kinds], places, i, total)
+        ended = self._ended(least, tables, total)
+        last = ended.reshape(-1, bins).argmin(0)
+        kinds, places = np.divmod(last, total + 1)
+        errors = np.take_along_axis(ended.reshape(-1, bins), last[None], 0)[0]
+        return Plans(scales, total, units, errors, _code(kinds, places, total, total), before)
 
     def _ended(self, least: np.ndarray, tables: np.ndarray, end: int) -> np.ndarray:
-        """Error of all that comes before a step, by the last called one ``[2, scales, end, work]``."""
-        ended = least[:, :, :end] + tables[None, :, :end, end, None].astype(np.float32)
-        ended[0, :, : end - 1] = np.inf  # a gap needs two answers of a kind
-        return ended
+        """Error of all that comes before a step, ``[scales, end + 1, work]``: by the last called one, if that was a
+        further one of its kind, and in the end if it was the first, after which no step can be skipped."""
+        further = least[1, :, :end] + tables[:, :end, end, None]
+        first = least[0, :, end - 1] + tables[:, end - 1, end, None]
+        return np.concatenate([further, first[:, None]], 1)
 
     def work(self, steps: Sequence[int], costs: Mapping[int, float]) -> float:
         """Of a plan, in full steps."""
@@ -202,15 +209,23 @@ class Segments:
         return error
 
 
+def _code(kinds: np.ndarray, places: np.ndarray, end: int, total: int) -> np.ndarray:
+    """One number for a called step that led to the one at ``end``: if it is a further one, its scale, its place."""
+    first = places == end
+    return np.where(first, kinds * total + end - 1, (kinds + MANY) * total + places).astype(np.int32)
+
+
+MANY = 16
+"""More than there are scales."""
+
+
 @dataclass(frozen=True)
 class Plans:
-    """The best plan for every amount of work."""
+    """The best plan for every amount of work in whole units."""
 
     scales: tuple[int, ...]
     total: int
     """Number of steps."""
-    grain: int
-    """Units of work in a full step."""
     units: Sequence[int]
     """Work of a step at each scale."""
     errors: np.ndarray
@@ -224,16 +239,12 @@ class Plans:
         """Amounts of work that a plan takes, rising."""
         return np.flatnonzero(np.isfinite(self.errors)).tolist()
 
-    @property
-    def least_work(self) -> float:
-        """In full steps."""
-        return self.reachable[0] / self.grain
-
     def steps(self, work: int) -> tuple[int, ...]:
         """Scale of every step of one of them, 0 where it is skipped."""
         steps, code = [SKIPPED] * self.total, int(self.last[work])
         while code >= 0:
-            row, k, i = (int(x) for x in np.unravel_index(code, (2, len(self.scales), self.total)))
+            kind, i = divmod(code, self.total)
+            row, k = divmod(kind, MANY)
             steps[i] = self.scales[k]
             code, work = int(self.before[row, k, i, work]), work - self.units[k]
         return tuple(steps)

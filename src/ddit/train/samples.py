@@ -36,7 +36,7 @@ from ddit.util.files import replacing, write_json
 from ddit.util.progress import progress
 
 CONDITIONS = ("image", "images", "image_reference", "control_image", "mask_image", "video")
-"""Arguments of pipelines that start from pictures or clips, of which a run has none."""
+"""Arguments of pipelines that may start from pictures or clips, of which a run has none."""
 
 MANIFEST = "samples.json"
 VERSION = 6
@@ -274,8 +274,8 @@ class _Runs:
                 if calls or not taken:
                     raise
                 raise ValueError(
-                    f"{type(pipe).__name__} takes {', '.join(taken)}, which training can't give it ({error}); "
-                    "train on the text pipeline of the same transformer"
+                    f"{error} ({type(pipe).__name__} was called with prompts alone. If it can't do without "
+                    f"{', '.join(taken)}, train on the text pipeline of the same transformer)"
                 ) from error
         levels = [float(architecture.sigma(inputs)[0]) for inputs, _ in calls]
         sigmas = sorted(set(levels), reverse=True)
