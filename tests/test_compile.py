@@ -214,7 +214,7 @@ def test_positions_that_a_compiled_whole_would_not_see_move_are_refused():
 
 
 @pytest.mark.parametrize(
-    "cache", ["taylorseer:3", pytest.param("first-block:9", marks=pytest.mark.slow), "cache-dit:9"]
+    "cache", ["taylorseer:3", *(pytest.param(c, marks=pytest.mark.slow) for c in ("first-block:9", "cache-dit:9"))]
 )
 def test_what_a_cache_answered_is_seen_through_compiled_blocks(cache):
     """Several blocks of a class share their code, which looks for no hook that comes later."""

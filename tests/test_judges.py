@@ -401,6 +401,7 @@ def dying(function, after: int):
     return call
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(flags, tmp_path, monkeypatch, capsys):
     out = tmp_path / "o" / "flux"
     drawn, seen = [], []

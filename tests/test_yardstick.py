@@ -192,6 +192,7 @@ def filmed(count):
     return Drawn(prompts, frames, np.zeros((count, 5, 32, 32), np.uint8), np.full((count, FRAMES, 3), 30.0, np.float32))
 
 
+@pytest.mark.slow
 def test_all_stages_of_the_video_model_and_a_pipeline_that_films(tmp_path):
     settings = VideoSettings(**TINY, clips=2, steps=(1, 1, 1), batch=(1, 1, 1))
     train(VideoKind(), tmp_path, settings, "cpu", Deadline(), filmed(2)).save_pretrained(tmp_path / "model")
