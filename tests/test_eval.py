@@ -18,7 +18,8 @@ from ddit.eval import quality
 from ddit.eval.grid import fewest_and_most
 from ddit.eval.parts import Part, Parts, digest
 from ddit.eval.quality import parse_entry
-from ddit.eval.subjects import Pictures, Prompted
+from ddit.eval.subjects import Clips, Pictures, Prompted
+from ddit.eval.suites import _check_size
 from ddit.pipelines.generate import recorded, run
 from ddit.pipelines.methods import make_method
 from ddit.preset import Preset, QualityCurve
@@ -183,3 +184,9 @@ def test_a_modules_digest_knows_its_settings():
     one, other = (PatchAdapter.for_model(model, rank=0, min_sigma={2: level}, scales=(2,)) for level in (0.3, 0.5))
     assert digest(one) == digest(PatchAdapter.for_model(model, rank=0, min_sigma={2: 0.3}, scales=(2,)))
     assert digest(one) != digest(other) and digest(torch.nn.Linear(2, 2)) != digest(one)
+
+
+def test_clips_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="judged at 9 alone"):
+        _check_size(Clips(), {"height": 96, "width": 96, "num_frames": 5})
+    _check_size(Clips(), {"height": 96, "width": 96, "num_frames": 9})

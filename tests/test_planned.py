@@ -194,6 +194,14 @@ def test_samplers_that_add_noise_can_be_planned_for(pipe):
     assert handle.report.flops_fraction == pytest.approx(1 / 1.3, abs=0.08) and set(handle.report.counts) > {1}
 
 
+def test_a_sampler_that_adds_noise_skips_nothing_beside_a_plan(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    patches = PlannedSchedule(speedup=1.3, careful=False)
+    with ddit.apply(pipe, patches=patches, skip=SkipSchedule(speedup=2)) as handle, pytest.warns(match="skips no step"):
+        tiny.sample(pipe, steps=12)
+    assert 0 not in handle.report.counts and set(handle.report.counts) > {1}
+
+
 def test_without_a_pipeline_nobody_knows_the_noise_levels():
     model = tiny.transformer()
     with (
@@ -221,6 +229,7 @@ def test_a_speed_in_words(pipe):
     assert of(planned, patch_speedup=3) == PlannedSchedule(speedup=3, careful=False)
     assert of(planned, scales=(1, 2)) == PlannedSchedule(speedup=2.5, careful=False, scales=(1, 2))
     assert isinstance(of(planned, threshold=0.01), PatchSchedule)
+    assert of(planned, patches="rule") == PatchSchedule() and of(planned) == planned.patches
     for idle in ({"threshold": 0.1}, {"patches": "rule"}, {"schedule": (1, 2)}):
         with pytest.raises(ValueError, match="would have no effect"):
             method(patch_speedup=2.2, **idle)

@@ -431,3 +431,12 @@ def test_what_a_cache_answers_counts_for_what_it_costs():
         tiny.sample(pipe, steps=40)
     assert any(step.reused for step in run.report.steps)
     assert run.report.flops_fraction > 0.6
+
+
+def test_what_can_be_had_beside_large_patches_is_told_truly():
+    """Their first steps cost less."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SkipPlan(3.0).plan(SIGMAS[:5], 0.3)
+    with pytest.warns(UserWarning, match="the most is 2.50"):
+        SkipPlan(3.0).plan(SIGMAS[:5])

@@ -507,6 +507,10 @@ def test_an_adapter_trained_on_keeps_its_noise_levels(base, tmp_path):
         train(settings(base, tmp_path / name, min_sigma=min_sigma, **changes))
         learnt = PatchAdapter.from_pretrained(tmp_path / name / "adapter")
         assert learnt.config["min_sigma"] == dict(zip(("2", "4"), expected, strict=True))
+    PatchAdapter.for_model(tiny.transformer(), rank=2, scales=(2, 4)).save_pretrained(tmp_path / "everywhere")
+    train(settings(base, tmp_path / "last", **{**changes, "adapter": str(tmp_path / "everywhere")}))
+    learnt = PatchAdapter.from_pretrained(tmp_path / "last" / "adapter")
+    assert learnt.serves(2, 0.0) and learnt.serves(4, 0.0)
 
 
 def test_errors_are_told_at_the_levels_they_were_measured_at():
@@ -522,9 +526,13 @@ def test_a_run_says_how_samples_are_drawn(base, tmp_path, capsys):
     flags += ["--out", str(tmp_path / "run"), "--config", str(tmp_path / "settings.yaml"), "--optimizer", "adamw"]
     flags += ["--steps", "1", "--validation", "1", "--pictures", "0"]
     assert main([*flags, "--frames", "5"]) == 2 and "makes no clips" in capsys.readouterr().err
+    assert main([*flags, "--call", "num_inference_steps=3"]) == 2 and "--sample-steps" in capsys.readouterr().err
+    assert main([*flags, "--call", "seed=1", "--call", "seed=2"]) == 2 and "several times" in capsys.readouterr().err
     assert main([*flags, "--call", "true_cfg_scale=2", "--call", "negative_prompt="]) == 0
     samples = stored(tmp_path / "run")
-    assert samples.passes == 2 and samples.manifest["settings"]["true_cfg_scale"] == 2 and len(samples.sigmas) == 4
+    told = samples.manifest["settings"]
+    assert samples.passes == 2 and len(samples.sigmas) == 4
+    assert told["true_cfg_scale"] == 2 and told["max_sequence_length"] == 20
 
 
 def test_a_pipeline_that_starts_from_pictures_is_refused(tmp_path):

@@ -293,9 +293,12 @@ class Handle:
             self._drawing.add(run)
             run.state, run.begun = self.plan.new_run(arch, inputs, noisy, run.scheduler, run.told), True
             if run.state.blind:
+                kept = "skips no step; take a deterministic sampler"
+                if run.state.blind_policy:
+                    kept = "keeps full steps; take a deterministic sampler, or a fixed or planned schedule"
                 self._warn(
-                    f"{type(run.scheduler).__name__} adds noise of its own, so that latents do not tell what "
-                    "comes next: ddit keeps full steps; take a deterministic sampler, or a fixed or planned schedule"
+                    f"{type(run.scheduler).__name__} adds noise of its own, so that latents do not tell what comes "
+                    f"next: ddit {kept}"
                 )
         elif noisy is not None and len(run.state.log.examples) < len(self.plan.policy.scales):  # those of a forced step
             run.state.log.examples = self.plan.examples(arch, inputs, noisy)

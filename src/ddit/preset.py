@@ -41,6 +41,8 @@ class QualityCurve:
             raise ValueError("a quality curve needs as many psnr as errors, two at least")
         if list(self.errors) != sorted(set(self.errors)) or self.errors[0] <= 0:
             raise ValueError("a quality curve's errors must rise from above 0")
+        if not isinstance(self.adapter, str):
+            raise ValueError(f"a quality curve's adapter is {self.adapter!r}; it must be its fingerprint, or empty")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QualityCurve:

@@ -95,8 +95,13 @@ class RunState:
     @property
     def blind(self) -> bool:
         """Whether something would look at latents that tell nothing."""
-        looks = self.skipper is not None or getattr(self.policy, "needs_statistics", False)
-        return bool(looks) and not self.sampler.deterministic
+        return self.blind_policy or (self.skipper is not None and not self.sampler.deterministic)
+
+    @property
+    def blind_policy(self) -> bool:
+        """Whether the policy would, so that steps stay full."""
+        looks = any(getattr(self.policy, name, False) for name in ("needs_statistics", "needs_skipping"))
+        return looks and not self.sampler.deterministic
 
     def repeats(self, z: Tensor, sigma: float) -> bool:
         """Whether a call is a further guidance pass of the current step: same noise level, same latents.
@@ -192,8 +197,7 @@ class RunState:
         return [[self.costs[scale] for scale in row] for row in rows]
 
     def _choose(self, context: StepContext) -> Sequence[int]:
-        blind = any(getattr(self.policy, name, False) for name in ("needs_statistics", "needs_skipping"))
-        if blind and not self.sampler.deterministic:
+        if self.blind_policy:
             return [1] * context.batch
         return self.policy.choose(context)
 

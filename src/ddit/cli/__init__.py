@@ -15,9 +15,11 @@ from typing import Any
 from ddit import __version__
 from ddit.cli.app import add_app
 from ddit.cli.common import (
+    CALL_FLAGS,
     add_command,
     add_flag,
     call_option,
+    check_call_option,
     check_outputs,
     check_writable,
     command_line,
@@ -133,8 +135,15 @@ def _train(args: argparse.Namespace) -> None:
         values = _read_settings(args.config)
         if not isinstance(values, dict):
             raise ValueError(f"{args.config} must hold names and values of training settings")
-        values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    flags = {**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}, "call": dict(args.call) or None}
+        renamed = {str(name).replace("-", "_"): value for name, value in values.items()}
+        if len(renamed) < len(values):
+            raise ValueError(f"{args.config} spells a setting in two ways, with - and with _; leave one of them out")
+        values = renamed
+    check_call_option(args, {**CALL_FLAGS, "num_inference_steps": "sample_steps"})
+    call = values.get("call", {})
+    if args.call and isinstance(call, dict):  # what is no dictionary is refused with the other settings
+        call = {**call, **dict(args.call)}
+    flags = {**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}, "call": call}
     config = TrainConfig.from_dict({**values, **{k: v for k, v in flags.items() if v is not None}})
     if args.dry_run:
         _plan(config, args.json)

@@ -11,7 +11,7 @@ import shlex
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -229,13 +229,22 @@ def check_run(args: argparse.Namespace, outputs: Sequence[Path | None]) -> None:
         size = getattr(args, name)
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; it must be at least 1")
+    check_call_option(args, CALL_FLAGS)
+    check_outputs(outputs)
+
+
+def check_call_option(args: argparse.Namespace, flags: Mapping[str, str]) -> None:
+    """Refuse ``--call`` with a name that is given twice, or that an option sets.
+
+    Args:
+        flags: As `CALL_FLAGS`.
+    """
     names = [name for name, _ in args.call]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--call gives {name} several times; give it once")
-        if hasattr(args, CALL_FLAGS.get(name, "")):
-            raise ValueError(f"{name} is set by --{CALL_FLAGS[name]}; leave it out of --call")
-    check_outputs(outputs)
+        if hasattr(args, flags.get(name, "")):
+            raise ValueError(f"{name} is set by --{flags[name].replace('_', '-')}; leave it out of --call")
 
 
 def environment(device: str) -> dict[str, Any]:

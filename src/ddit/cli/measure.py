@@ -216,6 +216,7 @@ def _texts(args: argparse.Namespace) -> list[str]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
+    from ddit.api import check_adapter
     from ddit.eval.calibrate import calibrate
     from ddit.eval.suites import subject_of
     from ddit.pipelines import generate as lib
@@ -240,8 +241,13 @@ def _calibrate(args: argparse.Namespace) -> None:
         prompts = [asked.prompt for asked in subject_of(pipe).prompts("tune", count, args.seed)]
     settings = lib.call_settings(preset, **call_options(args))
     lib.check_call(pipe, settings)
-    name = args.adapter or preset.adapter
-    adapter = loading.load_adapter(name, dtype=args.dtype, device=args.device) if name not in ("", "none") else None
+    adapter = None
+    if args.adapter == "":
+        raise ValueError("adapter is empty; name its folder or hub id, or say none")
+    if (name := args.adapter or preset.adapter) not in ("", "none"):
+        adapter = loading.load_adapter(name, dtype=args.dtype, device=args.device)
+        adapter.check(pipe.transformer)
+        check_adapter(adapter, preset.patches)
     calibrate(pipe, preset, prompts, settings, batch=args.batch, seed=args.seed, folder=folder, adapter=adapter)
     print(f"wrote {folder / FILE}")
 

@@ -37,7 +37,7 @@ from ddit.util.progress import progress
 
 DEGREE = 4
 """Of TeaCache's polynomial, as its authors fit it."""
-SPEEDUPS = (1.5, 2.0, 3.0, 4.5, 7.0)
+SPEEDUPS = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 """For which likeness to plain is measured, beside the error that is expected of their plans."""
 SCALES = (2, 4)
 """For which the variance of the detail is measured."""

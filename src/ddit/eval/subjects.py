@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ddit.embedded import clip_judge, judge
-from ddit.embedded.clips import CLIP_SIZE, Clip, clips, film
+from ddit.embedded.clips import CLIP_SIZE, FRAMES, Clip, clips, film
 from ddit.embedded.drawing import drawings
 from ddit.embedded.scenes import IMAGE_SIZE, Scene, Split, scenes
 
@@ -29,6 +29,8 @@ class Subject(Protocol):
     """Names in a verdict that are no part of adherence."""
     size: ClassVar[tuple[int, int] | None]
     """Height and width that the judge knows; ``None`` for any."""
+    frames: ClassVar[int | None]
+    """Number of frames, likewise."""
 
     def prompts(self, split: Split, count: int, seed: int) -> list[Any]:
         """What is asked for; each has a ``prompt``."""
@@ -68,6 +70,7 @@ class Own:
     judged: ClassVar[bool] = False
     beside: ClassVar[tuple[str, ...]] = ()
     size: ClassVar[tuple[int, int] | None] = None
+    frames: ClassVar[int | None] = None
 
     def prompts(self, split: Split, count: int, seed: int) -> list[Prompted]:
         return [Prompted(text) for text in self.texts[:count]]
@@ -94,6 +97,7 @@ class Pictures:
     judged: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
     size: ClassVar[tuple[int, int] | None] = (IMAGE_SIZE, IMAGE_SIZE)
+    frames: ClassVar[int | None] = None
 
     @cached_property
     def judge(self) -> judge.Judge:
@@ -125,6 +129,7 @@ class Clips:
     judged: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = clip_judge.BESIDE
     size: ClassVar[tuple[int, int] | None] = (CLIP_SIZE, CLIP_SIZE)
+    frames: ClassVar[int | None] = FRAMES
 
     @cached_property
     def judge(self) -> judge.Judge:

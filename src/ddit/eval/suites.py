@@ -275,6 +275,12 @@ def _check_size(subject: Subject, settings: dict[str, Any]) -> None:
             f"{subject.size[0]}x{subject.size[1]} alone: leave --height and --width out, or give prompts of your own "
             "with --prompt-file"
         )
+    frames = settings.get("num_frames")
+    if subject.frames is not None and frames is not None and frames != subject.frames:
+        raise ValueError(
+            f"frames is {frames}; clips of the project's own prompts are judged at {subject.frames} alone: leave "
+            "--frames out, or give prompts of your own with --prompt-file"
+        )
 
 
 def subject_of(pipe: Any) -> Subject:

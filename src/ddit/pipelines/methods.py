@@ -85,6 +85,8 @@ def patches_of(given: Mapping[str, Any], preset: Preset) -> Patches:
     if kind == "paper":
         _refuse(coarse, "patches=paper, which has its own")
         return PatchSchedule.paper(**rule)
+    if "patches" in given and not isinstance(preset.patches, PatchSchedule):  # the rule was asked for by its name
+        return PatchSchedule(**rule, coarse=_form(preset.patches.coarse, coarse))
     if not rule and not coarse:
         return preset.patches
     if isinstance(preset.patches, PlannedSchedule) and set(rule) <= set(PLANNED):

@@ -122,7 +122,8 @@ class SkipPlan:
     def choose(self, context: StepContext, moved: Tensor | None, called: Sequence[bool]) -> list[bool]:
         sigmas = known_levels(context)
         if not self._plans:  # in the first step but where that could not be read
-            self._plans, self._expected = [self.plan(sigmas)] * context.batch, [0.0] * context.batch
+            first = max((sum(row[:WARMUP]) / len(row[:WARMUP]) for row in context.ahead), default=1.0)
+            self._plans, self._expected = [self.plan(sigmas, first)] * context.batch, [0.0] * context.batch
             self._last, self._prices = [0] * context.batch, [0.0] * context.batch
         if context.step >= len(sigmas):  # of a run that goes on where its sampler's steps end
             return [False] * context.batch
@@ -144,14 +145,19 @@ class SkipPlan:
         left, steps = len(context.sigmas) / self.speedup - spent, len(context.sigmas) - context.step
         return places(context.sigmas, last, min(max(math.floor(left / price + 0.5), 0), steps), first=context.step)
 
-    def plan(self, sigmas: Sequence[float]) -> set[int]:
-        """Numbers of the called steps of a run of full steps, whose work comes as near to the budget as steps can."""
+    def plan(self, sigmas: Sequence[float], first: float = 1.0) -> set[int]:
+        """Numbers of the called steps of a run of full steps, whose work comes as near to the budget as steps can.
+
+        Args:
+            first: Work of each of the first steps in full steps, which are called whatever is asked.
+        """
         total = len(sigmas)
         warmup = min(WARMUP, total)
-        if self.speedup > total / warmup + 1e-9:
+        most = total / (warmup * first)
+        if self.speedup > most + 1e-9:
             warn(
                 f"a speedup of {self.speedup:g} can't be reached with {total} steps, of which {warmup} are warm-up: "
-                f"the most is {total / warmup:.2f}; take fewer steps instead"
+                f"the most is {most:.2f}; take fewer steps instead"
             )
         count = min(max(math.floor(total / self.speedup + 0.5) - warmup, 0), total - warmup)
         return {*range(warmup), *places(sigmas, warmup - 1, count)}

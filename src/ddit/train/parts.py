@@ -52,9 +52,9 @@ def earlier_adapter(transformer: Any, config: TrainConfig) -> PatchAdapter | Non
 
 def as_learnt(config: TrainConfig, earlier: PatchAdapter | None) -> TrainConfig:
     """With the noise levels of the adapter that training goes on from, where nobody asks for others."""
-    known = {} if earlier is None else earlier.config["min_sigma"] or {}
-    if config.min_sigma is not None or not known:
+    if config.min_sigma is not None or earlier is None:
         return config
+    known = earlier.config["min_sigma"] or {}  # a scale without an entry was learnt at all of them
     return replace(config, min_sigma=tuple(known.get(str(scale), 0.0) for scale in config.scales))
 
 
