@@ -89,8 +89,7 @@ class Worker:
 
     def method(self, words: dict[str, Any]) -> generate.Method:
         """What makes a request faster."""
-        own = {} if words.get("patches") == "full" else {"adapter": self.adapter}
-        return make_method({**own, **words}, self.preset, load_adapter=self.load_adapter)
+        return make_method(words, self.preset, load_adapter=self.load_adapter, adapter=self.adapter)
 
     def submit(self, wanted: Wanted) -> Job:
         """Check a request and queue it."""

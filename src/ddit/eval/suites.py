@@ -324,7 +324,6 @@ def _method_maker(config: SuiteConfig, preset: Preset) -> quality.MakeMethod:
         return load_adapter(name, dtype=config.dtype, device=config.device)
 
     def make(values: dict[str, Any]) -> Method:
-        named = {"adapter": config.adapter, **values} if values.get("patches") != "full" else values
-        return make_method(named, preset, load_adapter=adapter)
+        return make_method(values, preset, load_adapter=adapter, adapter=config.adapter)
 
     return make

@@ -27,12 +27,15 @@ WORDS = ("patches", "schedule", "patch_speedup", *RULE, *COARSE, *SKIP, "adapter
 Loader = Callable[[str], Any]
 
 
-def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Loader) -> Method:
+def make_method(
+    values: Mapping[str, Any], preset: Preset, *, load_adapter: Loader, adapter: str | None = None
+) -> Method:
     """Settings by name, to what they stand for; what is not given is the preset's.
 
     Args:
         values: Word (`WORDS`) -> value.
         load_adapter: Called with a name.
+        adapter: Name of the one to take in place of the preset's, where steps can use any and no word names another.
 
     Raises:
         ValueError: For unknown words, and words that have no meaning together.
@@ -44,16 +47,18 @@ def make_method(values: Mapping[str, Any], preset: Preset, *, load_adapter: Load
     if unknown:
         raise ValueError(f"unknown settings {unknown}; allowed are {', '.join(WORDS)}")
     given = {name: value for name, value in values.items() if value is not None}
+    if adapter is not None and given.get("patches") != "full":
+        given = {"adapter": adapter, **given}
     suits = given.get("patches", "rule") == "rule" and not set(COARSE) & set(given)
     name = given.get("adapter", preset.adapter if suits else "")
     if given.get("adapter") == "":
         raise ValueError("adapter is empty; name its folder or hub id, or say none")
     if "adapter" in given and name != "none" and given.get("patches") == "full":
         _refuse(["adapter"], "patches=full, which has none")
-    adapter = None if name in ("", "none") else load_adapter(name)
+    loaded = None if name in ("", "none") else load_adapter(name)
     cache = make_cache(given["cache"], preset.teacache) if "cache" in given else None
     patches = None if planned_jointly(given, preset) else patches_of(given, preset)
-    return Method(patches=patches, skip=skip_of(given), adapter=adapter, cache=cache, preset=preset)
+    return Method(patches=patches, skip=skip_of(given), adapter=loaded, cache=cache, preset=preset)
 
 
 def planned_jointly(given: Mapping[str, Any], preset: Preset) -> bool:

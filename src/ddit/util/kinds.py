@@ -6,7 +6,14 @@ import math
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "names with values"}
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "names with values",
+    type(None): "nothing",
+}
 
 
 def fits(value: Any, hint: Any) -> bool:
